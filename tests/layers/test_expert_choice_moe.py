@@ -1,0 +1,115 @@
+"""ExpertChoiceMoE: against a loop over experts, its thresholds, its look-ahead, its costs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from tinyexperts import ExpertChoiceMoE
+
+
+def make(seed=0, **options):
+    torch.manual_seed(seed)
+    return ExpertChoiceMoE(8, **({"num_experts": 5, "hidden_dim": 12, "capacity_factor": 1.5} | options))
+
+
+def by_hand(layer, x, chosen):
+    """Sum over experts of score * MLP(token), for the (token, expert) pairs in the mask `chosen` [M, E]."""
+    scores = layer.router(x).softmax(-1)
+    y = torch.zeros_like(x)
+    for expert in range(chosen.shape[1]):
+        output = F.gelu(x @ layer.up[expert]) @ layer.down[expert]
+        y = y + output * (scores[:, expert] * chosen[:, expert]).unsqueeze(-1)
+    return y
+
+
+def chosen_by_experts(layer, x):
+    scores = layer.router(x).softmax(-1)
+    capacity = math.ceil(layer.capacity_factor * len(x) / scores.shape[1])
+    return torch.zeros_like(scores).scatter(0, scores.topk(capacity, dim=0).indices, 1.0)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+def test_output_and_gradients_equal_a_loop_over_experts(num_tokens):
+    layer, x = make(), torch.randn(num_tokens, 8, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for forward in (layer, lambda x: by_hand(layer, x, chosen_by_experts(layer, x))):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = forward(leaf)
+        y.square().sum().backward()
+        grads.append([y, leaf.grad, *(p.grad.clone() for p in layer.parameters())])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+
+
+def test_experts_look_ahead_in_training_but_not_with_thresholds():
+    layer, x = make(capacity_factor=0.5), torch.randn(1, 20, 8)
+    changed = x.clone()
+    changed[:, 10:] = torch.randn(1, 10, 8) * 5
+    layer.evaluation_routing = "expert_choice"
+    layer.eval()
+    assert not torch.allclose(layer(x)[:, :10], layer(changed)[:, :10])
+    layer.evaluation_routing = "threshold"
+    torch.testing.assert_close(layer(x)[:, :10], layer(changed)[:, :10])
+    torch.testing.assert_close(
+        layer(x), by_hand(layer, x[0], (layer.router(x[0]).softmax(-1) > layer.threshold).float())[None]
+    )
+
+
+def test_learned_thresholds_give_the_capacity_on_average():
+    layer = make(capacity_factor=1.0)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(200):
+        layer(torch.randn(100, 8, generator=generator))
+    scores = layer.router(torch.randn(5000, 8, generator=generator)).softmax(-1)
+    share = (scores > layer.threshold).float().mean(0)
+    torch.testing.assert_close(share, torch.full((5,), 0.2), atol=0.03, rtol=0)
+
+
+def test_the_first_threshold_is_the_middle_of_the_cut():
+    layer, x = make(capacity_factor=1.0), torch.randn(10, 8)
+    layer(x)
+    scores = layer.router(x).softmax(-1).sort(dim=0, descending=True).values
+    torch.testing.assert_close(layer.threshold, (scores[1] + scores[2]) / 2)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_thresholds_move_once_under_activation_checkpointing(use_reentrant):
+    plain, checkpointed = make(), make()
+    for step in range(3):
+        x = torch.randn(9, 8, generator=torch.Generator().manual_seed(step))
+        plain(x).sum().backward()
+        checkpoint(checkpointed, x.clone().requires_grad_(), use_reentrant=use_reentrant).sum().backward()
+    assert torch.equal(plain.threshold, checkpointed.threshold)
+    assert plain.num_batches_tracked == checkpointed.num_batches_tracked == 3
+
+
+def test_flops_and_parameters_are_counted():
+    layer = make(capacity_factor=2.0).eval()
+    layer.evaluation_routing = "expert_choice"
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(50, 8))
+    assert counter.get_total_flops() == 50 * layer.flops_per_token().total
+    assert layer.flops_per_token().router == 2 * 8 * 5
+    assert layer.num_parameters().total == sum(p.numel() for p in layer.parameters())
+    assert layer.num_parameters().active == 8 * 5 + 2 * 2 * 8 * 12
+    assert layer.parameter_groups().tables == []
+
+
+def test_empty_batch_in_both_modes():
+    for training in (True, False):
+        assert make().train(training)(torch.zeros(0, 8)).shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_experts": 0}, "got 8, 0 and 12"), ({"capacity_factor": 0.0}, "got 0.0"), ({"activation": "x"}, "got 'x'")],
+)
+def test_bad_options_are_told(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)

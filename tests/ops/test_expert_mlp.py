@@ -1,0 +1,179 @@
+"""expert_mlp: outputs and every gradient against plain autograd and the formula, sparse and dense."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tinyexperts.errors import InputError
+from tinyexperts.ops import expert_mlp
+from tinyexperts.ops.expert_mlp import reference
+
+CASES = [
+    (1, None),
+    *((2, a) for a in ("gelu", "relu", "relu2", "silu")),
+    *((3, a) for a in ("gelu", "relu", "relu2", "silu")),
+]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def problem(num_vectors, *, num_tokens=5, num_experts=23, model_dim=7, retrieved=6, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, model_dim, generator=generator, dtype=torch.float64)
+    experts = torch.randn(num_experts, num_vectors, model_dim, generator=generator, dtype=torch.float64)
+    ids = torch.randint(num_experts, (num_tokens, retrieved), generator=generator)
+    weights = torch.rand(num_tokens, retrieved, generator=generator, dtype=torch.float64)
+    return x.to(dtype), experts.to(dtype), ids, weights.to(dtype)
+
+
+def by_hand(x, experts, ids, weights, activation):
+    """Token by token, expert by expert: the paper's formula, nothing vectorised."""
+    act = {
+        "gelu": lambda h: h * 0.5 * (1 + torch.erf(h / 2**0.5)),
+        "relu": lambda h: h.clamp(min=0),
+        "relu2": lambda h: h.clamp(min=0) ** 2,
+        "silu": lambda h: h * torch.sigmoid(h),
+    }
+    outputs = []
+    for token in range(len(x)):
+        y = torch.zeros_like(x[token])
+        for expert, weight in zip(ids[token].tolist(), weights[token], strict=True):
+            vectors = experts[expert]
+            scale = weight
+            if activation is not None:
+                scale = scale * act[activation](vectors[0] @ x[token])
+            if len(vectors) == 3:
+                scale = scale * (vectors[1] @ x[token])
+            y = y + scale * vectors[-1]
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(("num_vectors", "activation"), CASES)
+def test_equals_the_formula_and_its_autograd(num_vectors, activation):
+    inputs = problem(num_vectors, dtype=torch.float64)
+    grad = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    results = []
+    for function in (expert_mlp, by_hand, lambda *arguments: reference.expert_mlp(*arguments)[0]):
+        x, experts, ids, weights = (t.clone().requires_grad_(t.is_floating_point()) for t in inputs)
+        y = function(x, experts, ids, weights, activation)
+        y.backward(grad)
+        results.append((y, x.grad if x.grad is not None else torch.zeros_like(x), experts.grad, weights.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(results[2], results[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("num_vectors", "activation"), CASES)
+def test_gradcheck_in_double_precision(num_vectors, activation):
+    x, experts, ids, weights = problem(
+        num_vectors, num_tokens=3, num_experts=6, model_dim=3, retrieved=4, dtype=torch.float64
+    )
+    leaves = [t.requires_grad_() for t in (x, experts, weights)]
+    assert torch.autograd.gradcheck(lambda x, e, w: expert_mlp(x, e, ids, w, activation), leaves)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("num_tokens", "model_dim", "retrieved"), [(1, 1, 1), (0, 5, 3), (63, 100, 2), (17, 33, 31)])
+def test_odd_sizes_chunks_and_dtypes(dtype, num_tokens, model_dim, retrieved, monkeypatch):
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 4000)
+    inputs = problem(2, num_tokens=num_tokens, model_dim=model_dim, retrieved=retrieved, dtype=dtype)
+    results = []
+    for wide in (False, True):
+        x, experts, ids, weights = (
+            (t.double() if wide and t.is_floating_point() else t.clone()).requires_grad_(t.is_floating_point())
+            for t in inputs
+        )
+        # The truth is computed in fp64 from the same narrow values.
+        y = (
+            reference.expert_mlp(x, experts, ids, weights, "gelu")[0]
+            if wide
+            else expert_mlp(x, experts, ids, weights, "gelu")
+        )
+        y.sum().backward()
+        results.append([t.double() for t in (y, x.grad, experts.grad, weights.grad)])
+        if not wide:
+            assert y.dtype == x.grad.dtype == experts.grad.dtype == weights.grad.dtype == dtype
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(
+            got,
+            expected,
+            rtol=TOLERANCE[dtype],
+            atol=TOLERANCE[dtype] * max(1, expected.abs().max().item() if expected.numel() else 1),
+        )
+
+
+@pytest.mark.parametrize(("num_vectors", "activation"), [(1, None), (2, "gelu"), (3, "relu2")])
+def test_sparse_table_gradient_holds_the_touched_rows_of_the_dense_one(num_vectors, activation):
+    x, experts, ids, weights = problem(num_vectors, num_experts=1000)
+    experts = experts / 4  # so that no neuron is saturated
+    ids[:, 1] = ids[:, 0]  # an expert that two heads retrieved
+    grads = []
+    for sparse in (True, False):
+        table = experts.clone().requires_grad_()
+        expert_mlp(x, table, ids, weights, activation, sparse=sparse).square().sum().backward()
+        grads.append(table.grad)
+    assert grads[0].layout == torch.sparse_coo
+    assert torch.equal(grads[0]._indices()[0], ids.unique())
+    assert torch.equal(grads[0].to_dense(), grads[1])
+    if activation != "relu2":
+        assert (grads[1][ids.unique()].abs().amax((1, 2)) > 0).all(), "every retrieved expert receives gradient"
+
+
+def test_extreme_inputs_stay_finite_where_the_formula_is():
+    x, experts, ids, weights = problem(2, dtype=torch.float32)
+    for activation in ("gelu", "relu", "silu"):
+        leaves = [t.clone().requires_grad_() for t in (x * 1e12, experts, weights)]
+        y = expert_mlp(leaves[0], leaves[1], ids, leaves[2], activation)
+        y.sum().backward()
+        assert all(t.isfinite().all() for t in (y, *(leaf.grad for leaf in leaves)))
+
+
+def test_bit_equal_for_any_number_of_threads_and_chunks(monkeypatch):
+    inputs = problem(2, num_tokens=300, num_experts=50, model_dim=64, retrieved=16)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, chunk in ((1, 1 << 24), (2, 1 << 24), (2, 10_000)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", chunk)
+            experts = inputs[1].clone().requires_grad_()
+            expert_mlp(inputs[0], experts, *inputs[2:], "gelu").sum().backward()
+            results.append(experts.grad)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_opcheck(sparse):
+    for num_vectors, activation in ((1, None), (2, "gelu"), (3, "silu")):
+        x, experts, ids, weights = problem(num_vectors)
+        leaves = [t.requires_grad_() for t in (x, experts)], weights.requires_grad_()
+        torch.library.opcheck(torch.ops.tinyexperts.expert_mlp, (*leaves[0], ids, leaves[1], activation, sparse))
+
+
+def test_saves_no_gathered_rows():
+    x, experts, ids, weights = problem(2, num_tokens=50, model_dim=64, retrieved=16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        expert_mlp(x.requires_grad_(), experts.requires_grad_(), ids, weights, "gelu")
+    assert max(t.numel() for t in saved if t is not experts and t.shape != experts.shape) <= 50 * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "tanh"}, "got 'tanh'"),
+        ({"activation": None}, "got None and E = 2"),
+        ({"ids": torch.full((5, 6), 23)}, "between 0 and N - 1 = 22, got 23"),
+        ({"ids": torch.full((5, 6), -1)}, "got -1"),
+        ({"x": torch.zeros(5, 8)}, r"D = 7, got \[5, 8\]"),
+        ({"weights": torch.zeros(5, 5)}, r"\[5, 6\] and \[5, 5\]"),
+        ({"experts": torch.zeros(23, 4, 7)}, r"got \[23, 4, 7\]"),
+    ],
+)
+def test_bad_input_is_told(change, message):
+    x, experts, ids, weights = problem(2)
+    arguments = {"x": x, "experts": experts, "ids": ids, "weights": weights, "activation": "gelu"} | change
+    with pytest.raises(InputError, match=message):
+        expert_mlp(*arguments.values())

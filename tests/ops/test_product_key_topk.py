@@ -1,0 +1,208 @@
+"""product_key_topk: equal to brute force over all N scores, ties and extremes included; each known mutant is caught."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyexperts.errors import InputError
+from tinyexperts.ops import product_key_topk
+from tinyexperts.ops.product_key_topk import reference
+
+
+def brute_force(query_MHQ, sub_keys, k):
+    """All N scores of each query, sorted by (score descending, id ascending)."""
+    scores_1, scores_2 = reference.half_scores(query_MHQ, sub_keys)
+    scores = (scores_1.unsqueeze(-1) + scores_2.unsqueeze(-2)).flatten(-2)
+    values, ids = scores.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], ids[..., :k]
+
+
+@st.composite
+def problems(draw):
+    num_sub_keys = draw(st.integers(1, 13))
+    k = draw(st.integers(1, num_sub_keys))
+    num_tokens, num_heads, half = draw(st.integers(0, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    key_shape = (2, num_sub_keys, half) if draw(st.booleans()) else (num_heads, 2, num_sub_keys, half)
+    query = torch.randn(num_tokens, num_heads, 2 * half, generator=generator)
+    keys = torch.randn(key_shape, generator=generator)
+    kind = draw(st.sampled_from(["normal", "integers", "equal keys", "zero query", "one half huge", "huge", "tiny"]))
+    if kind == "integers":
+        query, keys = query.round(), keys.round()
+    elif kind == "equal keys":
+        keys = keys[..., :1, :].expand(key_shape).contiguous()
+    elif kind == "zero query":
+        query = torch.zeros_like(query)
+    elif kind == "one half huge":
+        # Sums round to the huge half: ties between pairs that the sorted halves tell apart.
+        query[..., :half] *= 1e9
+    elif kind == "huge":
+        query *= 1e36
+    elif kind == "tiny":
+        query *= 1e-42
+    return query, keys, k
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_equals_brute_force_over_all_scores(problem):
+    query, keys, k = problem
+    scores, ids = product_key_topk(query, keys, k)
+    expected_scores, expected_ids = brute_force(query, keys, k)
+    assert torch.equal(ids, expected_ids)
+    assert torch.equal(scores, expected_scores)
+
+
+def test_equals_brute_force_at_the_papers_sizes_across_chunks():
+    generator = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(700, 4, 16, generator=generator), torch.randn(2, 1024, 8, generator=generator)
+    assert reference.tokens_per_chunk(4, 1024) < 700
+    scores, ids = product_key_topk(query, keys, 16)
+    for part in range(0, 700, 175):
+        # A matrix product of another shape differs in the last bit: compare to a tolerance.
+        expected, expected_ids = brute_force(query[part : part + 2], keys, 16)
+        torch.testing.assert_close(scores[part : part + 2], expected)
+        assert (ids[part : part + 2] == expected_ids).float().mean() > 0.95
+    i, j = ids // 1024, ids % 1024
+    q1, q2 = query[..., None, :8], query[..., None, 8:]
+    torch.testing.assert_close(scores, (q1 * keys[0][i]).sum(-1) + (q2 * keys[1][j]).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_only_candidate_pairs_can_be_above_the_kth_score():
+    candidates, frontier = reference.candidate_ranks(16, 1024)
+    assert len(candidates) == 50
+    assert all((i + 1) * (j + 1) <= 16 for i, j in candidates)
+    assert all((i + 1) * (j + 1) > 16 and (i, j - 1) in [*candidates, (16, -1)] for i, j in frontier)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_expert_can_be_reached(shared):
+    num_sub_keys, num_heads = 9, 2
+    keys = torch.eye(num_sub_keys).expand(*(() if shared else (num_heads,)), 2, -1, -1).contiguous()
+    i, j = torch.meshgrid(torch.arange(num_sub_keys), torch.arange(num_sub_keys), indexing="ij")
+    query = torch.cat([keys.view(-1, 2, 9, 9)[0, 0][i.flatten()], keys.view(-1, 2, 9, 9)[0, 1][j.flatten()]], -1)
+    scores, ids = product_key_topk(query.unsqueeze(1).expand(-1, num_heads, -1), keys, 3)
+    assert torch.equal(ids[:, :, 0], torch.arange(81).unsqueeze(1).expand(-1, num_heads))
+    assert torch.equal(scores[:, :, 0], torch.full((81, num_heads), 2.0))
+
+
+def _mutant_top_one(scores, ids, k, num_sub_keys):
+    return ids[..., :1].expand_as(ids)
+
+
+def _mutant_stride_k(scores, ids, k, num_sub_keys):
+    return ids // num_sub_keys * k + ids % num_sub_keys
+
+
+def _mutant_first_axis_without_stride(scores, ids, k, num_sub_keys):
+    return ids // num_sub_keys + ids % num_sub_keys
+
+
+def _mutant_position_as_id(scores, ids, k, num_sub_keys):
+    return torch.arange(ids.shape[-1]).expand_as(ids)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [_mutant_top_one, _mutant_stride_k, _mutant_first_axis_without_stride, _mutant_position_as_id],
+)
+def test_each_fault_of_public_implementations_is_caught(mutant, monkeypatch):
+    right = reference.product_key_topk
+
+    def planted(query_MHQ, sub_keys, k):
+        scores, ids = right(query_MHQ, sub_keys, k)
+        return scores, mutant(scores, ids, k, sub_keys.shape[-2]).contiguous()
+
+    monkeypatch.setattr(reference, "product_key_topk", planted)
+    if mutant is not _mutant_top_one:
+        with pytest.raises(AssertionError):
+            test_every_expert_can_be_reached(True)
+    generator = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(5, 2, 8, generator=generator), torch.randn(2, 9, 4, generator=generator)
+    assert not torch.equal(product_key_topk(query, keys, 3)[1], brute_force(query, keys, 3)[1])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_in_double_precision(shared):
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(3, 2, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+    shape = (2, 7, 3) if shared else (2, 2, 7, 3)
+    keys = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, c: product_key_topk(q, c, 5)[0], (query, keys))
+
+
+def test_gradients_equal_plain_autograd_and_touch_chosen_sub_keys_only():
+    generator = torch.Generator().manual_seed(2)
+    query, keys = torch.randn(4, 2, 8, generator=generator), torch.randn(2, 50, 4, generator=generator)
+    grad = torch.randn(4, 2, 3, generator=generator)
+    results = []
+    for function in (product_key_topk, reference.product_key_topk):
+        leaves = [query.clone().requires_grad_(), keys.clone().requires_grad_()]
+        scores, ids = function(*leaves, 3)
+        scores.backward(grad)
+        results.append((leaves[0].grad, leaves[1].grad, ids))
+    torch.testing.assert_close(results[0], results[1])
+    chosen = torch.zeros(2, 50, dtype=torch.bool)
+    chosen[0, results[0][2].flatten() // 50] = True
+    chosen[1, results[0][2].flatten() % 50] = True
+    assert torch.equal(results[0][1].abs().sum(-1) > 0, chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_narrow_queries_are_fp32(dtype):
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(4, 2, 8, generator=generator).to(dtype).requires_grad_()
+    keys = torch.randn(2, 9, 4, generator=generator).to(dtype).requires_grad_()
+    scores, ids = product_key_topk(query, keys, 3)
+    expected, expected_ids = brute_force(query.detach().float(), keys.detach().float(), 3)
+    assert torch.equal(scores, expected)
+    assert torch.equal(ids, expected_ids)
+    scores.sum().backward()
+    assert query.grad.dtype == keys.grad.dtype == dtype
+
+
+def test_nan_query_gives_nan_scores_and_valid_ids():
+    query = torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(4))
+    query[1] = float("nan")
+    scores, ids = product_key_topk(query, torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(5)), 3)
+    assert scores[1].isnan().all()
+    assert not scores[[0, 2]].isnan().any()
+    assert ((ids >= 0) & (ids < 25)).all()
+
+
+def test_opcheck():
+    generator = torch.Generator().manual_seed(6)
+    query = torch.randn(3, 2, 6, generator=generator, requires_grad=True)
+    for shape in ((2, 7, 3), (2, 2, 7, 3)):
+        keys = torch.randn(shape, generator=generator, requires_grad=True)
+        torch.library.opcheck(torch.ops.tinyexperts.product_key_topk, (query, keys, 4))
+
+
+def test_non_contiguous_inputs_equal_contiguous_ones():
+    generator = torch.Generator().manual_seed(7)
+    query = (
+        torch.randn(6, 2, 5, generator=generator).transpose(0, 2)[:, :, :4].transpose(1, 2)[:, :, :2].repeat(1, 1, 2)
+    )
+    keys = torch.randn(2, 2, 9, generator=generator).transpose(1, 2)
+    for got, expected in zip(
+        product_key_topk(query, keys, 4), product_key_topk(query.contiguous(), keys.contiguous(), 4), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("query_shape", "key_shape", "k", "message"),
+    [
+        ((3, 2, 8), (2, 9, 4), 10, "k must be between 1 and .* 9, got 10"),
+        ((3, 2, 8), (2, 9, 4), 0, "got 0"),
+        ((3, 2, 7), (2, 9, 3), 2, r"got \[3, 2, 7\]"),
+        ((3, 2, 8), (3, 2, 9, 4), 2, r"\[3, 2, 9, 4\]"),
+        ((3, 8), (2, 9, 4), 2, r"got \[3, 8\]"),
+    ],
+)
+def test_bad_input_is_told(query_shape, key_shape, k, message):
+    with pytest.raises(InputError, match=message):
+        product_key_topk(torch.randn(query_shape), torch.randn(key_shape), k)

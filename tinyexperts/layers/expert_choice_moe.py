@@ -1,0 +1,139 @@
+"""Expert-choice mixture of experts: Zhou et al. (arXiv 2202.09368), the paper's MoE baseline."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tinyexperts.errors import InputError
+from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount
+from tinyexperts.layers.recomputation import in_recomputation
+from tinyexperts.ops.activation import Activation, activate, check_activation
+
+EvaluationRouting = Literal["expert_choice", "threshold"]
+
+
+class ExpertChoiceMoE(FeedForward):
+    """A feed-forward layer of dense experts, each of which chooses its tokens.
+
+    Every expert takes the C = ceil(capacity_factor * M / num_experts) tokens of the batch that score highest for it,
+    so the load is balanced by construction; a token's output is the sum of the experts that chose it, weighted by its
+    softmax score over the experts, and zero where none did.
+
+    **A token's fate depends on later tokens.** Experts choose among all tokens of the batch, later positions and other
+    sequences included, so in training, and in evaluation over whole sequences, the layer looks ahead. In evaluation,
+    `evaluation_routing` says how tokens are routed:
+    - "threshold" (default): a token keeps the experts whose learned threshold its score passes; each token by its
+      own, which leaks least and is the only way that can generate text. The thresholds are running means of the
+      scores at which the experts cut off in training, so the number of experts a token gets varies.
+    - "expert_choice": experts choose among the tokens given, as in training and as the paper presumably evaluated.
+
+    Args:
+        d_model: width D.
+        num_experts: 128 in the paper, each the size of the dense MLP.
+        capacity_factor: experts a token gets on average.
+        hidden_dim: hidden neurons of one expert; 4 * d_model when None.
+        activation: "gelu" (exact), "relu", "relu2" or "silu".
+
+    Raises:
+        InputError: a size below 1, a capacity factor outside (0, num_experts], an unknown activation.
+    """
+
+    threshold: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int = 128,
+        *,
+        capacity_factor: float = 1.0,
+        hidden_dim: int | None = None,
+        activation: Activation = "gelu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_dim = 4 * d_model if hidden_dim is None else hidden_dim
+        if min(d_model, num_experts, hidden_dim) < 1:
+            raise InputError(
+                f"d_model, num_experts and hidden_dim must be at least 1, got {d_model}, {num_experts} and {hidden_dim}"
+            )
+        if not 0 < capacity_factor <= num_experts:
+            raise InputError(
+                f"capacity_factor must be above 0 and at most num_experts = {num_experts}, got {capacity_factor}"
+            )
+        check_activation(activation)
+        self.capacity_factor, self.activation = capacity_factor, activation
+        self.evaluation_routing: EvaluationRouting = "threshold"
+        self.router = nn.Linear(d_model, num_experts, bias=False, device=device, dtype=dtype)
+        self.up = nn.Parameter(torch.empty(num_experts, d_model, hidden_dim, device=device, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_dim, d_model, device=device, dtype=dtype))
+        # Before any training step the threshold is the score of a uniform router.
+        self.register_buffer("threshold", torch.full((num_experts,), 1 / num_experts, device=device))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal weights of variance 1 / fan-in; thresholds of a uniform router."""
+        for weight, fan_in in (
+            (self.router.weight, self.up.shape[1]),
+            (self.up, self.up.shape[1]),
+            (self.down, self.down.shape[1]),
+        ):
+            nn.init.normal_(weight, std=1 / math.sqrt(fan_in), generator=generator)
+        self.threshold.fill_(1 / len(self.threshold))
+        self.num_batches_tracked.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (float, [..., D]) -> y (same shape and dtype)."""
+        x_MD = x.reshape(-1, x.shape[-1])
+        scores_ME = self.router(x_MD).float().softmax(-1)
+        if not self.training and self.evaluation_routing == "threshold":
+            y_MD = self._forward_by_threshold(x_MD, scores_ME)
+        else:
+            y_MD = self._forward_by_expert_choice(x_MD, scores_ME)
+        return y_MD.view(x.shape)
+
+    def _forward_by_expert_choice(self, x_MD: Tensor, scores_ME: Tensor) -> Tensor:
+        num_tokens, num_experts = scores_ME.shape
+        capacity = min(num_tokens, math.ceil(self.capacity_factor * num_tokens / num_experts))
+        top = scores_ME.topk(min(capacity + 1, num_tokens), dim=0)
+        if self.training and num_tokens and not in_recomputation():
+            self._update_threshold(top.values.detach(), capacity)
+        chosen_EC, weights_EC = top.indices[:capacity].T, top.values[:capacity].T
+        hidden = activate(torch.bmm(x_MD[chosen_EC], self.up), self.activation)
+        y_ECD = torch.bmm(hidden, self.down) * weights_EC.unsqueeze(-1).to(x_MD.dtype)
+        return torch.zeros_like(x_MD).index_add(0, chosen_EC.flatten(), y_ECD.flatten(0, 1).to(x_MD.dtype))
+
+    @torch.no_grad()
+    def _update_threshold(self, top_scores: Tensor, capacity: int) -> None:
+        """Running mean (momentum 0.01, plain mean at first) of the middle between the last taken and the first left."""
+        cut_off = (top_scores[capacity - 1] + top_scores[-1]) / 2
+        self.num_batches_tracked.add_(1)
+        momentum = (1 / self.num_batches_tracked).clamp(min=0.01)
+        self.threshold.lerp_(cut_off, momentum.to(cut_off.dtype))
+
+    def _forward_by_threshold(self, x_MD: Tensor, scores_ME: Tensor) -> Tensor:
+        y_MD = torch.zeros_like(x_MD)
+        keeps_ME = scores_ME > self.threshold
+        for expert in keeps_ME.any(0).nonzero().flatten().tolist():
+            tokens = keeps_ME[:, expert].nonzero().flatten()
+            hidden = activate(x_MD[tokens] @ self.up[expert], self.activation)
+            y = (hidden @ self.down[expert]) * scores_ME[tokens, expert, None].to(x_MD.dtype)
+            y_MD = y_MD.index_add(0, tokens, y.to(x_MD.dtype))
+        return y_MD
+
+    def flops_per_token(self) -> Flops:
+        """On average over a large batch; of a small one the capacity is rounded up."""
+        expert = 2 * (self.up[0].numel() + self.down[0].numel())
+        return Flops(router=2 * self.router.weight.numel(), experts=round(self.capacity_factor * expert))
+
+    def num_parameters(self) -> ParameterCount:
+        """Active on average: capacity_factor experts a token."""
+        router, experts = self.router.weight.numel(), self.up.numel() + self.down.numel()
+        active = round(self.capacity_factor * experts / len(self.up))
+        return ParameterCount(active=router + active, total=router + experts)

@@ -1,0 +1,84 @@
+"""PEER, parameter efficient expert retrieval: "Mixture of A Million Experts" (He 2024, arXiv 2407.04153), section 2."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from tinyexperts.layers.product_key_layer import ProductKeyLayer
+from tinyexperts.layers.product_key_router import QueryNorm, RouterWeights
+from tinyexperts.ops.activation import Activation, check_activation
+
+
+class PEER(ProductKeyLayer):
+    """A feed-forward layer of N single-neuron experts, of which each token retrieves H*K by product keys.
+
+    y = sum over heads and retrieved experts of g * act(u . x) v, g the router weight; heads share the experts and, by
+    default, the sub-keys. Expert (i, j) of the S x S product keys is row i*S + j of `experts` [N, 2, D], which holds
+    (u, v) side by side; [N, 3, D] with (u, w, v) and act(u . x) (w . x) v when gated.
+
+    Args:
+        d_model: width D.
+        num_experts: N, a square.
+        num_heads: H independent queries a token, whose outputs are summed.
+        experts_per_head: K <= sqrt(N).
+        query_dim: Q, even.
+        query_norm: "batch" (the paper's query BN), "layer" (each head's query by itself) or "none".
+        router_weights: "softmax" over a head's K scores (the paper), "sigmoid" or "relu" of each score.
+        activation: "gelu", "relu", "relu2" or "silu"; the paper doesn't say which it ran.
+        gated: gated experts, named by the paper as an easy extension.
+        shared_sub_keys: one set of product keys for all heads (the paper), or one a head.
+        sparse: give the gradient of `experts` as a sparse_coo tensor of the touched rows, as nn.Embedding(sparse=True);
+            train it with tinyexperts.optim.RowSparseAdam or torch.optim.SparseAdam. Dense by default, for any loop.
+
+    Raises:
+        InputError (a ValueError): num_experts not a square, query_dim odd, experts_per_head > sqrt(num_experts), an
+            unknown option.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int = 1024**2,
+        *,
+        num_heads: int = 8,
+        experts_per_head: int = 16,
+        query_dim: int = 128,
+        query_norm: QueryNorm = "batch",
+        router_weights: RouterWeights = "softmax",
+        activation: Activation = "gelu",
+        gated: bool = False,
+        shared_sub_keys: bool = True,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_activation(activation)
+        super().__init__(
+            d_model,
+            num_experts,
+            vectors_per_expert=3 if gated else 2,
+            activation=activation,
+            num_heads=num_heads,
+            experts_per_head=experts_per_head,
+            query_dim=query_dim,
+            query_norm=query_norm,
+            router_weights=router_weights,
+            shared_sub_keys=shared_sub_keys,
+            sparse=sparse,
+            device=device,
+            dtype=dtype,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """u (and w) normal of variance 1 / D, so that u . x starts at unit variance; v of a quarter of it.
+
+        The paper leaves this open; the quarter is what the first runs at small scale were made with.
+        """
+        self.router.reset_parameters(generator)
+        nn.init.normal_(self.experts, std=1 / math.sqrt(self.experts.shape[-1]), generator=generator)
+        with torch.no_grad():
+            self.experts[:, -1].mul_(0.5)

@@ -1,0 +1,65 @@
+"""Product-key memory, the paper's PKM baseline: Lample et al. 2019 (arXiv 1907.05242)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from tinyexperts.layers.product_key_layer import ProductKeyLayer
+from tinyexperts.layers.product_key_router import QueryNorm
+
+
+class ProductKeyMemory(ProductKeyLayer):
+    """A feed-forward layer whose output is a weighted sum of H*K retrieved value vectors, which don't look at x.
+
+    Softmax weights over each head's K; the sub-keys are shared by the heads, as in the paper's PEER, so that the two
+    differ in the experts alone. `experts` [N, 1, D] holds the values.
+
+    Args:
+        d_model: width D.
+        num_values: N, a square.
+        num_heads: H queries a token, whose outputs are summed.
+        values_per_head: K <= sqrt(N).
+        query_dim: Q, even.
+        query_norm: "batch", "layer" or "none".
+        sparse: give the gradient of the values as a sparse_coo tensor of the touched rows.
+
+    Raises:
+        InputError (a ValueError): num_values not a square, query_dim odd, values_per_head > sqrt(num_values), an
+            unknown option.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_values: int = 1024**2,
+        *,
+        num_heads: int = 8,
+        values_per_head: int = 32,
+        query_dim: int = 128,
+        query_norm: QueryNorm = "batch",
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            num_values,
+            vectors_per_expert=1,
+            activation=None,
+            num_heads=num_heads,
+            experts_per_head=values_per_head,
+            query_dim=query_dim,
+            query_norm=query_norm,
+            sparse=sparse,
+            device=device,
+            dtype=dtype,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Values normal of variance 1 / D (Lample et al.)."""
+        self.router.reset_parameters(generator)
+        nn.init.normal_(self.experts, std=1 / math.sqrt(self.experts.shape[-1]), generator=generator)

@@ -1,0 +1,149 @@
+"""What PEER and product-key memory share: the query network, its normalisation, and exact product-key retrieval.
+
+Source: the paper (arXiv 2407.04153), section 2; query batch norm from Lample et al. (arXiv 1907.05242).
+The paper leaves the query's width, its bias and the initialisation open: here no bias (batch norm would remove it),
+normal queries of variance 1 / D, and unit-norm sub-keys, so that scores start with a variance of about 2 whatever Q is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyexperts.errors import InputError
+from tinyexperts.layers.recomputation import in_recomputation
+from tinyexperts.ops import product_key_topk
+
+QueryNorm = Literal["batch", "layer", "none"]
+RouterWeights = Literal["softmax", "sigmoid", "relu"]
+
+
+class Routing(NamedTuple):
+    """The experts of each token and head, best first; each [..., H, K]."""
+
+    ids: Tensor
+    """int64"""
+    scores: Tensor
+    """fp32 (fp64 in an fp64 layer): query . key"""
+    weights: Tensor
+    """as the scores: what each expert's output is multiplied by"""
+
+
+class QueryBatchNorm(nn.BatchNorm1d):
+    """Batch norm of the queries: batch statistics in training, running ones in evaluation.
+
+    A recomputed forward pass (activation checkpointing) leaves the running statistics alone, and so does an empty
+    batch. With gradient accumulation every micro-batch is normalised by its own statistics and moves the running ones
+    once.
+    """
+
+    def forward(self, query_MC: Tensor) -> Tensor:
+        """query_MC (float, [M, H*Q]) -> the same shape."""
+        if query_MC.shape[0] == 0:
+            return query_MC
+        if self.training and in_recomputation():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            # Copies take the update, so that the same tensors are saved as in the first pass.
+            mean, var = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(query_MC, mean, var, self.weight, self.bias, training=True, eps=self.eps)
+        return super().forward(query_MC)
+
+
+class ProductKeyRouter(nn.Module):
+    """Queries of the tokens, and the K experts whose product keys score highest for each.
+
+    Parameters: `query.weight` [H*Q, D]; `sub_keys` [2, S, Q/2] shared by the heads, or [H, 2, S, Q/2]; the norm's.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        num_heads: int,
+        experts_per_head: int,
+        query_dim: int,
+        query_norm: QueryNorm = "batch",
+        router_weights: RouterWeights = "softmax",
+        shared_sub_keys: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_sub_keys = math.isqrt(max(num_experts, 0))
+        if num_experts < 1 or num_sub_keys**2 != num_experts:
+            squares = [s**2 for s in (num_sub_keys, num_sub_keys + 1) if s > 0]
+            raise InputError(
+                f"the number of experts must be a square (its product keys are pairs), got {num_experts}; "
+                f"the nearest squares are {' and '.join(str(square) for square in squares)}"
+            )
+        if d_model < 1 or num_heads < 1:
+            raise InputError(f"d_model and num_heads must be at least 1, got {d_model} and {num_heads}")
+        if query_dim < 2 or query_dim % 2:
+            raise InputError(
+                f"query_dim must be even and at least 2 (one half meets each set of sub-keys), got {query_dim}"
+            )
+        if not 1 <= experts_per_head <= num_sub_keys:
+            raise InputError(
+                f"experts retrieved a head must be between 1 and sqrt(number of experts) = {num_sub_keys}, "
+                f"got {experts_per_head}"
+            )
+        if query_norm not in get_args(QueryNorm):
+            raise InputError(f"query_norm must be one of {', '.join(get_args(QueryNorm))}, got {query_norm!r}")
+        if router_weights not in get_args(RouterWeights):
+            raise InputError(
+                f"router_weights must be one of {', '.join(get_args(RouterWeights))}, got {router_weights!r}"
+            )
+        self.num_heads, self.query_dim, self.num_sub_keys = num_heads, query_dim, num_sub_keys
+        self.experts_per_head, self.router_weights = experts_per_head, router_weights
+        self.query = nn.Linear(d_model, num_heads * query_dim, bias=False, device=device, dtype=dtype)
+        self.norm: nn.Module = nn.Identity()
+        if query_norm == "batch":
+            self.norm = QueryBatchNorm(num_heads * query_dim, device=device, dtype=dtype)
+        elif query_norm == "layer":
+            self.norm = nn.LayerNorm(query_dim, device=device, dtype=dtype)
+        key_sets = (2,) if shared_sub_keys else (num_heads, 2)
+        self.sub_keys = nn.Parameter(torch.empty(*key_sets, num_sub_keys, query_dim // 2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal queries of variance 1 / D; sub-keys uniform on the unit sphere; the norm as torch makes it."""
+        nn.init.normal_(self.query.weight, std=1 / math.sqrt(self.query.in_features), generator=generator)
+        nn.init.normal_(self.sub_keys, generator=generator)
+        with torch.no_grad():
+            self.sub_keys.copy_(F.normalize(self.sub_keys, dim=-1))
+        if isinstance(self.norm, (nn.BatchNorm1d, nn.LayerNorm)):
+            self.norm.reset_parameters()
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x (float, [..., D]) -> normalised queries [M, H, Q], M the product of the leading dimensions."""
+        query_MC: Tensor = self.query(x.reshape(-1, x.shape[-1]))
+        if isinstance(self.norm, nn.BatchNorm1d):
+            query_MC = self.norm(query_MC)
+        query_MHQ = query_MC.view(-1, self.num_heads, self.query_dim)
+        if isinstance(self.norm, nn.LayerNorm):
+            query_MHQ = self.norm(query_MHQ)
+        return query_MHQ
+
+    def forward(self, x: Tensor) -> Routing:
+        """x (float, [..., D]) -> the Routing, each [..., H, K]."""
+        scores, ids = product_key_topk(self.queries(x), self.sub_keys, self.experts_per_head)
+        if self.router_weights == "softmax":
+            weights = scores.softmax(-1)
+        else:
+            weights = scores.sigmoid() if self.router_weights == "sigmoid" else scores.relu()
+        shape = (*x.shape[:-1], self.num_heads, self.experts_per_head)
+        return Routing(*(t.view(shape) for t in (ids, scores, weights)))
+
+    def flops_per_token(self) -> int:
+        """Of the query network and the scores of all sub-keys of both halves."""
+        return 2 * self.query.weight.numel() + 2 * self.num_heads * self.num_sub_keys * self.query_dim
+
+    def num_parameters(self) -> int:
+        """All of them take part in every token."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,11 @@
+"""Whether a forward pass is a recomputation for the backward pass (activation checkpointing)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def in_recomputation() -> bool:
+    """True while autograd runs a backward pass: state that a forward pass gathers must not move a second time."""
+    # A traced graph gathers its statistics once, in its own forward part.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

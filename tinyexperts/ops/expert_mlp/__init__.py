@@ -1,0 +1,143 @@
+"""The operator tinyexperts::expert_mlp: the weighted sum of the experts a token retrieved, and its backward pass.
+
+Saved for the backward pass: ids, weights and pre-activations, O(M (D + P)); never the gathered rows [M, P, E, D].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyexperts.errors import InputError
+from tinyexperts.ops.activation import check_activation
+from tinyexperts.ops.expert_mlp import reference
+
+__all__ = ["expert_mlp"]
+
+
+def expert_mlp(
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    activation: str | None,
+    *,
+    sparse: bool = False,
+) -> Tensor:
+    """Sum the retrieved experts of each token: y = sum over p of weights[p] * e_ids[p](x) (paper, section 2).
+
+    Args:
+        x_MD (float, [M, D]): the tokens.
+        experts_NED (float, [N, E, D]): the table. E = 1: values (v); E = 2: neurons (u, v); E = 3: gated (u, w, v).
+        ids_MP (int64, [M, P]): the experts of each token, 0 <= id < N; one may repeat.
+        weights_MP (float, [M, P]): their router weights.
+        activation: "gelu", "relu", "relu2" or "silu"; None for E = 1, whose experts don't look at x, and only there.
+        sparse: give the table's gradient as a sparse_coo tensor of the touched rows, as nn.Embedding(sparse=True) does.
+
+    Returns:
+        y_MD (dtype of x, [M, D]): sums kept in fp32 (fp64 for fp64).
+
+    Raises:
+        InputError: shapes that don't fit each other, an unknown activation, an id outside 0..N - 1.
+    """
+    if experts_NED.dim() != 3 or not 1 <= experts_NED.shape[1] <= 3:
+        raise InputError(f"experts must be [N, E, D] with E = 1, 2 or 3, got {list(experts_NED.shape)}")
+    if x_MD.dim() != 2 or x_MD.shape[1] != experts_NED.shape[2]:
+        raise InputError(f"x must be [M, D] with D = {experts_NED.shape[2]}, got {list(x_MD.shape)}")
+    if ids_MP.dim() != 2 or ids_MP.shape != weights_MP.shape or ids_MP.shape[0] != x_MD.shape[0]:
+        raise InputError(
+            f"ids and weights must be [M, P] with M = {x_MD.shape[0]}, "
+            f"got {list(ids_MP.shape)} and {list(weights_MP.shape)}"
+        )
+    if (experts_NED.shape[1] == 1) != (activation is None):
+        raise InputError(
+            f"activation is None for E = 1 and only there, got {activation!r} and E = {experts_NED.shape[1]}"
+        )
+    if activation is not None:
+        check_activation(activation)
+    y: Tensor = _expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, sparse)[0]
+    return y
+
+
+def _check_ids(ids_MP: Tensor, num_experts: int) -> None:
+    # Only on the CPU: on an accelerator reading the extremes would wait for it, and indexing asserts there anyway.
+    if ids_MP.device.type == "cpu" and ids_MP.numel():
+        low, high = (int(extreme) for extreme in ids_MP.aminmax())
+        if low < 0 or high >= num_experts:
+            raise InputError(f"ids must be between 0 and N - 1 = {num_experts - 1}, got {low if low < 0 else high}")
+
+
+@torch.library.custom_op("tinyexperts::expert_mlp", mutates_args=())
+def _expert_mlp(
+    x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None, sparse: bool
+) -> tuple[Tensor, Tensor]:
+    _check_ids(ids_MP, experts_NED.shape[0])
+    return reference.expert_mlp_in_chunks(x_MD, experts_NED, ids_MP, weights_MP, activation)
+
+
+@_expert_mlp.register_fake
+def _(
+    x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None, sparse: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (experts_NED.shape[1] - 1, *ids_MP.shape)
+    pre_activations = x_MD.new_empty(shape, dtype=reference.accumulation_dtype(x_MD, experts_NED))
+    return x_MD.new_empty(x_MD.shape), pre_activations
+
+
+@torch.library.custom_op("tinyexperts::expert_mlp_backward", mutates_args=())
+def _expert_mlp_backward(
+    grad_y_MD: Tensor,
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    pre_activations_FMP: Tensor,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return reference.expert_mlp_backward(
+        grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation
+    )
+
+
+@_expert_mlp_backward.register_fake
+def _(
+    grad_y_MD: Tensor,
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    pre_activations_FMP: Tensor,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    return (
+        x_MD.new_empty(x_MD.shape),
+        ids_MP.new_empty((num_rows,)),
+        experts_NED.new_empty((num_rows, *experts_NED.shape[1:])),
+        weights_MP.new_empty(weights_MP.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x_MD, experts_NED, ids_MP, weights_MP, ctx.activation, ctx.sparse = inputs
+    ctx.save_for_backward(x_MD, experts_NED, ids_MP, weights_MP, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_y_MD: Tensor, _grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # activation checkpointing lets them be unpacked once
+    experts_NED = saved[1]
+    grad_x, rows, grad_rows, grad_weights = _expert_mlp_backward(grad_y_MD, *saved, ctx.activation)
+    if ctx.sparse:
+        # The rows ascend and don't repeat; torch loses the flag on the way into .grad.
+        grad_experts = torch.sparse_coo_tensor(
+            rows.unsqueeze(0), grad_rows, experts_NED.shape, is_coalesced=True, check_invariants=False
+        )
+    else:
+        grad_experts = grad_rows.new_zeros(experts_NED.shape).index_copy(0, rows, grad_rows)
+    return grad_x, grad_experts, None, grad_weights, None, None
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_setup_context)
