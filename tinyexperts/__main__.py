@@ -1,0 +1,5 @@
+"""python -m tinyexperts"""
+
+from tinyexperts.cli import main
+
+main()

@@ -1,0 +1,17 @@
+"""Evaluation: perplexity, bits per byte, expert usage."""
+
+from tinyexperts.evaluation.evaluate import Evaluation, evaluate
+from tinyexperts.evaluation.expert_usage import ExpertUsage, expert_usage, recorded_expert_usage
+from tinyexperts.evaluation.perplexity import LossByCopy, Perplexity, bigram_stood_earlier, measure_perplexity
+
+__all__ = [
+    "Evaluation",
+    "ExpertUsage",
+    "LossByCopy",
+    "Perplexity",
+    "bigram_stood_earlier",
+    "evaluate",
+    "expert_usage",
+    "measure_perplexity",
+    "recorded_expert_usage",
+]

@@ -1,0 +1,80 @@
+"""How evenly a product-key layer uses its experts, as the paper measures it, with Gini's coefficient beside it.
+
+Paper, section 3.3: z'_i is the sum of expert i's router weights over the tokens of a held-out set, z = z' / |z'|_1;
+usage is the share of experts with z_i > 0, unevenness the Kullback-Leibler divergence of z from uniform in nats,
+log N + sum_i z_i log z_i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tinyexperts.layers import ProductKeyLayer, Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertUsage:
+    """How much each expert of one layer was used."""
+
+    share: Tensor
+    """z (fp64, [N]): sums to 1"""
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.share)
+
+    @property
+    def num_dead(self) -> int:
+        """Experts without any router weight."""
+        return int((self.share == 0).sum())
+
+    @property
+    def usage(self) -> float:
+        return 1 - self.num_dead / self.num_experts
+
+    @property
+    def unevenness(self) -> float:
+        """Nats; 0 where all experts are used alike, log N where one is used alone."""
+        return math.log(self.num_experts) + float(torch.special.xlogy(self.share, self.share).sum())
+
+    @property
+    def gini(self) -> float:
+        """0 where all experts are used alike, 1 - 1/N where one is used alone."""
+        ranks = torch.arange(1, self.num_experts + 1, dtype=torch.float64)
+        weighted = float((ranks * self.share.sort().values).sum())
+        return (2 * weighted - (self.num_experts + 1)) / self.num_experts
+
+
+@contextmanager
+def recorded_expert_usage(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """While open, sum the router weights of every product-key layer; yields z' (fp64, [N]) by the layer's name."""
+    sums: dict[str, Tensor] = {}
+    handles = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, ProductKeyLayer):
+            total = sums[name] = torch.zeros(len(layer.experts), dtype=torch.float64, device=layer.experts.device)
+
+            def add(_module: nn.Module, _inputs: object, routing: Routing, total: Tensor = total) -> None:
+                total.index_add_(0, routing.ids.flatten(), routing.weights.detach().flatten().double())
+
+            handles.append(layer.router.register_forward_hook(add))
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expert_usage(weight_sums: Tensor) -> ExpertUsage:
+    """Usage from z' (fp64, [N]), the sum of each expert's router weights.
+
+    Where no expert got any weight (ReLU router weights can all be zero) every share is 0.
+    """
+    total = weight_sums.sum()
+    return ExpertUsage(share=(weight_sums / total if total > 0 else weight_sums).cpu())

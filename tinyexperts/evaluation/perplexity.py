@@ -1,0 +1,108 @@
+"""Perplexity and bits per byte of a language model on tokens, and the loss split by what copying could have found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby, islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinyexperts.data import EncodedText, TokenSplit, evaluation_windows
+from tinyexperts.model import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossByCopy:
+    """Loss in nats a token, split by whether the token's bigram stood earlier in its context.
+
+    Early in training a model learns to copy such tokens, at a moment that differs from seed to seed; the loss on the
+    new ones is the steadier measure of what its layers store.
+    """
+
+    new: float
+    stood_earlier: float
+    share_stood_earlier: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """What a model loses on a text; `num_bytes` is None where the text was cut off between documents."""
+
+    loss: float
+    """nats a token"""
+    num_tokens: int
+    num_bytes: int | None
+    loss_by_copy: LossByCopy
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.loss * self.num_tokens / math.log(2) / self.num_bytes if self.num_bytes else None
+
+
+def measure_perplexity(
+    model: Transformer,
+    split: TokenSplit | EncodedText,
+    *,
+    context_length: int,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    forward_context: AbstractContextManager[object] | None = None,
+) -> Perplexity:
+    """Loss of every token of the split, in windows of `context_length` that start afresh, model in evaluation mode.
+
+    max_tokens: stop after the windows that hold so many tokens; bits per byte are not known then.
+    forward_context: what the forward pass runs in, for example autocast.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    num_windows = None if max_tokens is None else math.ceil(max_tokens / context_length)
+    sums, counts = np.zeros(2), np.zeros(2, dtype=np.int64)
+    with torch.inference_mode():
+        for inputs, targets in _batches(split, context_length, batch_size, num_windows):
+            with forward_context or nullcontext():
+                logits = model(inputs.to(device))
+            losses = F.cross_entropy(logits.float().transpose(1, 2), targets.to(device), reduction="none")
+            stood_earlier = bigram_stood_earlier(inputs, targets)
+            for kind in (0, 1):
+                chosen = losses.cpu()[stood_earlier == bool(kind)].double()
+                sums[kind] += chosen.sum().item()
+                counts[kind] += chosen.numel()
+    model.train(was_training)
+    num_tokens = int(counts.sum())
+    means = [float(total / count) if count else math.nan for total, count in zip(sums, counts, strict=True)]
+    return Perplexity(
+        loss=float(sums.sum() / num_tokens),
+        num_tokens=num_tokens,
+        num_bytes=split.num_bytes if num_tokens == split.num_tokens else None,
+        loss_by_copy=LossByCopy(new=means[0], stood_earlier=means[1], share_stood_earlier=float(counts[1] / num_tokens)),
+    )
+
+
+def bigram_stood_earlier(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Whether (input, target) occurred at an earlier position of the row; inputs, targets (int64) -> bool, all [B, T]."""
+    bigrams = (inputs << 32 | targets).numpy()
+    earlier = np.ones(bigrams.shape, dtype=bool)
+    for row, bigrams_T in enumerate(bigrams):
+        earlier[row, np.unique(bigrams_T, return_index=True)[1]] = False
+    return torch.from_numpy(earlier)
+
+
+def _batches(
+    split: TokenSplit | EncodedText, context_length: int, batch_size: int, num_windows: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows in order, as many together as batch_size; the last window, which is shorter, by itself."""
+    wanted = enumerate(islice(evaluation_windows(split, context_length), num_windows))
+    for _, group in groupby(wanted, key=lambda item: (item[0] // batch_size, len(item[1][0]))):
+        inputs, targets = zip(*(window for _, window in group), strict=True)
+        yield torch.stack(inputs), torch.stack(targets)

@@ -1,0 +1,24 @@
+"""The decoder-only transformer, its configuration, and generation with a KV cache."""
+
+from tinyexperts.model.config import (
+    DenseConfig,
+    ExpertChoiceMoEConfig,
+    PEERConfig,
+    ProductKeyMemoryConfig,
+    SparseLayerConfig,
+    TransformerConfig,
+)
+from tinyexperts.model.generation import generate
+from tinyexperts.model.transformer import Cache, Transformer
+
+__all__ = [
+    "Cache",
+    "DenseConfig",
+    "ExpertChoiceMoEConfig",
+    "PEERConfig",
+    "ProductKeyMemoryConfig",
+    "SparseLayerConfig",
+    "Transformer",
+    "TransformerConfig",
+    "generate",
+]

@@ -1,0 +1,79 @@
+"""Causal self-attention with rotary position embedding and, where asked for, fewer heads of keys and values.
+
+RoPE: Su et al. (arXiv 2104.09864), the halves of a head rotated against each other; grouped-query attention: Ainslie et
+al. (arXiv 2305.13245).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyexperts.model.config import TransformerConfig
+
+
+class LayerCache:
+    """Keys and values of one block for the positions seen so far, each [B, key-value heads, context, head width]."""
+
+    def __init__(self, config: TransformerConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (batch_size, config.key_value_heads, config.context_length, config.d_model // config.num_heads)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+    def extend(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values from position `start` on; returns those of all positions up to their end."""
+        stop = start + keys.shape[2]
+        self.keys[:, :, start:stop], self.values[:, :, start:stop] = keys, values
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+def rotary_angles(config: TransformerConfig, start: int, stop: int, device: torch.device) -> Tensor:
+    """Angle of each position and pair of elements (fp32, [stop - start, head width / 2])."""
+    half = config.d_model // config.num_heads // 2
+    frequencies = config.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+    return torch.arange(start, stop, device=device, dtype=torch.float32).unsqueeze(1) * frequencies
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + half) of each head of x [B, heads, T, head width] by the angles [T, half], in fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, without biases."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads, self.key_value_heads = config.num_heads, config.key_value_heads
+        self.head_dim = config.d_model // config.num_heads
+        self.query = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.key = nn.Linear(config.d_model, self.key_value_heads * self.head_dim, bias=False)
+        self.value = nn.Linear(config.d_model, self.key_value_heads * self.head_dim, bias=False)
+        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, angles: Tensor, start: int = 0, cache: LayerCache | None = None) -> Tensor:
+        """x (float, [B, T, D]) at the positions from `start` on, whose angles are given -> the same shape."""
+        batch_size, length, d_model = x.shape
+        query, key, value = (
+            projection(x).view(batch_size, length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        query, key = rotate(query, angles), rotate(key, angles)
+        mask = None
+        if cache is not None:
+            key, value = cache.extend(start, key, value)
+            if start:
+                positions = torch.arange(start + length, device=x.device)
+                mask = positions <= positions[start:].unsqueeze(1)
+        y = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.key_value_heads
+        )
+        projected: Tensor = self.output(y.transpose(1, 2).reshape(batch_size, length, d_model))
+        return projected
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Projections, and scores and sums over the whole context (the causal half is not subtracted)."""
+        projections = sum(m.weight.numel() for m in (self.query, self.key, self.value, self.output))
+        return 2 * projections + 4 * context_length * self.num_heads * self.head_dim

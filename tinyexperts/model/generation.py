@@ -1,0 +1,87 @@
+"""Text generation, token by token, with a cache of keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinyexperts.errors import InputError
+from tinyexperts.model.transformer import Cache, Transformer
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    end_of_text_id: int | None = None,
+) -> Tensor:
+    """Continue each row of a prompt; the model is in evaluation mode meanwhile.
+
+    Args:
+        prompt (int64, [B, T]): T >= 1 tokens.
+        max_new_tokens: tokens to add at most.
+        temperature: the logits are divided by it; 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens only.
+        top_p: draw among the fewest likeliest tokens whose probabilities reach this sum.
+        generator: of the draws.
+        end_of_text_id: a row that has drawn this token repeats it, and generation ends when all rows have.
+
+    Returns:
+        tokens (int64, [B, T + new]): the prompt and its continuation.
+
+    Raises:
+        InputError: an empty prompt, more tokens than the context holds, a setting out of range.
+    """
+    if prompt.dim() != 2 or prompt.shape[1] < 1:
+        raise InputError(f"the prompt must be [B, T] with at least one token, got {list(prompt.shape)}")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if prompt.shape[1] + max_new_tokens > model.config.context_length:
+        raise InputError(
+            f"a prompt of {prompt.shape[1]} tokens and {max_new_tokens} new ones are more than the model's context of "
+            f"{model.config.context_length} tokens holds"
+        )
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
+    was_training = model.training
+    model.eval()
+    cache, tokens, step = Cache(model, len(prompt)), prompt, prompt
+    ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
+    for _ in range(max_new_tokens):
+        step = _draw(model(step, cache)[:, -1].float(), temperature, top_k, top_p, generator)
+        if end_of_text_id is not None:
+            step = step.masked_fill(ended, end_of_text_id)
+            ended = step == end_of_text_id
+        tokens = torch.cat([tokens, step], dim=1)
+        if bool(ended.all()):
+            break
+    model.train(was_training)
+    return tokens
+
+
+def _draw(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """The next token of each row, [B, 1], from logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p is not None:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        surplus = probabilities.cumsum(-1) - probabilities >= top_p
+        logits = logits.scatter(-1, order, ordered.masked_fill(surplus, float("-inf")))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -1,0 +1,131 @@
+"""The decoder-only transformer: pre-norm blocks of attention and a feed-forward layer, some of them sparse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tinyexperts.errors import InputError
+from tinyexperts.layers import FeedForward, ParameterCount
+from tinyexperts.model.attention import Attention, LayerCache, rotary_angles
+from tinyexperts.model.config import TransformerConfig
+
+
+class Cache:
+    """The keys and values of all blocks for the positions seen so far: what makes generation linear in its length."""
+
+    def __init__(self, model: Transformer, batch_size: int) -> None:
+        weight = model.embedding.weight
+        self.length = 0
+        """positions seen so far"""
+        self.layers = [LayerCache(model.config, batch_size, weight.device, weight.dtype) for _ in model.blocks]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: TransformerConfig, feed_forward: FeedForward) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.feed_forward = feed_forward
+
+    def forward(self, x: Tensor, angles: Tensor, start: int, cache: LayerCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, start, cache)
+        y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        return y
+
+
+class Transformer(nn.Module):
+    """A language model; `sparse_tables` gives the tables of its PEER and product-key-memory layers sparse gradients.
+
+    Initial weights come from torch's global generator: seed it. Matrices are normal of variance 1 / fan-in, those that
+    write into the residual stream scaled by 1 / sqrt(2 * num_layers) (GPT-2); the embedding has standard deviation 0.02
+    (GPT-2) and the untied head starts at zero, so that the first loss is log V (assumption: as nanochat's).
+    Feed-forward layers initialise themselves.
+    """
+
+    def __init__(self, config: TransformerConfig, *, sparse_tables: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(
+            Block(
+                config,
+                config.sparse_layer.build(config.d_model, sparse=sparse_tables)
+                if number in config.sparse_blocks
+                else config.dense.build(config.d_model),
+            )
+            for number in range(config.num_layers)
+        )
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._reset_parameters()
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def _reset_parameters(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+        for block in self.blocks:
+            attention = block.attention
+            for projection in (attention.query, attention.key, attention.value, attention.output):
+                nn.init.normal_(projection.weight, std=1 / math.sqrt(projection.in_features))
+            with torch.no_grad():
+                attention.output.weight.div_(math.sqrt(2 * len(self.blocks)))
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits of the token that follows each of `tokens`.
+
+        Args:
+            tokens (int64, [B, T]): with a cache, those that follow the ones it has seen; it is extended by them.
+            cache: made by `Cache(model, batch_size)`.
+
+        Returns:
+            logits (float, [B, T, V]).
+
+        Raises:
+            InputError: more tokens than the context holds.
+        """
+        start = 0 if cache is None else cache.length
+        stop = start + tokens.shape[1]
+        if stop > self.config.context_length:
+            raise InputError(
+                f"{stop} tokens are more than the model's context of {self.config.context_length} tokens holds"
+            )
+        angles = rotary_angles(self.config, start, stop, tokens.device)
+        x = self.embedding(tokens)
+        caches: Sequence[LayerCache | None] = [None] * len(self.blocks) if cache is None else cache.layers
+        for block, layer_cache in zip(self.blocks, caches, strict=True):
+            x = block(x, angles, start, layer_cache)
+        if cache is not None:
+            cache.length = stop
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    def flops_per_token(self, context_length: int) -> int:
+        """FLOPs a token of one forward pass over sequences of this length, routers, attention and head included."""
+        return (
+            sum(
+                block.attention.flops_per_token(context_length) + block.feed_forward.flops_per_token().total
+                for block in self.blocks
+            )
+            + 2 * self.head.weight.numel()
+        )
+
+    def router_flops_per_token(self) -> int:
+        """The part of flops_per_token that chooses experts."""
+        return sum(block.feed_forward.flops_per_token().router for block in self.blocks)
+
+    def num_parameters(self) -> ParameterCount:
+        """All parameters, and those that take part in one token; of an untied embedding that is one row."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        counts = [block.feed_forward.num_parameters() for block in self.blocks]
+        idle = sum(count.total - count.active for count in counts)
+        if not self.config.tied_embeddings:
+            idle += self.embedding.weight.numel() - self.config.d_model
+        return ParameterCount(active=total - idle, total=total)

@@ -1,0 +1,7 @@
+"""Training: recipes, the loop, run folders, checkpoints."""
+
+from tinyexperts.training.checkpoint import load_model
+from tinyexperts.training.config import TrainConfig
+from tinyexperts.training.loop import Interrupted, train
+
+__all__ = ["Interrupted", "TrainConfig", "load_model", "train"]

@@ -1,0 +1,163 @@
+"""Checkpoints of a run, by torch.distributed.checkpoint in its safetensors format: no pickles.
+
+A checkpoint is a folder step-00000500/ with the tensors (model.<name>, optimizer.<parameter>.<state>) and a
+manifest.json that carries the trainer's state and the SHA-256 of each file. It is written beside and renamed, so what
+bears the final name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tinyexperts.errors import InputError
+from tinyexperts.model import Transformer
+from tinyexperts.training.run_folder import read_config, write_whole
+
+# A tensor above this has a file of its own: the writer holds a file's bytes in memory.
+_OWN_FILE_BYTES = 1 << 26
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial")
+
+
+def save_checkpoint(
+    run: Path, step: int, model: nn.Module, optimizers: Sequence[Optimizer], state: dict[str, Any], *, keep: int
+) -> Path:
+    """Write the checkpoint of a step and delete all but the last `keep`.
+
+    Raises:
+        InputError: it can't be written (disk full); earlier checkpoints stay as they are.
+    """
+    final = run / "checkpoints" / f"step-{step:08d}"
+    partial = final.with_name(final.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = _tensors(model, optimizers)
+        _write(tensors, partial)
+        files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        write_whole(partial / "manifest.json", json.dumps({"step": step, "state": state, "files": files}, indent=2))
+        if final.exists():  # the same step again, after a resumption
+            shutil.rmtree(final)
+        partial.rename(final)
+    except (OSError, dcp.api.CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        earlier = checkpoints(run)
+        last = f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no earlier checkpoint"
+        raise InputError(f"the checkpoint of step {step} could not be written ({_reason(error)}); {last}") from error
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> dict[str, Any]:
+    """Load a checkpoint into the model and the optimisers, in place; returns the trainer's state.
+
+    Raises:
+        InputError: a missing, truncated or altered file, tensors that don't fit the model, a weight that is not finite.
+    """
+    manifest = _verified_manifest(checkpoint)
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    stored = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith("optimizer.") and optimizers
+    }
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    try:
+        dcp.load({**weights, **stored}, storage_reader=reader, no_dist=True)
+    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        raise InputError(f"{checkpoint} does not fit the model: {_reason(error)}") from error
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"{checkpoint} holds weights that are not finite: {name.removeprefix('model.')}")
+    by_name = dict(model.named_parameters())
+    for optimizer in optimizers:
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, tensor in stored.items():
+            parameter_name, _, key = name.removeprefix("optimizer.").rpartition(".")
+            parameter = by_name[parameter_name]
+            if id(parameter) in own:
+                optimizer.state[parameter][key] = tensor if tensor.dim() == 0 else tensor.to(parameter.device)
+    return manifest["state"]
+
+
+def load_model(run: Path, *, device: str = "cpu") -> Transformer:
+    """The model of a run at its last checkpoint, in evaluation mode.
+
+    Raises:
+        InputError: no run, no checkpoint, a damaged one, or weights that are not finite.
+    """
+    config = read_config(run)
+    found = checkpoints(run)
+    if not found:
+        raise InputError(f"the run {run} has no checkpoint yet")
+    model = Transformer(config.model)
+    load_checkpoint(found[-1], model)
+    return model.to(device).eval()
+
+
+def _tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
+    return tensors
+
+
+def _write(tensors: dict[str, Tensor], folder: Path) -> None:
+    files = {name: 1 for name in tensors}
+    large = [name for name, tensor in tensors.items() if tensor.numel() * tensor.element_size() > _OWN_FILE_BYTES]
+    files |= {name: number for number, name in enumerate(large, start=2)}
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
+
+
+def _verified_manifest(checkpoint: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{checkpoint} is not a whole checkpoint: manifest.json can't be read ({error})") from None
+    for name, digest in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise InputError(f"the checkpoint {checkpoint} lacks its file {name}")
+        if _sha256(path) != digest:
+            raise InputError(f"{path} is truncated or altered: its SHA-256 is not that of the manifest")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    """The first plain sentence in an error, or in those that a CheckpointException collects."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,120 @@
+"""The whole configuration of a training run: what a recipe returns, the command line overrides, the run folder keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tinyexperts.errors import InputError
+from tinyexperts.model import TransformerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Learning rates are those of the peak; betas are Adam's."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    run: Path
+    """Folder of the run, made by it."""
+    data: Path
+    """Folder of the data set, made by `tinyexperts data prepare`."""
+    model: TransformerConfig
+    """The model."""
+    num_steps: int | None = None
+    """Length of the run in optimiser steps; give this or training_flops."""
+    training_flops: float | None = None
+    """Length of the run in FLOPs: three forward passes a step, routers and attention included."""
+    batch_size: int = 4
+    """Sequences of one micro-batch."""
+    gradient_accumulation: int = 1
+    """Micro-batches of one optimiser step."""
+    matrix_learning_rate: float = 4e-3
+    """Of the hidden matrices and the norms' gains."""
+    embedding_learning_rate: float = 0.096
+    """Of the token embedding (and of the head where the two are tied)."""
+    head_learning_rate: float = 8e-3
+    """Of the output head."""
+    table_learning_rate: float = 1e-2
+    """Of the tables of experts."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Of everything but the tables."""
+    table_betas: tuple[float, float] = (0.9, 0.99)
+    """Of the tables."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the hidden matrices; tables have none."""
+    schedule: Literal["cosine", "warmup_stable_decay"] = "warmup_stable_decay"
+    """cosine falls to a tenth of the peak; warmup_stable_decay falls linearly to 0 at the end."""
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rates rise."""
+    decay_fraction: float = 0.95
+    """Share of the steps in which they fall, for warmup_stable_decay."""
+    gradient_clip: float | None = 1.0
+    """Largest global gradient norm, tables included; None does not clip."""
+    table_gradients: Literal["auto", "sparse", "dense"] = "auto"
+    """sparse trains the touched rows alone (RowSparseAdam), dense the whole table (AdamW); auto takes sparse where a
+    step is expected to touch less than a quarter of the rows."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 computes under autocast; auto takes it on GPUs that have it, and fp32 on CPUs, where bf16 is slower."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    threads: int | None = None
+    """CPU threads; default: as torch chooses. Results are bit-equal only for equal numbers of threads."""
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    validation_every: int = 100
+    """Steps between two validations."""
+    validation_tokens: int = 32768
+    """Tokens of one validation, from the start of the held-out split."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; the last step has one always."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        if (self.num_steps is None) == (self.training_flops is None):
+            raise InputError(
+                "give exactly one of num_steps and training_flops, "
+                f"got num_steps {self.num_steps} and training_flops {self.training_flops}"
+            )
+        for name in (
+            "num_steps",
+            "batch_size",
+            "gradient_accumulation",
+            "threads",
+            "log_every",
+            "validation_every",
+            "validation_tokens",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if self.training_flops is not None and not 0 < self.training_flops < float("inf"):
+            raise InputError(f"training_flops must be positive, got {self.training_flops}")
+        for name in ("matrix", "embedding", "head", "table"):
+            value = getattr(self, f"{name}_learning_rate")
+            if not 0 <= value < float("inf"):
+                raise InputError(f"{name}_learning_rate must be at least 0, got {value}")
+        for name in ("betas", "table_betas"):
+            if not all(0 <= beta < 1 for beta in getattr(self, name)):
+                raise InputError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise InputError(f"gradient_clip must be positive, or None for no clipping, got {self.gradient_clip}")
+        fractions = (self.warmup_fraction, self.decay_fraction)
+        if min(fractions) < 0 or self.warmup_fraction > 1:
+            raise InputError(f"warmup_fraction and decay_fraction must be between 0 and 1, got {fractions}")
+        if self.schedule == "warmup_stable_decay" and sum(fractions) > 1 + 1e-9:
+            raise InputError(f"warmup_fraction and decay_fraction must be at most 1 together, got {fractions}")
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0, got {self.seed}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation * self.model.context_length

@@ -1,0 +1,39 @@
+"""What a person sees of a run: one bar with the loss, the speed and the time left."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class TrainingBar:
+    """A rich progress bar on standard error; off, it does nothing."""
+
+    def __init__(self, name: str, *, num_steps: int, first_step: int, enabled: bool) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self._task = self._progress.add_task(name, total=num_steps, completed=first_step, numbers="")
+
+    def __enter__(self) -> TrainingBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, *, loss: float, tokens_per_second: float, flops_per_second: float) -> None:
+        numbers = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {flops_per_second / 1e9:.1f} GFLOP/s"
+        self._progress.update(self._task, completed=step, numbers=numbers)
+
+    def say(self, text: str) -> None:
+        if not self._progress.disable:
+            self._progress.console.print(text, markup=False, highlight=False)

@@ -1,0 +1,155 @@
+"""The folder of a run: its configuration, what it is, its tokenizer, its metrics, its checkpoints.
+
+    config.json      the TrainConfig
+    run.json         command, versions, parameters and FLOPs
+    tokenizer.json   of the data set it was trained on
+    metrics.jsonl    a line a measurement; the same numbers go to tensorboard/
+    checkpoints/     step-00000500/ ...
+    evaluation.json  results on the held-out split, and expert-usage-<layer>.npy; samples.json: generated text
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from tinyexperts.data import TokenDataset, Tokenizer
+from tinyexperts.errors import InputError
+from tinyexperts.training.config import TrainConfig
+
+_CONFIG = TypeAdapter(TrainConfig)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside and rename, so that a reader sees the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def create(config: TrainConfig, tokenizer: Tokenizer, description: dict[str, Any]) -> None:
+    """Make the folder of a new run.
+
+    Raises:
+        InputError: the folder holds a run already, or anything else.
+    """
+    if config.run.exists() and (not config.run.is_dir() or any(config.run.iterdir())):
+        raise InputError(f"the run folder {config.run} exists: add --resume to go on with it, or choose another --run")
+    config.run.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(config.run / "tokenizer.json")
+    write_whole(config.run / "run.json", json.dumps(description, indent=2))
+    write_whole(config.run / "config.json", _CONFIG.dump_json(config, indent=2).decode())
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The configuration of a run.
+
+    Raises:
+        InputError: no run there, or a configuration that this version can't read.
+    """
+    path = run / "config.json"
+    try:
+        return _CONFIG.validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{run} is not the folder of a run: {path.name} can't be read ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path} does not hold a configuration: {where}: {first['msg']}") from None
+
+
+def check_unchanged(config: TrainConfig) -> None:
+    """A resumed run must be the run that was begun.
+
+    Raises:
+        InputError: names the fields that differ, with both values.
+    """
+    old, new = read_config(config.run), config
+    changes = [
+        f"{name} was {was}, is {now}" for name, was, now in _differences(old, new) if name not in ("run", "data")
+    ]
+    if changes:
+        raise InputError(f"{config.run} can't be resumed with another configuration: {'; '.join(changes)}")
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if type(old) is not type(new):
+        return [(prefix.rstrip("."), type(old).__name__, type(new).__name__)]
+    found = []
+    for field in fields(old):
+        was, now = getattr(old, field.name), getattr(new, field.name)
+        if hasattr(was, "__dataclass_fields__"):
+            found += _differences(was, now, f"{prefix}{field.name}.")
+        elif was != now:
+            found.append((prefix + field.name, was, now))
+    return found
+
+
+def write_evaluation(run: Path, summary: dict[str, Any], usage_shares: dict[str, Tensor]) -> None:
+    """Write evaluation.json, and each layer's share of router weight by expert (fp64, [N]) beside it as .npy."""
+    for layer in summary["expert_usage"]:
+        layer["file"] = f"expert-usage-{layer['layer']}.npy"
+        np.save(run / layer["file"], usage_shares[layer["layer"]].numpy(), allow_pickle=False)
+    write_whole(run / "evaluation.json", json.dumps(summary, indent=2))
+
+
+def append_sample(run: Path, prompt: str, completion: str) -> None:
+    """Add a sample to samples.json."""
+    path = run / "samples.json"
+    samples = json.loads(path.read_text()) if path.exists() else []
+    write_whole(path, json.dumps([*samples, {"prompt": prompt, "completion": completion}], indent=2))
+
+
+def check_tokenizer(run: Path, dataset: TokenDataset) -> None:
+    """A model reads the tokens of its own tokenizer only.
+
+    Raises:
+        InputError: the data set was made by another one.
+    """
+    own = Tokenizer.load(run / "tokenizer.json")
+    if own.hash != dataset.tokenizer.hash:
+        raise InputError(
+            f"{dataset.folder} was made by another tokenizer than that of the run {run}: "
+            f"sha256 {dataset.tokenizer.hash[:12]} and {own.hash[:12]}"
+        )
+
+
+class Metrics:
+    """Appends measurements to metrics.jsonl and to TensorBoard; after a resumption it goes on where the checkpoint was."""
+
+    def __init__(self, run: Path, *, after_step: int) -> None:
+        path = run / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= after_step]
+            write_whole(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
+
+    def write(self, split: str, step: int, **values: float) -> None:
+        self._file.write(json.dumps({"split": split, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """A line that a kill cut short belongs to no checkpoint."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")
