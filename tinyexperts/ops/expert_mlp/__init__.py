@@ -136,7 +136,7 @@ def _backward(ctx: Any, grad_y_MD: Tensor, _grad_pre: Tensor | None) -> tuple[Te
             rows.unsqueeze(0), grad_rows, experts_NED.shape, is_coalesced=True, check_invariants=False
         )
     else:
-        grad_experts = grad_rows.new_zeros(experts_NED.shape).index_copy(0, rows, grad_rows)
+        grad_experts = grad_rows.new_zeros(experts_NED.shape).index_copy_(0, rows, grad_rows)
     return grad_x, grad_experts, None, grad_weights, None, None
 
 

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyexperts.data import PrepareConfig, TokenDataset, prepare, train_tokenizer
+from tinyexperts.errors import InputError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def documents_of(folder: Path, split: Any) -> list[str]:
+    dataset = TokenDataset.open(folder)
+    tokens = dataset.split(split)
+    return [dataset.tokenizer.decode(tokens.document(i)[:-1]) for i in range(tokens.num_documents)]
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def texts_of_repeated_words(num_texts: int) -> list[str]:
+    return [f"text {i}: the router asks expert {i % 7} for its score\n" for i in range(num_texts)]
+
+
+@pytest.fixture
+def small_file_limit() -> Iterator[int]:
+    """The system refuses to write files beyond this, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    yield 50_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_the_same_preparation_gives_the_same_bytes(small_corpus: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        prepare(PrepareConfig(files=(small_corpus,), output=tmp_path / name, vocab_size=300, validation_fraction=0.1))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert set(contents(tmp_path / "one")) == {
+        "index.json",
+        "tokenizer.json",
+        "train-00000.bin",
+        "train-documents.npy",
+        "validation-00000.bin",
+        "validation-documents.npy",
+    }
+    prepare(PrepareConfig(files=(small_corpus,), output=tmp_path / "three", vocab_size=300, seed=1))
+    assert contents(tmp_path / "three")["train-00000.bin"] != contents(tmp_path / "one")["train-00000.bin"]
+
+
+def test_no_document_is_in_both_splits_and_every_one_in_one(tmp_path: Path) -> None:
+    texts = texts_of_repeated_words(200)
+    doubled = texts + [f"  {text} " for text in texts] + ["", " \n"]
+    path = write_lines(tmp_path / "a.jsonl", doubled)
+    summary = prepare(PrepareConfig(files=(path,), output=tmp_path / "set", vocab_size=300, validation_fraction=0.2))
+    train, validation = (documents_of(tmp_path / "set", split) for split in ("train", "validation"))
+    assert len(validation) == 40
+    assert sorted(train + validation) == sorted(texts)
+    assert (summary.num_duplicates_removed, summary.num_empty_removed) == (200, 2)
+
+
+def test_tokenizer_is_trained_on_the_training_documents_alone(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", texts_of_repeated_words(100))
+    prepare(PrepareConfig(files=(path,), output=tmp_path / "set", vocab_size=290, validation_fraction=0.5))
+    dataset = TokenDataset.open(tmp_path / "set")
+    train = documents_of(tmp_path / "set", "train")
+    assert dataset.tokenizer.hash == train_tokenizer(train, 290).hash
+    assert dataset.tokenizer.hash != train_tokenizer(texts_of_repeated_words(100), 290).hash
+
+
+def test_summary_and_index_count_what_was_made(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", [*texts_of_repeated_words(30), texts_of_repeated_words(1)[0], ""])
+    (folder / "b.txt.gz").write_bytes(gzip.compress("grüße\n".encode()))
+    (folder / "c.png").write_bytes(b"\0")
+    summary = prepare(PrepareConfig(files=(folder,), output=tmp_path / "set", vocab_size=280, seed=3))
+    dataset = TokenDataset.open(tmp_path / "set")
+    index = dataset.index
+    assert (index.num_duplicates_removed, index.num_empty_removed, index.num_files_skipped) == (1, 1, 1)
+    assert (index.seed, index.validation_fraction, index.vocab_size, index.dtype) == (3, 0.05, 280, "uint16")
+    assert index.corpus == {"kind": "files", "paths": str(folder), "text_field": "text"}
+    assert {name: record.num_documents for name, record in summary.splits.items()} == {"train": 29, "validation": 2}
+    texts = [*texts_of_repeated_words(30), "grüße\n"]
+    num_bytes = sum(len(text.encode()) for text in texts)
+    num_tokens = sum(len(dataset.tokenizer.encode(text)) + 1 for text in texts)
+    assert summary.bytes_per_token == num_bytes / num_tokens
+    assert sum(dataset.split(name).num_bytes for name in ("train", "validation")) == num_bytes
+    assert "left out: 1 duplicates, 1 empty documents, 1 binary files (the first: " in str(summary)
+    assert "c.png is binary" in str(summary)
+
+
+def test_existing_tokenizer_is_used_as_it_is(small_dataset: TokenDataset, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ["one text <|endoftext|> within", "another"])
+    tokenizer = small_dataset.folder / "tokenizer.json"
+    prepare(PrepareConfig(files=(path,), output=tmp_path / "set", tokenizer=str(tokenizer)))
+    dataset = TokenDataset.open(tmp_path / "set")
+    assert dataset.tokenizer.hash == small_dataset.tokenizer.hash
+    texts = documents_of(tmp_path / "set", "train") + documents_of(tmp_path / "set", "validation")
+    assert sorted(texts) == ["another", "one text <|endoftext|> within"]
+    num_ends = sum((dataset.split(name).tokens[:] == 0).sum() for name in ("train", "validation"))
+    assert num_ends == 2
+
+
+def test_limits_stop_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_lines(path, ["aaaa", "aaaa", "bbbb", "cccc"])
+    with path.open("a") as file:
+        file.write("never reached, hence never an error\n")
+    prepare(PrepareConfig(files=(path,), output=tmp_path / "two", vocab_size=257, max_documents=2))
+    assert sorted(documents_of(tmp_path / "two", "train") + documents_of(tmp_path / "two", "validation")) == [
+        "aaaa",
+        "bbbb",
+    ]
+    prepare(PrepareConfig(files=(path,), output=tmp_path / "bytes", vocab_size=257, max_bytes=11))
+    assert TokenDataset.open(tmp_path / "bytes").split("train").num_bytes == 4
+    with pytest.raises(InputError, match="has no text within max_bytes 3"):
+        prepare(PrepareConfig(files=(path,), output=tmp_path / "none", max_bytes=3))
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, small_file_limit: int) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(str(number) * (small_file_limit // 4))
+    with pytest.raises(InputError, match=r"cannot write .*set, nothing of it is kept: File too large"):
+        prepare(PrepareConfig(files=(folder,), output=tmp_path / "set", vocab_size=257))
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([], {}, r"the corpus has no text \(kind files, paths .*a\.jsonl"),
+        (["", " "], {}, "the corpus has no text"),
+        (["just one", "just  one"], {}, "the validation split would be empty"),
+        (["one", "two"], {"vocab_size": 400}, r"vocab_size must be at most \d+ for this text"),
+        (["one", "two"], {"text_field": "body"}, r"a\.jsonl, line 1: no field 'body'; the fields are 'text'"),
+        (["one", "two"], {"tokenizer": "nowhere.json"}, r"cannot read the tokenizer nowhere\.json"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, texts: list[str], options: dict[str, Any], message: str
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    with pytest.raises(InputError, match=message) as error:
+        prepare(PrepareConfig(files=(path,), output=tmp_path / "set", **options))
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_existing_folder_is_refused_before_anything_is_read(small_dataset: TokenDataset, tmp_path: Path) -> None:
+    before = contents(small_dataset.folder)
+    path = tmp_path / "a.jsonl"
+    path.write_text("broken")
+    with pytest.raises(InputError, match="small exists; choose another name or delete it"):
+        prepare(PrepareConfig(files=(path,), output=small_dataset.folder))
+    assert contents(small_dataset.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"corpus": "c4", "files": (Path("a"),)}, "give either a corpus or files, got corpus 'c4' and 1 files"),
+        ({"files": (Path("a"),), "hub_config": "en"}, "hub_config is for Hugging Face data sets"),
+        ({"tokenizer": "gpt2", "vocab_size": 300}, "vocab_size is for a tokenizer that is trained, and gpt2 exists"),
+        ({"validation_fraction": 0.0}, "validation_fraction must be above 0 and below 1, got 0.0"),
+        ({"validation_fraction": 1.0}, "validation_fraction must be above 0 and below 1, got 1.0"),
+        ({"max_documents": 0}, "max_documents must be positive, got 0"),
+        ({"max_bytes": -1}, "max_bytes must be positive, got -1"),
+    ],
+)
+def test_config_that_contradicts_itself_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        PrepareConfig(**options)
+
+
+def test_output_folder_is_named_after_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PrepareConfig().output_folder() == Path("data/stdlib")
+    assert PrepareConfig(corpus="owner/name").output_folder() == Path("data/owner--name")
+    assert PrepareConfig(files=(Path("some/books"), Path("b"))).output_folder() == Path("data/books")
+    monkeypatch.chdir(tmp_path)
+    assert PrepareConfig(files=(Path("."),)).output_folder() == Path("data", tmp_path.name)
+    assert PrepareConfig(output=Path("x")).output_folder() == Path("x")

@@ -1,0 +1,114 @@
+"""The index of a token data set, index.json: what its files must hold.
+
+A data set is a folder:
+    index.json                 this index
+    tokenizer.json             the tokenizer of all the tokens
+    train-00000.bin, ...       token ids, little-endian uint16 or uint32; each document ends with the end-of-text token
+    train-documents.npy        int64 [num_documents, 2]: the document's first token, and the bytes of its text
+    validation-00000.bin, validation-documents.npy
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tinyexperts.errors import InputError
+
+INDEX_FILE = "index.json"
+TOKENIZER_FILE = "tokenizer.json"
+FORMAT_NAME: Final = "tinyexperts-tokens"
+FORMAT_VERSION: Final = 1
+
+SplitName = Literal["train", "validation"]
+SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardRecord(_Record):
+    """One file of tokens."""
+
+    file: str
+    num_tokens: int
+    sha256: str
+
+
+class SplitRecord(_Record):
+    """One split: its shards in order, its document table, and its sizes; bytes are of the text in UTF-8."""
+
+    shards: tuple[ShardRecord, ...]
+    documents_file: str
+    documents_sha256: str
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+
+
+class DatasetIndex(_Record):
+    """Everything that index.json says."""
+
+    format: Literal["tinyexperts-tokens"] = FORMAT_NAME
+    version: Literal[1] = FORMAT_VERSION
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: Literal["uint16", "uint32"]
+    corpus: dict[str, str]
+    seed: int
+    validation_fraction: float
+    num_duplicates_removed: int
+    num_empty_removed: int
+    num_files_skipped: int
+    splits: dict[SplitName, SplitRecord]
+
+    def write(self, folder: Path) -> None:
+        """Write index.json."""
+        (folder / INDEX_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_index(folder: Path) -> DatasetIndex:
+    """Read the index of a data set.
+
+    Raises:
+        InputError: no data set in this folder, one of another version, or a damaged index.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no such data set: {folder} (tinyexperts data prepare makes one)")
+    path = folder / INDEX_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is not a data set: it has no {INDEX_FILE}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT_NAME:
+        raise InputError(f"{path} is not the index of a data set: its format must be {FORMAT_NAME!r}")
+    if content.get("version") != FORMAT_VERSION:
+        raise InputError(f"{path} has version {content.get('version')!r}, this program reads version {FORMAT_VERSION}")
+    try:
+        index = DatasetIndex.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path} is damaged: {where}: {first['msg']}") from error
+    missing = [name for name in SPLIT_NAMES if name not in index.splits]
+    if missing:
+        raise InputError(f"{path} is damaged: it has no split {missing[0]}")
+    return index
+
+
+def sha256_of_file(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

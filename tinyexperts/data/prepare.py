@@ -1,0 +1,248 @@
+"""From text to a token data set: read, split by document, train the tokenizer on the training part, encode."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tinyexperts.data.corpora import STANDARD_LIBRARY, open_corpus
+from tinyexperts.data.dataset_index import TOKENIZER_FILE, DatasetIndex, SplitName, SplitRecord
+from tinyexperts.data.document import Corpus
+from tinyexperts.data.files import FileCorpus
+from tinyexperts.data.spool import DocumentSpool
+from tinyexperts.data.token_writer import SplitWriter, folder_written_whole, token_dtype
+from tinyexperts.data.tokenizer import Tokenizer, train_tokenizer
+from tinyexperts.errors import InputError
+
+DEFAULT_VOCAB_SIZE = 4096
+_BATCH_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What text to take, how to split it, and how to encode it."""
+
+    output: Path | None = None
+    """Folder of the data set, which must not exist; without it data/ and the name of the corpus."""
+    corpus: str | None = None
+    """stdlib (the default: this Python's standard library), c4, wikitext-103, pile, curation-corpus, lambada, or any
+    Hugging Face data set as owner/name."""
+    files: tuple[Path, ...] = ()
+    """Files and folders to take in place of a corpus: text and source code of any kind, .jsonl, .parquet, .gz."""
+    text_field: str | None = None
+    """Field or column with the text in .jsonl, .parquet, Hugging Face data sets; without it what is known, or text."""
+    hub_config: str | None = None
+    """Configuration of the Hugging Face data set, for example en."""
+    hub_split: str | None = None
+    """Split of the Hugging Face data set to read; without it train, or what is known."""
+    tokenizer: str | None = None
+    """Existing tokenizer: a tokenizer.json, GPT-2's gpt2.tiktoken, or gpt2 to fetch it; without it one is trained."""
+    vocab_size: int | None = None
+    """Vocabulary of the byte-level BPE that is trained; without it 4096."""
+    validation_fraction: float = 0.05
+    """Share of the documents that are held out."""
+    seed: int = 0
+    """Decides which documents are held out."""
+    max_documents: int | None = None
+    """Stop after so many distinct documents."""
+    max_bytes: int | None = None
+    """Stop before the document that would make the text longer than this."""
+
+    def __post_init__(self) -> None:
+        if self.files and self.corpus is not None:
+            raise InputError(f"give either a corpus or files, got corpus {self.corpus!r} and {len(self.files)} files")
+        for name in ("hub_config", "hub_split"):
+            if self.files and getattr(self, name) is not None:
+                raise InputError(f"{name} is for Hugging Face data sets, and files were given: {getattr(self, name)!r}")
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise InputError(f"vocab_size is for a tokenizer that is trained, and {self.tokenizer} exists already")
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}")
+        for name in ("max_documents", "max_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be positive, got {value}")
+
+    def output_folder(self) -> Path:
+        """The folder that was asked for, or data/ and the name of the corpus."""
+        if self.output is not None:
+            return self.output
+        if self.files:
+            return Path("data", self.files[0].resolve().name)
+        return Path("data", (self.corpus or STANDARD_LIBRARY).replace("/", "--"))
+
+    def open_corpus(self) -> Corpus:
+        """Return the corpus that was asked for.
+
+        Raises:
+            InputError: an unknown name, or a missing file.
+        """
+        if self.files:
+            return FileCorpus(self.files, text_field=self.text_field or "text")
+        return open_corpus(
+            self.corpus or STANDARD_LIBRARY,
+            text_field=self.text_field,
+            hub_config=self.hub_config,
+            hub_split=self.hub_split,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a preparation made."""
+
+    folder: Path
+    vocab_size: int
+    splits: dict[SplitName, SplitRecord]
+    num_duplicates_removed: int
+    num_empty_removed: int
+    skipped: tuple[str, ...] = field(repr=False)
+    """One sentence for each file that was left out."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text for each token, over both splits."""
+        records = self.splits.values()
+        return sum(record.num_bytes for record in records) / sum(record.num_tokens for record in records)
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: vocabulary {self.vocab_size:,}, {self.bytes_per_token:.2f} bytes a token"]
+        for name, record in self.splits.items():
+            lines.append(
+                f"  {name:<10} {record.num_documents:>9,} documents  {record.num_tokens:>13,} tokens"
+                f"  {record.num_bytes:>14,} bytes"
+            )
+        lines.append(
+            f"  left out: {self.num_duplicates_removed:,} duplicates, {self.num_empty_removed:,} empty documents, "
+            f"{len(self.skipped):,} binary files" + (f" (the first: {self.skipped[0]})" if self.skipped else "")
+        )
+        return "\n".join(lines)
+
+
+def prepare(config: PrepareConfig) -> Summary:
+    """Make a token data set; it appears as a whole or, when anything fails, not at all.
+
+    Exact duplicates (up to white space) are removed before the split, so that no document is in both parts, and the
+    tokenizer is trained on the training part alone. The same text, seed and sizes give the same bytes.
+
+    Raises:
+        InputError: text that cannot be read, no text, a split that would be empty, a vocabulary larger than the text
+            supports, a folder that exists, a full disk.
+    """
+    corpus = config.open_corpus()
+    skipped: list[str] = []
+    output = config.output_folder()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with folder_written_whole(output) as folder, Progress(*columns, console=Console(stderr=True)) as progress:
+        tokenizer = _existing_tokenizer(config)
+        spool = _read(corpus, config, folder / "documents.spool", skipped, progress)
+        validation = spool.validation_documents(config.validation_fraction)
+        if tokenizer is None:
+            texts = (text for number, text in _watched(spool, progress, "training") if number not in validation)
+            tokenizer = train_tokenizer(texts, config.vocab_size or DEFAULT_VOCAB_SIZE)
+        splits = _encode(spool, validation, tokenizer, folder, progress)
+        spool.remove()
+        tokenizer.save(folder / TOKENIZER_FILE)
+        DatasetIndex(
+            tokenizer_sha256=tokenizer.hash,
+            vocab_size=tokenizer.vocab_size,
+            dtype=token_dtype(tokenizer.vocab_size).name,
+            corpus=corpus.description(),
+            seed=config.seed,
+            validation_fraction=config.validation_fraction,
+            num_duplicates_removed=spool.num_duplicates,
+            num_empty_removed=spool.num_empty,
+            num_files_skipped=len(skipped),
+            splits=splits,
+        ).write(folder)
+    return Summary(
+        folder=output,
+        vocab_size=tokenizer.vocab_size,
+        splits=splits,
+        num_duplicates_removed=spool.num_duplicates,
+        num_empty_removed=spool.num_empty,
+        skipped=tuple(skipped),
+    )
+
+
+def _existing_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    if config.tokenizer is None:
+        return None
+    if config.tokenizer == "gpt2" and not os.path.exists("gpt2"):
+        return Tokenizer.from_hub("gpt2")
+    return Tokenizer.load(Path(config.tokenizer))
+
+
+def _read(corpus: Corpus, config: PrepareConfig, path: Path, skipped: list[str], progress: Progress) -> DocumentSpool:
+    """Read the corpus to disk, up to the limits."""
+    spool = DocumentSpool(path, seed=config.seed)
+    task = progress.add_task("reading", total=config.max_bytes)
+    try:
+        for document in corpus.documents(skipped):
+            num_bytes = len(document.text.encode())
+            if config.max_bytes is not None and spool.num_bytes + num_bytes > config.max_bytes:
+                break
+            spool.add(document.text)
+            progress.update(task, completed=spool.num_bytes)
+            if config.max_documents is not None and len(spool) == config.max_documents:
+                break
+    finally:
+        spool.finish()
+    progress.update(task, total=spool.num_bytes)
+    if not len(spool):
+        source = ", ".join(f"{key} {value}" for key, value in corpus.description().items() if value)
+        limit = "" if config.max_bytes is None else f" within max_bytes {config.max_bytes}"
+        raise InputError(f"the corpus has no text{limit} ({source})")
+    return spool
+
+
+def _watched(spool: DocumentSpool, progress: Progress, description: str) -> Iterator[tuple[int, str]]:
+    task = progress.add_task(description, total=spool.num_bytes)
+    for number, text in spool.texts():
+        yield number, text
+        progress.advance(task, len(text.encode()))
+
+
+def _encode(
+    spool: DocumentSpool, validation: frozenset[int], tokenizer: Tokenizer, folder: Path, progress: Progress
+) -> dict[SplitName, SplitRecord]:
+    sizes = {"vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id}
+    writers: dict[SplitName, SplitWriter] = {
+        "train": SplitWriter(folder, "train", **sizes),
+        "validation": SplitWriter(folder, "validation", **sizes),
+    }
+    try:
+        for numbers, texts in _batches(_watched(spool, progress, "encoding")):
+            for number, text, ids in zip(numbers, texts, tokenizer.encode_batch(texts), strict=True):
+                writers["validation" if number in validation else "train"].write(ids, len(text.encode()))
+        return {name: writer.finish() for name, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.close()
+
+
+def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[tuple[list[int], list[str]]]:
+    """Gather documents until they have about a megabyte, which keeps all cores busy and little in memory."""
+    numbers: list[int] = []
+    texts: list[str] = []
+    num_characters = 0
+    for number, text in documents:
+        numbers.append(number)
+        texts.append(text)
+        num_characters += len(text)
+        if num_characters >= _BATCH_BYTES:
+            yield numbers, texts
+            numbers, texts, num_characters = [], [], 0
+    if texts:
+        yield numbers, texts

@@ -1,0 +1,167 @@
+"""Reads a token data set: memory-mapped, checked against its index (the format is in dataset_index.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from tinyexperts.data.dataset_index import (
+    SPLIT_NAMES,
+    TOKENIZER_FILE,
+    DatasetIndex,
+    SplitName,
+    SplitRecord,
+    read_index,
+    sha256_of_file,
+)
+from tinyexperts.data.tokenizer import Tokenizer
+from tinyexperts.errors import InputError
+
+
+class ShardedTokens:
+    """The tokens of one split as one sequence, whatever the number of files; `tokens[start:stop]` reads int64 ids."""
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        self._shards = shards
+        self._ends = list(accumulate(len(shard) for shard in shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        """Return a copy of the ids at these positions, as a list would be sliced.
+
+        Raises:
+            ValueError: a step other than 1.
+        """
+        start, stop, step = positions.indices(len(self))
+        if step != 1:
+            raise ValueError(f"tokens are read in steps of 1, got {step}")
+        ids = np.empty(max(stop - start, 0), dtype=np.int64)
+        shard_start = 0
+        for shard, shard_end in zip(self._shards, self._ends, strict=True):
+            first, last = max(start, shard_start), min(stop, shard_end)
+            if first < last:
+                ids[first - start : last - start] = shard[first - shard_start : last - shard_start]
+            shard_start = shard_end
+        return ids
+
+
+class TokenSplit:
+    """One split of a data set.
+
+    tokens (ShardedTokens, num_tokens ids): all documents, each ended by the end-of-text token.
+    documents (int64 [num_documents, 2]): each document's first token, and the bytes of its text.
+    num_bytes: the UTF-8 bytes of all texts, which bits per byte are counted by.
+    """
+
+    def __init__(self, folder: Path, name: SplitName, index: DatasetIndex, end_of_text_id: int) -> None:
+        """Map the files of the split.
+
+        Raises:
+            InputError: a missing or truncated file.
+        """
+        record = index.splits[name]
+        self.name = name
+        self.end_of_text_id = end_of_text_id
+        self.vocab_size = index.vocab_size
+        self.num_tokens = record.num_tokens
+        self.num_bytes = record.num_bytes
+        self.num_documents = record.num_documents
+        dtype = np.dtype(index.dtype).newbyteorder("<")
+        shards = []
+        for shard in record.shards:
+            path = folder / shard.file
+            _check_size(path, shard.num_tokens * dtype.itemsize)
+            shards.append(np.memmap(path, dtype=dtype, mode="r"))
+        self.tokens = ShardedTokens(shards)
+        self.documents = _read_documents(folder / record.documents_file, record)
+
+    def document(self, number: int) -> np.ndarray:
+        """Return the ids (int64) of one document, the end-of-text token last.
+
+        Raises:
+            IndexError: no such document.
+        """
+        start = int(self.documents[number, 0])
+        is_last = number in (-1, self.num_documents - 1)
+        return self.tokens[start : self.num_tokens if is_last else int(self.documents[number + 1, 0])]
+
+
+class TokenDataset:
+    """A prepared data set: its tokenizer and its two splits."""
+
+    def __init__(self, folder: Path, index: DatasetIndex, tokenizer: Tokenizer) -> None:
+        self.folder = folder
+        self.index = index
+        self.tokenizer = tokenizer
+        self._splits = {name: TokenSplit(folder, name, index, tokenizer.end_of_text_id) for name in SPLIT_NAMES}
+
+    @classmethod
+    def open(cls, path: Path, *, verify: bool = True) -> TokenDataset:
+        """Open a data set; `verify=False` leaves out the checksums, about a second for each GB of tokens.
+
+        Raises:
+            InputError: no data set, another version, a truncated or corrupt file, or the tokens of another tokenizer.
+        """
+        folder = Path(path)
+        index = read_index(folder)
+        tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+        if tokenizer.hash != index.tokenizer_sha256:
+            raise InputError(
+                f"the tokens of {folder} were made by another tokenizer than its {TOKENIZER_FILE}: sha256 "
+                f"{index.tokenizer_sha256[:12]} in the index, {tokenizer.hash[:12]} in the file"
+            )
+        dataset = cls(folder, index, tokenizer)
+        if verify:
+            dataset.verify()
+        return dataset
+
+    def split(self, name: SplitName) -> TokenSplit:
+        """Return "train" or "validation".
+
+        Raises:
+            InputError: another name.
+        """
+        if name not in self._splits:
+            raise InputError(f"a data set has the splits {' and '.join(SPLIT_NAMES)}, got {name!r}")
+        return self._splits[name]
+
+    def verify(self) -> None:
+        """Read every file and compare its sha256 with the index.
+
+        Raises:
+            InputError: a file whose content is not what was written.
+        """
+        for record in self.index.splits.values():
+            expected = {shard.file: shard.sha256 for shard in record.shards}
+            expected[record.documents_file] = record.documents_sha256
+            for file, sha256 in expected.items():
+                if sha256_of_file(self.folder / file) != sha256:
+                    raise InputError(
+                        f"{self.folder / file} is corrupt: its sha256 is not the index's; prepare it again"
+                    )
+
+
+def _check_size(path: Path, expected_bytes: int) -> None:
+    if not path.is_file():
+        raise InputError(f"the data set is incomplete: {path} is missing")
+    actual_bytes = path.stat().st_size
+    if actual_bytes != expected_bytes:
+        state = "truncated" if actual_bytes < expected_bytes else "too long"
+        raise InputError(f"{path} is {state}: it has {actual_bytes} bytes, the index says {expected_bytes}")
+
+
+def _read_documents(path: Path, record: SplitRecord) -> np.ndarray:
+    try:
+        documents = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise InputError(f"the data set is incomplete: {path} is missing") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is truncated or corrupt: {error}") from error
+    if documents.shape != (record.num_documents, 2) or documents.dtype != np.int64:
+        raise InputError(f"{path} must have {record.num_documents} documents as int64 pairs, got {documents.shape}")
+    return documents

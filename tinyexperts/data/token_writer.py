@@ -1,0 +1,137 @@
+"""Writes a token data set: into a folder beside the final one, which is renamed when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from tinyexperts.data.dataset_index import ShardRecord, SplitName, SplitRecord, sha256_of_file
+from tinyexperts.errors import InputError
+
+MAX_TOKENS_PER_SHARD = 2**28
+_UINT16_VOCABULARY = 2**16
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type of the format that holds every id: little-endian uint16 up to 65,536 ids, else uint32."""
+    return np.dtype("<u2" if vocab_size <= _UINT16_VOCABULARY else "<u4")
+
+
+@contextlib.contextmanager
+def folder_written_whole(output: Path) -> Iterator[Path]:
+    """Give an empty folder `<output>.partial`, renamed to `output` at the end, or removed when anything fails.
+
+    A partial folder that a killed process left is emptied; a lock in it tells whether its writer still lives.
+
+    Raises:
+        InputError: `output` exists, another process is writing it, the partial folder's name is taken by something
+            else, or the disk is full or refuses.
+    """
+    if output.exists():
+        raise InputError(f"{output} exists; choose another name or delete it")
+    partial = output.with_name(output.name + ".partial")
+    lock_path = partial / "lock"
+    if partial.exists() and not lock_path.exists():
+        raise InputError(f"{partial} is in the way and is not an unfinished data set; rename or delete it")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(lock_path).acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(f"another process is writing {output}") from error
+        try:
+            with lock:
+                for left_over in partial.iterdir():
+                    if left_over != lock_path:
+                        left_over.unlink()
+                yield partial
+                lock_path.unlink(missing_ok=True)
+                partial.rename(output)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise InputError(f"cannot write {output}, nothing of it is kept: {error.strerror or error}") from error
+
+
+class SplitWriter:
+    """Writes the documents of one split to its shards, one after the other."""
+
+    def __init__(
+        self,
+        folder: Path,
+        split: SplitName,
+        *,
+        vocab_size: int,
+        end_of_text_id: int,
+        max_tokens_per_shard: int = MAX_TOKENS_PER_SHARD,
+    ) -> None:
+        self._folder = folder
+        self._split = split
+        self._dtype = token_dtype(vocab_size)
+        self._end_of_text_id = end_of_text_id
+        self._max_tokens_per_shard = max_tokens_per_shard
+        self._shards: list[ShardRecord] = []
+        self._documents = array("q")
+        self._num_tokens = 0
+        self._num_bytes = 0
+        self._num_tokens_in_shard = 0
+        self._digest = hashlib.sha256()
+        self._file = self._shard_path(0).open("wb")
+
+    def write(self, ids: Sequence[int], num_bytes: int) -> None:
+        """Append a document: its ids, without the end-of-text token, which is added, and the bytes of its text."""
+        self._documents.extend((self._num_tokens, num_bytes))
+        self._num_tokens += len(ids) + 1
+        self._num_bytes += num_bytes
+        tokens = np.empty(len(ids) + 1, dtype=self._dtype)
+        tokens[:-1] = ids
+        tokens[-1] = self._end_of_text_id
+        while len(tokens):
+            if self._num_tokens_in_shard == self._max_tokens_per_shard:
+                self._end_shard()
+                self._file = self._shard_path(len(self._shards)).open("wb")
+            room = self._max_tokens_per_shard - self._num_tokens_in_shard
+            content = tokens[:room].tobytes()
+            self._file.write(content)
+            self._digest.update(content)
+            self._num_tokens_in_shard += len(tokens[:room])
+            tokens = tokens[room:]
+
+    def finish(self) -> SplitRecord:
+        """End the last shard, write the document table, and say what was written."""
+        self._end_shard()
+        documents = np.array(self._documents, dtype="<i8").reshape(-1, 2)
+        documents_path = self._folder / f"{self._split}-documents.npy"
+        np.save(documents_path, documents, allow_pickle=False)
+        return SplitRecord(
+            shards=tuple(self._shards),
+            documents_file=documents_path.name,
+            documents_sha256=sha256_of_file(documents_path),
+            num_documents=len(documents),
+            num_tokens=self._num_tokens,
+            num_bytes=self._num_bytes,
+        )
+
+    def close(self) -> None:
+        """Close the file; for a split that is given up."""
+        self._file.close()
+
+    def _shard_path(self, number: int) -> Path:
+        return self._folder / f"{self._split}-{number:05d}.bin"
+
+    def _end_shard(self) -> None:
+        self._file.close()
+        file = self._shard_path(len(self._shards)).name
+        self._shards.append(
+            ShardRecord(file=file, num_tokens=self._num_tokens_in_shard, sha256=self._digest.hexdigest())
+        )
+        self._digest = hashlib.sha256()
+        self._num_tokens_in_shard = 0
