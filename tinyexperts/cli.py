@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from tinyexperts.training import recipes, run_folder
 
 
 def prepare(config: Annotated[data.PrepareConfig, tyro.conf.arg(name="")]) -> None:
-    """Turn text into a data set of tokens: this Python's standard library, files and folders, or a Hugging Face data set."""
+    """Turn text into a data set of tokens: this Python's standard library, files, or a Hugging Face data set."""
     print(data.prepare(config))
 
 
@@ -38,9 +39,10 @@ def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
 
 def _train(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
     """The command that trains a recipe."""
+    default = recipe()
 
     def train(
-        config: Annotated[training.TrainConfig, tyro.conf.arg(name="")] = recipe(),
+        config: Annotated[training.TrainConfig, tyro.conf.arg(name="")] = default,
         resume: bool = False,
         progress: bool = True,
     ) -> None:
@@ -73,14 +75,16 @@ def evaluate(
         data_set: Another data set, prepared with the tokenizer of this run.
         files: Files and folders to measure on instead: text, source code, .jsonl, .parquet, .gz.
         split: Split of the data set: validation or train.
-        max_tokens: Stop after so many tokens; bits per byte are not known then.
+        max_tokens: Take windows of so many tokens, evenly spread; bits per byte are not known then.
         batch_size: Windows in one forward pass.
         threads: CPU threads; default: as torch chooses.
     """
     if files and data_set is not None:
         raise InputError(f"give either --data or --files, got {data_set} and {len(files)} files")
     if min(max_tokens or 1, batch_size, threads or 1) < 1:
-        raise InputError(f"--max-tokens, --batch-size and --threads must be at least 1, got {max_tokens}, {batch_size}, {threads}")
+        raise InputError(
+            f"--max-tokens, --batch-size and --threads must be at least 1, got {max_tokens}, {batch_size}, {threads}"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     model = training.load_model(run)
@@ -169,6 +173,29 @@ def generate(
     print(prompt + completion)
 
 
+def demo(config: Annotated[study.DemoConfig, tyro.conf.arg(name="")]) -> None:
+    """Train PEER and its dense twin at equal training FLOPs on this Python's standard library, and write a report."""
+    study.run_demo(config)
+
+
+def report(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    output: Path = Path("report.html"),
+    title: str = "Runs compared",
+    baseline: str = "dense",
+) -> None:
+    """Write a report that compares runs, from their folders named <method>-seed<k>.
+
+    Args:
+        runs: Folders of the runs.
+        output: The HTML file.
+        title: Its title.
+        baseline: The method that the others are compared with.
+    """
+    study.write_report(runs, output, command=shlex.join(["tinyexperts", *sys.argv[1:]]), title=title, baseline=baseline)
+    print(output)
+
+
 def _group(description: str, commands: dict[str, Callable[..., None]]) -> Callable[..., None]:
     """A verb with verbs of its own."""
     verbs = [Annotated[Any, tyro.conf.subcommand(name=name, constructor=verb)] for name, verb in commands.items()]
@@ -202,7 +229,7 @@ def main() -> None:
             VERBS,
             prog="tinyexperts",
             description="Train, measure and use language models with PEER layers.",
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands),
+            config=(tyro.conf.AvoidSubcommands,),
         )
     except InputError as error:
         print(f"tinyexperts: {error}", file=sys.stderr)

@@ -51,7 +51,9 @@ class Evaluation:
         return result
 
 
-def evaluate(model: Transformer, split: TokenSplit | EncodedText, *, batch_size: int = 8, max_tokens: int | None = None) -> Evaluation:
+def evaluate(
+    model: Transformer, split: TokenSplit | EncodedText, *, batch_size: int = 8, max_tokens: int | None = None
+) -> Evaluation:
     """Evaluate a model on a split, in windows of its own context length."""
     options: dict[str, Any] = {
         "context_length": model.config.context_length,

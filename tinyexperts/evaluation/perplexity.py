@@ -60,16 +60,15 @@ def measure_perplexity(
 ) -> Perplexity:
     """Loss of every token of the split, in windows of `context_length` that start afresh, model in evaluation mode.
 
-    max_tokens: stop after the windows that hold so many tokens; bits per byte are not known then.
+    max_tokens: take windows of so many tokens, evenly spread over the split; bits per byte are not known then.
     forward_context: what the forward pass runs in, for example autocast.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    num_windows = None if max_tokens is None else math.ceil(max_tokens / context_length)
     sums, counts = np.zeros(2), np.zeros(2, dtype=np.int64)
     with torch.inference_mode():
-        for inputs, targets in _batches(split, context_length, batch_size, num_windows):
+        for inputs, targets in _batches(split, context_length, batch_size, max_tokens):
             with forward_context or nullcontext():
                 logits = model(inputs.to(device))
             losses = F.cross_entropy(logits.float().transpose(1, 2), targets.to(device), reduction="none")
@@ -85,12 +84,14 @@ def measure_perplexity(
         loss=float(sums.sum() / num_tokens),
         num_tokens=num_tokens,
         num_bytes=split.num_bytes if num_tokens == split.num_tokens else None,
-        loss_by_copy=LossByCopy(new=means[0], stood_earlier=means[1], share_stood_earlier=float(counts[1] / num_tokens)),
+        loss_by_copy=LossByCopy(
+            new=means[0], stood_earlier=means[1], share_stood_earlier=float(counts[1] / num_tokens)
+        ),
     )
 
 
 def bigram_stood_earlier(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Whether (input, target) occurred at an earlier position of the row; inputs, targets (int64) -> bool, all [B, T]."""
+    """Whether (input, target) occurred earlier in the row: inputs, targets (int64, [B, T]) -> bool [B, T]."""
     bigrams = (inputs << 32 | targets).numpy()
     earlier = np.ones(bigrams.shape, dtype=bool)
     for row, bigrams_T in enumerate(bigrams):
@@ -99,10 +100,13 @@ def bigram_stood_earlier(inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _batches(
-    split: TokenSplit | EncodedText, context_length: int, batch_size: int, num_windows: int | None
+    split: TokenSplit | EncodedText, context_length: int, batch_size: int, max_tokens: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows in order, as many together as batch_size; the last window, which is shorter, by itself."""
-    wanted = enumerate(islice(evaluation_windows(split, context_length), num_windows))
-    for _, group in groupby(wanted, key=lambda item: (item[0] // batch_size, len(item[1][0]))):
+    num_windows = math.ceil(split.num_tokens / context_length)
+    wanted = num_windows if max_tokens is None else min(num_windows, math.ceil(max_tokens / context_length))
+    step = num_windows // wanted
+    windows = enumerate(islice(evaluation_windows(split, context_length), 0, wanted * step, step))
+    for _, group in groupby(windows, key=lambda item: (item[0] // batch_size, len(item[1][0]))):
         inputs, targets = zip(*(window for _, window in group), strict=True)
         yield torch.stack(inputs), torch.stack(targets)

@@ -33,7 +33,7 @@ class ProductKeyLayer(FeedForward):
         self.experts = nn.Parameter(torch.empty(num_experts, vectors_per_expert, d_model, device=device, dtype=dtype))
 
     def route(self, x: Tensor) -> Routing:
-        """The experts of each token, best first: x (float, [..., D]) -> Routing(ids, scores, weights), each [..., H, K]."""
+        """The experts of each token, best first: x (float, [..., D]) -> Routing, each part [..., H, K]."""
         routing: Routing = self.router(x)
         return routing
 

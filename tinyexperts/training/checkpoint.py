@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[Opt
     }
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     try:
-        dcp.load({**weights, **stored}, storage_reader=reader, no_dist=True)
+        with _one_process():
+            dcp.load({**weights, **stored}, storage_reader=reader, no_dist=True)
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
         raise InputError(f"{checkpoint} does not fit the model: {_reason(error)}") from error
     for name, tensor in weights.items():
@@ -122,13 +124,20 @@ def _tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Ten
 
 
 def _write(tensors: dict[str, Tensor], folder: Path) -> None:
-    files = {name: 1 for name in tensors}
+    files = dict.fromkeys(tensors, 1)
     large = [name for name, tensor in tensors.items() if tensor.numel() * tensor.element_size() > _OWN_FILE_BYTES]
     files |= {name: number for number, name in enumerate(large, start=2)}
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files)
+    with _one_process():
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """That there is no process group is meant, and needs no warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(tensors, storage_writer=writer, no_dist=True)
+        yield
 
 
 def _verified_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The whole configuration of a training run: what a recipe returns, the command line overrides, the run folder keeps."""
+"""The configuration of a training run: what a recipe returns, the command line overrides, the run folder keeps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tinyexperts.errors import InputError
 from tinyexperts.model import TransformerConfig
@@ -14,7 +14,7 @@ from tinyexperts.model import TransformerConfig
 class TrainConfig:
     """One training run. Learning rates are those of the peak; betas are Adam's."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     run: Path
     """Folder of the run, made by it."""
@@ -68,7 +68,7 @@ class TrainConfig:
     validation_every: int = 100
     """Steps between two validations."""
     validation_tokens: int = 32768
-    """Tokens of one validation, from the start of the held-out split."""
+    """Tokens of one validation, in windows evenly spread over the held-out split."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step has one always."""
     keep_checkpoints: int = 2
@@ -77,8 +77,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.num_steps is None) == (self.training_flops is None):
             raise InputError(
-                "give exactly one of num_steps and training_flops, "
-                f"got num_steps {self.num_steps} and training_flops {self.training_flops}"
+                f"give exactly one of num_steps and training_flops, got {self.num_steps} and {self.training_flops} "
+                "(--num-steps 100 --training-flops None, for example)"
             )
         for name in (
             "num_steps",

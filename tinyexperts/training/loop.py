@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -78,7 +78,9 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     flops_per_step = 3 * model.flops_per_token(config.model.context_length) * config.tokens_per_step
     num_steps = config.num_steps or int((config.training_flops or 0) // flops_per_step)
     if num_steps < 1:
-        raise InputError(f"training_flops must pay for one step at least, {flops_per_step:.3g}, got {config.training_flops}")
+        raise InputError(
+            f"training_flops must pay for one step at least, {flops_per_step:.3g}, got {config.training_flops}"
+        )
 
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
     if resume:
@@ -87,7 +89,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         run_folder.create(config, dataset.tokenizer, _describe(config, model, num_steps))
     metrics = run_folder.Metrics(config.run, after_step=state["step"])
     bar = TrainingBar(config.run.name, num_steps=num_steps, first_step=state["step"], enabled=progress)
-    with bar, _stop_signal() as stop:
+    with closing(metrics), bar, _stop_signal() as stop:
         bar.say(f"{config.run}: {num_steps:,} steps on {device} in {precision}; {table_choice}")
         for step in range(state["step"], num_steps):
             started = time.perf_counter()
@@ -131,9 +133,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
             if stopped or (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
                 save_checkpoint(config.run, step + 1, model, optimizers, state, keep=config.keep_checkpoints)
             if stopped and step + 1 < num_steps:
-                metrics.close()
                 raise Interrupted(f"{stopped}: saved {config.run} at step {step + 1}; to go on: {_resume_command()}")
-    metrics.close()
 
 
 def _step(

@@ -1,11 +1,11 @@
 """The folder of a run: its configuration, what it is, its tokenizer, its metrics, its checkpoints.
 
-    config.json      the TrainConfig
-    run.json         command, versions, parameters and FLOPs
-    tokenizer.json   of the data set it was trained on
-    metrics.jsonl    a line a measurement; the same numbers go to tensorboard/
-    checkpoints/     step-00000500/ ...
-    evaluation.json  results on the held-out split, and expert-usage-<layer>.npy; samples.json: generated text
+config.json      the TrainConfig
+run.json         command, versions, parameters and FLOPs
+tokenizer.json   of the data set it was trained on
+metrics.jsonl    a line a measurement; the same numbers go to tensorboard/
+checkpoints/     step-00000500/ ...
+evaluation.json  results on the held-out split, and expert-usage-<layer>.npy; samples.json: generated text
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def check_tokenizer(run: Path, dataset: TokenDataset) -> None:
 
 
 class Metrics:
-    """Appends measurements to metrics.jsonl and to TensorBoard; after a resumption it goes on where the checkpoint was."""
+    """Appends measurements to metrics.jsonl and to TensorBoard; a resumed run goes on where its checkpoint was."""
 
     def __init__(self, run: Path, *, after_step: int) -> None:
         path = run / "metrics.jsonl"

@@ -1,0 +1,64 @@
+"""Fixtures for all tests: one CPU thread a process, and a small data set with a small configuration to train on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinyexperts.data import PrepareConfig, prepare
+from tinyexperts.model import DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig, TransformerConfig
+from tinyexperts.training import TrainConfig
+
+torch.set_num_threads(1)
+
+SPARSE_LAYERS = {
+    "dense": DenseConfig(),
+    "moe": ExpertChoiceMoEConfig(num_experts=4, hidden_dim=16),
+    "pkm": ProductKeyMemoryConfig(num_values=64, num_heads=2, values_per_head=3, query_dim=6),
+    "peer": PEERConfig(num_experts=64, num_heads=2, experts_per_head=3, query_dim=6),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A data set of 60 short documents, vocabulary 300."""
+    folder = tmp_path_factory.mktemp("tiny")
+    draw = random.Random(0)
+    words = ["red", "green", "blue", "cat", "dog", "house", "runs", "sees", "the", "a", "under", "over", "and", "tree"]
+    for number in range(60):
+        (folder / f"text{number}.txt").write_text(" ".join(draw.choices(words, k=120)))
+    output = tmp_path_factory.mktemp("data") / "tiny"
+    prepare(PrepareConfig(files=(folder,), output=output, vocab_size=300, validation_fraction=0.1))
+    return output
+
+
+@pytest.fixture
+def make_config(tiny_data, tmp_path):
+    """A function that makes the configuration of a run of a few small steps."""
+
+    def make(kind: str = "peer", model: dict | None = None, **changes) -> TrainConfig:
+        options = {
+            "vocab_size": 300,
+            "context_length": 16,
+            "d_model": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "sparse_layer": SPARSE_LAYERS[kind],
+        }
+        defaults = {
+            "run": tmp_path / "run",
+            "data": tiny_data,
+            "model": TransformerConfig(**(options | (model or {}))),
+            "num_steps": 8,
+            "threads": 1,
+            "validation_tokens": 64,
+            "validation_every": 4,
+            "log_every": 2,
+            "checkpoint_every": 3,
+        }
+        return TrainConfig(**(defaults | changes))
+
+    return make

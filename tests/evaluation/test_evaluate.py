@@ -1,0 +1,67 @@
+"""evaluate: both ways of routing an expert-choice model, and the usage of the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tinyexperts.data import EncodedText, TokenDataset
+from tinyexperts.errors import InputError
+from tinyexperts.evaluation import evaluate, measure_perplexity
+from tinyexperts.model import Transformer
+
+
+def make(make_config, kind):
+    torch.manual_seed(0)
+    model = Transformer(make_config(kind).model).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    return model
+
+
+def test_an_expert_choice_model_is_measured_in_both_ways_and_left_as_it_was(make_config, tiny_data):
+    model = make(make_config, "moe")
+    split = TokenDataset.open(tiny_data).split("validation")
+    summary = evaluate(model, split).summary()
+    layer = model.blocks[1].feed_forward
+    assert layer.evaluation_routing == "threshold"
+    assert summary["loss"] == measure_perplexity(model, split, context_length=16).loss
+    layer.evaluation_routing = "expert_choice"
+    assert summary["whole_sequences"]["loss"] == measure_perplexity(model, split, context_length=16).loss
+    assert summary["loss"] != summary["whole_sequences"]["loss"]
+    assert "threshold" in summary["routing"]
+    assert "later tokens" in summary["whole_sequences"]["routing"]
+    assert summary["expert_usage"] == []
+
+
+@pytest.mark.parametrize(("kind", "num_experts"), [("peer", 64), ("pkm", 64)])
+def test_expert_usage_is_reported_by_layer(make_config, tiny_data, kind, num_experts):
+    model = make(make_config, kind)
+    result = evaluate(model, TokenDataset.open(tiny_data).split("validation"))
+    summary = result.summary()
+    assert "whole_sequences" not in summary
+    assert summary["routing"] is None
+    (usage,) = summary["expert_usage"]
+    assert usage["layer"] == "blocks.1.feed_forward"
+    assert usage["num_experts"] == num_experts
+    assert usage["num_dead"] == round((1 - usage["usage"]) * num_experts)
+    assert result.expert_usage[usage["layer"]].share.sum().item() == pytest.approx(1)
+
+
+def test_text_of_files_is_measured_as_a_prepared_split_would_be(make_config, tiny_data, tmp_path):
+    dataset = TokenDataset.open(tiny_data)
+    texts = ["the red cat", "a blue house under the tree"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    tokens = EncodedText([tmp_path], dataset.tokenizer)
+    expected = [i for text in texts for i in [*dataset.tokenizer.encode(text), dataset.tokenizer.end_of_text_id]]
+    assert tokens.tokens.tolist() == expected
+    assert (tokens.num_tokens, tokens.num_documents, tokens.num_bytes) == (len(expected), 2, sum(map(len, texts)))
+    result = evaluate(make(make_config, "dense"), tokens).perplexity
+    assert result.num_tokens == len(expected)
+    assert result.bits_per_byte is not None
+
+
+def test_files_without_text_are_told(tiny_data, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(InputError, match="no text to measure"):
+        EncodedText([tmp_path], TokenDataset.open(tiny_data).tokenizer)

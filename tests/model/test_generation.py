@@ -1,0 +1,107 @@
+"""Generation: with the cache it equals the full forward pass, token by token; its draws follow the settings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tinyexperts.errors import InputError
+from tinyexperts.model import (
+    Cache,
+    DenseConfig,
+    ExpertChoiceMoEConfig,
+    PEERConfig,
+    ProductKeyMemoryConfig,
+    Transformer,
+    TransformerConfig,
+    generate,
+)
+from tinyexperts.model.generation import _draw
+
+LAYERS = [
+    DenseConfig(),
+    ExpertChoiceMoEConfig(num_experts=4, hidden_dim=12),
+    ProductKeyMemoryConfig(num_values=49, num_heads=2, values_per_head=3, query_dim=6),
+    PEERConfig(num_experts=49, num_heads=2, experts_per_head=3, query_dim=6),
+]
+
+
+def make(layer=LAYERS[3], **options):
+    torch.manual_seed(0)
+    defaults = {"vocab_size": 40, "context_length": 12, "d_model": 16, "num_layers": 3, "num_heads": 4}
+    model = Transformer(TransformerConfig(sparse_layer=layer, **(defaults | options))).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    return model
+
+
+def prompt(batch=2, length=4):
+    return torch.randint(40, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("key_value_heads", [None, 2])
+@pytest.mark.parametrize("parts", [[1] * 12, [5, 1, 1, 5], [12]])
+def test_logits_with_the_cache_equal_the_full_forward(layer, key_value_heads, parts):
+    model, sequence = make(layer, num_key_value_heads=key_value_heads), prompt(2, 12)
+    cache, logits = Cache(model, 2), []
+    for part in sequence.split(parts, dim=1):
+        logits.append(model(part, cache))
+    torch.testing.assert_close(torch.cat(logits, 1), model(sequence), rtol=1e-4, atol=1e-5)
+    assert cache.length == 12
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_greedy_generation_is_the_argmax_of_the_full_forward(layer):
+    model, sequence = make(layer), prompt()
+    got = generate(model, sequence, max_new_tokens=8, temperature=0)
+    for _ in range(8):
+        sequence = torch.cat([sequence, model(sequence)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(got, sequence)
+
+
+def test_draws_follow_the_generator_and_the_mode_is_restored():
+    model = make().train()
+    samples = [
+        generate(model, prompt(), max_new_tokens=8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    ]
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+    assert model.training
+
+
+def test_draws_keep_to_top_k_and_top_p():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(2000, -1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = _draw(logits, 1.0, None, None, generator).flatten()
+    share = torch.bincount(drawn, minlength=4) / 2000
+    torch.testing.assert_close(share, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.04, rtol=0)
+    assert set(_draw(logits, 1.0, 2, None, generator).flatten().tolist()) == {0, 1}
+    # 0.5 + 0.3 reach 0.7 and 0.8, not 0.81: the fewest tokens that reach the sum
+    assert set(_draw(logits, 1.0, None, 0.7, generator).flatten().tolist()) == {0, 1}
+    assert set(_draw(logits, 1.0, None, 0.81, generator).flatten().tolist()) == {0, 1, 2}
+    assert set(_draw(logits, 1.0, None, 0.1, generator).flatten().tolist()) == {0}
+    cold = torch.bincount(_draw(logits, 0.5, None, None, generator).flatten(), minlength=4) / 2000
+    torch.testing.assert_close(cold, logits[0].div(0.5).softmax(-1), atol=0.04, rtol=0)
+
+
+def test_generation_ends_with_the_text():
+    model = make()
+    first = int(generate(model, prompt(1), max_new_tokens=1, temperature=0)[0, -1])
+    assert generate(model, prompt(1), max_new_tokens=8, temperature=0, end_of_text_id=first).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 9}, "4 tokens and 9 new ones are more than the model's context of 12"),
+        ({"max_new_tokens": 0}, "at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 1.5}, "at most 1, got 1.5"),
+    ],
+)
+def test_bad_settings_are_told(options, message):
+    with pytest.raises(InputError, match=message):
+        generate(make(), prompt(), **({"max_new_tokens": 4} | options))
+    with pytest.raises(InputError, match=r"at least one token, got \[2, 0\]"):
+        generate(make(), prompt(2, 0), max_new_tokens=4)

@@ -1,0 +1,135 @@
+"""Checkpoints: whole or not there, checked, and equal to what was saved."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tinyexperts.errors import InputError
+from tinyexperts.training import checkpoint as checkpoint_module
+from tinyexperts.training import load_model, train
+from tinyexperts.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+
+
+@pytest.fixture
+def trained(make_config):
+    config = make_config(num_steps=3)
+    train(config, progress=False)
+    return config
+
+
+def test_the_last_k_are_kept(make_config):
+    config = make_config(num_steps=7, checkpoint_every=2, keep_checkpoints=2)
+    train(config, progress=False)
+    assert [path.name for path in checkpoints(config.run)] == ["step-00000006", "step-00000007"]
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(trained):
+    names = {path.name for path in checkpoints(trained.run)[-1].iterdir()}
+    assert names == {"manifest.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors"}
+
+
+def test_large_tensors_have_files_of_their_own(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint_module, "_OWN_FILE_BYTES", 1000)
+    model = load_model(trained.run)
+    save_checkpoint(tmp_path, 1, model, [], {}, keep=1)
+    assert len(list((tmp_path / "checkpoints/step-00000001").glob("*.safetensors"))) > 5
+    other = load_model(trained.run)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    load_checkpoint(tmp_path / "checkpoints/step-00000001", other)
+    for (name, got), expected in zip(other.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(got, expected), name
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_told(trained, damage):
+    folder = checkpoints(trained.run)[-1]
+    path = next(folder.glob("*.safetensors"))
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif damage == "altered":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        (folder / "manifest.json").unlink()
+    message = {"missing": "lacks its file", "no manifest": "not a whole checkpoint"}.get(damage, "truncated or altered")
+    with pytest.raises(InputError, match=message):
+        load_model(trained.run)
+
+
+def test_weights_that_are_not_finite_are_told(trained):
+    model = load_model(trained.run)
+    with torch.no_grad():
+        model.blocks[1].feed_forward.experts[5, 0, 0] = float("nan")
+    save_checkpoint(trained.run, 9, model, [], {}, keep=5)
+    with pytest.raises(InputError, match=r"not finite: blocks\.1\.feed_forward\.experts"):
+        load_model(trained.run)
+
+
+def test_a_checkpoint_of_another_model_is_told(trained, make_config):
+    text = (trained.run / "config.json").read_text()
+    (trained.run / "config.json").write_text(text.replace('"d_model": 16', '"d_model": 32'))
+    with pytest.raises(InputError, match="does not fit the model"):
+        load_model(trained.run)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(trained, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = load_model(trained.run)
+    monkeypatch.setattr(checkpoint_module, "write_whole", full)
+    with pytest.raises(InputError, match=r"step 9 could not be written \(No space left on device\); .*step-00000003"):
+        save_checkpoint(trained.run, 9, model, [], {}, keep=1)
+    assert [path.name for path in (trained.run / "checkpoints").iterdir()] == ["step-00000003"]
+    assert load_model(trained.run)
+
+
+def test_a_write_that_really_fails_leaves_the_earlier_checkpoint_whole(trained):
+    # A file-size limit is the nearest thing to a full disk that a test can have without being root.
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+from tinyexperts.errors import InputError
+from tinyexperts.training import load_model
+from tinyexperts.training.checkpoint import save_checkpoint
+run = Path({str(trained.run)!r})
+model = load_model(run)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, {resource.RLIM_INFINITY}))
+try:
+    save_checkpoint(run, 9, model, [], {{}}, keep=1)
+except InputError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "File too large" in result.stdout
+    assert "step-00000003" in result.stdout
+    assert [path.name for path in (trained.run / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_run_without_a_checkpoint_and_a_folder_that_is_no_run(trained, tmp_path):
+    with pytest.raises(InputError, match="is not the folder of a run"):
+        load_model(tmp_path / "nowhere")
+    for folder in checkpoints(trained.run):
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    with pytest.raises(InputError, match="has no checkpoint yet"):
+        load_model(trained.run)
+
+
+def test_the_manifest_carries_the_state(trained):
+    manifest = json.loads((checkpoints(trained.run)[-1] / "manifest.json").read_text())
+    assert manifest["step"] == manifest["state"]["step"] == 3

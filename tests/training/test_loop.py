@@ -1,0 +1,217 @@
+"""The training loop: it learns, accounts honestly, and stops with one sentence where it must."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tinyexperts.errors import InputError
+from tinyexperts.model import Transformer
+from tinyexperts.optim import RowSparseAdam
+from tinyexperts.training import checkpoint, load_model, loop, train
+from tinyexperts.training.device import choose_device, choose_precision
+
+
+def lines(run, split):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["split"] == split]
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "pkm", "peer"])
+def test_every_kind_learns_and_its_metrics_add_up(make_config, kind):
+    config = make_config(kind, num_steps=60, log_every=5, validation_every=30, schedule="cosine")
+    train(config, progress=False)
+    rows = lines(config.run, "train")
+    assert [row["step"] for row in rows] == list(range(5, 61, 5))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+    model = load_model(config.run)
+    for row in rows:
+        assert row["num_tokens"] == row["step"] * config.tokens_per_step
+        assert row["training_flops"] == 3 * model.flops_per_token(16) * row["num_tokens"]
+    assert all(late["seconds"] > early["seconds"] for early, late in pairwise(rows))
+    assert [row["step"] for row in lines(config.run, "validation")] == [30, 60]
+    run = json.loads((config.run / "run.json").read_text())
+    assert run["num_parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert run["training_flops_per_token"]["total"] == 3 * model.flops_per_token(16)
+    assert (run["training_flops_per_token"]["router"] > 0) == (kind != "dense")
+
+
+def test_the_number_of_steps_is_what_the_flops_pay_for(make_config):
+    config = make_config()
+    flops_per_step = 3 * Transformer(config.model).flops_per_token(16) * config.tokens_per_step
+    train(dataclasses.replace(config, num_steps=None, training_flops=4.5 * flops_per_step), progress=False)
+    assert json.loads((config.run / "run.json").read_text())["num_steps"] == 4
+    with pytest.raises(InputError, match="must pay for one step at least"):
+        train(
+            dataclasses.replace(config, num_steps=None, training_flops=0.9 * flops_per_step, run=config.run / "b"),
+            progress=False,
+        )
+
+
+def test_gradient_accumulation_equals_one_large_batch(make_config, tmp_path):
+    losses = []
+    for batch_size, accumulation in ((4, 1), (2, 2)):
+        config = make_config(
+            "dense",
+            run=tmp_path / f"{batch_size}",
+            batch_size=batch_size,
+            gradient_accumulation=accumulation,
+            log_every=1,
+        )
+        train(config, progress=False)
+        losses.append([row["loss"] for row in lines(config.run, "train")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_sparse_and_dense_table_gradients_agree_on_the_first_steps(make_config, tmp_path, accumulation):
+    # Rows without a gradient keep their moments in one and not in the other: equal at first, close later.
+    losses = []
+    for kind in ("sparse", "dense"):
+        config = make_config(table_gradients=kind, run=tmp_path / kind, log_every=1, gradient_accumulation=accumulation)
+        train(config, progress=False)
+        losses.append([row["loss"] for row in lines(config.run, "train")])
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_the_choice_of_table_gradients_follows_the_share_of_touched_rows(make_config):
+    small = make_config()
+    assert loop._choose_table_gradients(small) == (
+        False,
+        "table gradients dense (AdamW): a step touches up to 100% of 64 rows",
+    )
+    layer = dataclasses.replace(small.model.sparse_layer, num_experts=256**2)
+    large = dataclasses.replace(small, model=dataclasses.replace(small.model, sparse_layer=layer))
+    sparse, sentence = loop._choose_table_gradients(large)
+    assert sparse
+    assert "sparse (RowSparseAdam)" in sentence
+    model = Transformer(large.model, sparse_tables=True)
+    assert any(isinstance(optimizer, RowSparseAdam) for optimizer in loop._optimizers(large, model, True))
+    assert loop._choose_table_gradients(dataclasses.replace(large, table_gradients="dense"))[0] is False
+    assert loop._choose_table_gradients(make_config("dense"))[0] is False
+
+
+def test_learning_rates_follow_the_schedule_and_the_kinds(make_config, monkeypatch):
+    config = make_config(num_steps=20, warmup_fraction=0.1, decay_fraction=0.5, table_learning_rate=0.5)
+    rates = [loop._schedule(config, step, 20) for step in range(20)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[10] == 1.0
+    assert rates[15] == 0.5
+    assert rates[19] == pytest.approx(0.1)
+    model = Transformer(config.model)
+    groups = {g["name"]: g["peak_lr"] for o in loop._optimizers(config, model, False) for g in o.param_groups}
+    assert groups == {"tables": 0.5, "matrices": 4e-3, "embedding": 0.096, "head": 8e-3, "vectors": 4e-3}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_config, monkeypatch):
+    config = make_config(num_steps=8, checkpoint_every=3, validation_every=100)
+    real, calls = loop.F.cross_entropy, []
+
+    def cross_entropy(logits, targets):
+        calls.append(1)
+        return real(logits, targets) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(loop.F, "cross_entropy", cross_entropy)
+    sentence = r"step 5 gave a loss of nan .* on the sequences \[\d+, \d+, \d+, \d+\] of .*last good .*step-00000003"
+    with pytest.raises(InputError, match=sentence):
+        train(config, progress=False)
+    assert len(calls) == 5
+    assert load_model(config.run)
+
+
+def test_bad_input_is_told_before_a_folder_is_made(make_config, tiny_data, tmp_path):
+    config = make_config()
+    for changed, message in (
+        (make_config(data=tmp_path / "none"), "none"),
+        (make_config(model={"vocab_size": 301}), "must be that of .*, 300, got 301"),
+        (make_config(model={"context_length": 100_000}), "context_length must be at most"),
+        (make_config(device="gpu"), "device 'gpu' can't be used"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train(changed, progress=False)
+        assert not config.run.exists()
+
+
+def test_an_existing_folder_is_left_alone(make_config):
+    config = make_config()
+    config.run.mkdir()
+    (config.run / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="exists: add --resume to go on with it, or choose another --run"):
+        train(config, progress=False)
+    assert [path.name for path in config.run.iterdir()] == ["mine.txt"]
+
+
+def test_a_changed_configuration_is_not_resumed(make_config):
+    config = make_config(num_steps=3)
+    train(config, progress=False)
+    layer = dataclasses.replace(config.model.sparse_layer, num_experts=81)
+    changed = dataclasses.replace(
+        config, seed=1, num_steps=4, model=dataclasses.replace(config.model, sparse_layer=layer)
+    )
+    with pytest.raises(
+        InputError, match=r"model\.sparse_layer\.num_experts was 64, is 81; num_steps was 3, is 4; seed was 0, is 1"
+    ):
+        train(changed, resume=True, progress=False)
+
+
+def test_resume_with_tokens_of_another_tokenizer_is_told(make_config, tmp_path):
+    from tinyexperts.data import PrepareConfig, prepare
+
+    config = make_config(num_steps=3)
+    train(config, progress=False)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number}.txt").write_text(
+            f"quite another text, number {number} of {number * 7}, zebra quagga okapi " * 30
+        )
+    prepare(PrepareConfig(files=(texts,), output=tmp_path / "other", vocab_size=300))
+    with pytest.raises(InputError, match="was made by another tokenizer than that of the run"):
+        train(dataclasses.replace(config, data=tmp_path / "other"), resume=True, progress=False)
+
+
+def test_a_finished_run_resumed_does_nothing(make_config):
+    config = make_config(num_steps=3)
+    train(config, progress=False)
+    before = (config.run / "metrics.jsonl").read_text()
+    train(config, resume=True, progress=False)
+    assert (config.run / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_starts_again(make_config):
+    config = make_config(num_steps=3)
+    train(config, progress=False)
+    reference = load_model(config.run).state_dict()
+    import shutil
+
+    shutil.rmtree(config.run / "checkpoints")
+    train(config, resume=True, progress=False)
+    assert all(torch.equal(reference[name], tensor) for name, tensor in load_model(config.run).state_dict().items())
+    assert [row["step"] for row in lines(config.run, "train")] == [2, 3]
+
+
+def test_bf16_is_chosen_where_it_is_faster(make_config):
+    assert choose_precision("auto", choose_device("cpu")) == "fp32"
+    assert choose_precision("bf16", choose_device("cpu")) == "bf16"
+    config = make_config(precision="bf16", num_steps=40)
+    train(config, progress=False)
+    rows = lines(config.run, "train")
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert {t.dtype for t in load_model(config.run).state_dict().values()} == {torch.float32, torch.int64}
+
+
+def test_tensorboard_gets_the_same_numbers(make_config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config()
+    train(config, progress=False)
+    events = EventAccumulator(str(config.run / "tensorboard"))
+    events.Reload()
+    got = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert got == pytest.approx({row["step"]: row["loss"] for row in lines(config.run, "train")})
+    assert checkpoint.checkpoints(config.run)

@@ -1,0 +1,47 @@
+"""Clipping by the global norm over dense and sparse gradients together, without a pass over any table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from tinyexperts.errors import InputError
+from tinyexperts.optim.sparse_gradients import coalesced_gradient
+
+
+@torch.no_grad()
+def clip_gradient_norm_(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale all gradients in place so that their global L2 norm is at most `max_norm`; return the norm before scaling.
+
+    Equals torch.nn.utils.clip_grad_norm_ on the densified gradients. A sparse `.grad` that holds a row several times is
+    replaced by its coalesced form, since the norm is that of the sums. A non-finite norm scales as torch does: look at
+    it.
+
+    parameters: parameters without a gradient are passed over
+    max_norm: positive; None or inf only measures
+    returns the global norm (float, scalar)
+
+    Raises InputError unless max_norm is positive.
+    """
+    if max_norm is not None and not max_norm > 0:
+        raise InputError(f"max_norm must be positive, or None to measure only, got {max_norm}")
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.layout == torch.sparse_coo:
+            parameter.grad = coalesced_gradient(parameter.grad)
+            gradients.append(parameter.grad._values())
+        else:
+            gradients.append(parameter.grad)
+    total_norm = nn.utils.get_total_norm(gradients)
+    if max_norm is None or math.isinf(max_norm):
+        return total_norm
+    # As torch does: the clamped factor multiplies always, which spares a GPU the wait for a comparison.
+    factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device))
+    return total_norm

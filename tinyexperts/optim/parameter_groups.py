@@ -1,0 +1,137 @@
+"""Which parameter is trained how: the parameters of a language model by kind, and the optimisers made of them.
+
+Tables (one row an expert) get a learning rate of their own and no weight decay; hidden matrices, the token embedding,
+the head and the vectors (norm gains, biases) get AdamW with a rate by kind, and only the matrices decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from tinyexperts.errors import InputError
+from tinyexperts.layers.feed_forward import FeedForward
+from tinyexperts.optim.row_sparse_adam import RowSparseAdam
+
+_FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterKinds:
+    """A model's trainable parameters by kind, each once, under the names of `model.named_parameters()`."""
+
+    tables: dict[str, nn.Parameter]
+    matrices: dict[str, nn.Parameter]
+    embedding: dict[str, nn.Parameter]
+    head: dict[str, nn.Parameter]
+    vectors: dict[str, nn.Parameter]
+
+
+def split_parameters(model: nn.Module) -> ParameterKinds:
+    """Split the trainable parameters by kind.
+
+    Tables are what a FeedForward layer says they are; `model.embedding` (nn.Embedding) and `model.head` (nn.Linear),
+    where the model has them, name the embedding and the head; tied weights count once, as embedding. Of the rest,
+    parameters with two dimensions or more are matrices, the others vectors.
+    """
+    tables: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            tables.update(module.parameter_groups().tables)
+    embedding, head = (getattr(getattr(model, name, None), "weight", None) for name in ("embedding", "head"))
+    kinds = ParameterKinds(tables={}, matrices={}, embedding={}, head={}, vectors={})
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter in tables:
+            kinds.tables[name] = parameter
+        elif parameter is embedding:
+            kinds.embedding[name] = parameter
+        elif parameter is head:
+            kinds.head[name] = parameter
+        elif parameter.dim() >= 2:
+            kinds.matrices[name] = parameter
+        else:
+            kinds.vectors[name] = parameter
+    return kinds
+
+
+def build_optimizers(
+    model: nn.Module,
+    *,
+    sparse_tables: bool,
+    matrix_lr: float,
+    embedding_lr: float,
+    head_lr: float,
+    vector_lr: float,
+    table_lr: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.95),
+    table_betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> list[Optimizer]:
+    """Build one AdamW and, for tables with sparse gradients, one RowSparseAdam.
+
+    Every group carries "name" (tables, matrices, embedding, head or vectors) and "peak_lr", which
+    `scale_learning_rates` multiplies. Kinds that the model has none of make no group.
+
+    sparse_tables: whether the tables' gradients are sparse; otherwise they are a group of the AdamW, without decay
+    *_lr: peak learning rates
+    betas, table_betas: (beta1, beta2) of Adam, for the tables and for everything else
+    weight_decay: decoupled decay of the matrices, a step: learning rate x weight_decay
+    """
+    kinds = split_parameters(model)
+
+    def group(name: str, lr: float, **options: Any) -> list[dict[str, Any]]:
+        parameters = list(getattr(kinds, name).values())
+        return [{"name": name, "params": parameters, "lr": lr, "peak_lr": lr, **options}] if parameters else []
+
+    tables = group("tables", table_lr, betas=table_betas)
+    dense = [
+        *group("matrices", matrix_lr, weight_decay=weight_decay),
+        *group("embedding", embedding_lr),
+        *group("head", head_lr),
+        *group("vectors", vector_lr),
+        *([] if sparse_tables else tables),
+    ]
+    optimizers: list[Optimizer] = []
+    if dense:
+        parameters = [parameter for each in dense for parameter in each["params"]]
+        fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
+        optimizers.append(AdamW(dense, betas=betas, eps=eps, weight_decay=0.0, fused=fused))
+    if sparse_tables and tables:
+        optimizers.append(RowSparseAdam(tables, eps=eps))
+    return optimizers
+
+
+def scale_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
+    """Set the learning rate of every group to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def expected_touched_share(num_tokens_per_step: int, retrieved_per_token: int, num_experts: int) -> float:
+    """Return the expected share of a table's rows that a step touches, for ids drawn uniformly: 1 - (1 - 1/N)^(M P).
+
+    num_tokens_per_step: M, all sequences of all accumulated batches of one optimiser step
+    retrieved_per_token: P, experts a token
+    num_experts: N, rows of the table
+
+    Real routers are less even and touch fewer rows. Below about a quarter, sparse gradients and RowSparseAdam are
+    faster.
+    """
+    for name, value in (("num_tokens_per_step", num_tokens_per_step), ("retrieved_per_token", retrieved_per_token)):
+        if value < 0:
+            raise InputError(f"{name} must not be negative, got {value}")
+    if num_experts < 1:
+        raise InputError(f"num_experts must be at least 1, got {num_experts}")
+    if num_experts == 1:
+        return float(num_tokens_per_step * retrieved_per_token > 0)
+    # 1 - (1 - 1/N)^n loses every digit for a large N: log1p and expm1 keep them.
+    return -math.expm1(num_tokens_per_step * retrieved_per_token * math.log1p(-1 / num_experts))
