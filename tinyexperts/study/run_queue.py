@@ -1,0 +1,222 @@
+"""Runs side by side: each is a chain of commands in child processes, a few at a time, all in one progress display.
+
+The children are asked to stop where the user presses Ctrl-C; they save, so that the same command continues later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+
+POLL_SECONDS = 0.25
+GRACE_SECONDS = 60.0  # for a checkpoint to be written after a request to stop
+TAIL_BYTES = 65536  # of metrics.jsonl, ample for its last lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command of a job: what it does, in a word for the display, and its arguments."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run: its folder, its commands in order, and the file that keeps what they print."""
+
+    folder: Path
+    stages: tuple[Stage, ...]
+    log: Path
+
+
+@dataclass(kw_only=True)
+class _Active:
+    job: Job
+    task: TaskID
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    stage: int
+    log_start: int
+
+
+@dataclass(kw_only=True)
+class _Queue:
+    """What waits, what runs, and what failed with which sentence."""
+
+    waiting: list[Job]
+    environment: Mapping[str, str]
+    progress: Progress
+    tasks: dict[Path, TaskID]
+    active: list[_Active] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def start(self, job: Job, stage: int) -> None:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        log = job.log.open("ab")
+        log_start = log.tell()
+        # A session of its own: the terminal's Ctrl-C would otherwise reach the child too, which then gets it twice.
+        process = subprocess.Popen(
+            job.stages[stage].command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **self.environment},
+            start_new_session=True,
+        )
+        task = self.tasks[job.folder]
+        self.progress.update(task, stage=job.stages[stage].name)
+        active = _Active(job=job, task=task, process=process, log=log, stage=stage, log_start=log_start)
+        self.active.append(active)
+
+    def advance(self) -> None:
+        """Move every run whose command has ended to its next one, or out."""
+        for run in list(self.active):
+            status = run.process.poll()
+            _show(self.progress, run.task, run.job.folder)
+            if status is None:
+                continue
+            run.log.close()
+            self.active.remove(run)
+            if status != 0:
+                self.failures[run.job.folder.name] = _failure(run, status)
+                self.progress.update(run.task, stage="[red]failed[/red]", left="")
+            elif run.stage + 1 < len(run.job.stages):
+                self.start(run.job, run.stage + 1)
+            else:
+                self.progress.update(run.task, stage="[green]done[/green]", left="")
+
+    def stop(self) -> None:
+        """Ask the children to save and end; end those that don't, or all at once on a second Ctrl-C."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        try:
+            for run in self.active:
+                self.progress.update(run.task, stage="saving", left="")
+                run.process.send_signal(signal.SIGINT)
+            for run in self.active:
+                run.process.wait(max(0.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            for run in self.active:
+                run.process.kill()
+                run.process.wait()
+        for run in self.active:
+            run.log.close()
+
+
+def run_jobs(
+    jobs: Sequence[Job], *, num_parallel: int, environment: Mapping[str, str], console: Console
+) -> dict[str, str]:
+    """Run the jobs, `num_parallel` at a time in their order, and return the failures: the run's name and one sentence.
+
+    A failed job doesn't stop the others. On Ctrl-C, SIGTERM or a closed terminal the children are asked to save and
+    end, then KeyboardInterrupt is raised.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        TextColumn("{task.fields[stage]}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=console, expand=True) as progress, _signals_as_interrupts():
+        tasks = {
+            job.folder: progress.add_task(
+                job.folder.name, total=None, start=False, stage="waiting", loss="", speed="", left=""
+            )
+            for job in jobs
+        }
+        queue = _Queue(waiting=list(jobs), environment=environment, progress=progress, tasks=tasks)
+        try:
+            while queue.waiting or queue.active:
+                while queue.waiting and len(queue.active) < num_parallel:
+                    job = queue.waiting.pop(0)
+                    progress.start_task(tasks[job.folder])
+                    queue.start(job, 0)
+                time.sleep(POLL_SECONDS)
+                queue.advance()
+        except BaseException:
+            queue.stop()
+            raise
+    return queue.failures
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """SIGTERM and a closed terminal are handled as Ctrl-C is, so that no child outlives its parent."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def last_metrics(path: Path) -> dict[str, dict[str, Any]]:
+    """The last whole line of each split in a metrics.jsonl that may be growing; empty where there is none yet."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            tail = file.read()
+    except FileNotFoundError:
+        return {}
+    last: dict[str, dict[str, Any]] = {}
+    for raw in tail.splitlines():
+        try:
+            line = json.loads(raw)
+        except ValueError:  # the first line may be cut by the tail, the last one half written
+            continue
+        if isinstance(line, dict) and "split" in line:
+            last[line["split"]] = line
+    return last
+
+
+def _show(progress: Progress, task: TaskID, folder: Path) -> None:
+    last = last_metrics(folder / "metrics.jsonl")
+    train = last.get("train")
+    if train is None:
+        return
+    try:
+        num_steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["num_steps"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return
+    step = train["step"]
+    left = train["seconds"] * (num_steps - step) / step if step else 0.0
+    held_out = f", held out {last['validation']['loss']:.3f}" if "validation" in last else ""
+    progress.update(
+        task,
+        total=num_steps,
+        completed=step,
+        loss=f"loss {train['loss']:.3f}{held_out}",
+        speed=f"{train['tokens_per_second']:,.0f} tokens/s",
+        left=f"{int(left) // 60}:{int(left) % 60:02d} left",
+    )
+
+
+def _failure(run: _Active, status: int) -> str:
+    """What went wrong, by the last line that the command printed."""
+    stage = run.job.stages[run.stage].name
+    with run.job.log.open("rb") as file:
+        file.seek(run.log_start)
+        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    reason = lines[-1].removeprefix("tinyexperts: ") if lines else "it printed nothing"
+    how = f"signal {-status}" if status < 0 else f"exit code {status}"
+    return f"{stage} of {run.job.folder.name} failed with {how}: {reason} (all it printed: {run.job.log})"
