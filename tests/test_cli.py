@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import subprocess
@@ -85,6 +86,16 @@ def test_from_a_folder_of_text_to_a_model_that_speaks(run_cli, folder_of_text, t
     code, _, err = run_cli("generate", run, "--prompt", "the router", "--max-new-tokens", 100)
     assert code == 2
     assert "100 new ones are more than the model's context of 16 tokens" in err
+
+
+def test_a_full_disk_is_one_sentence(run_cli, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
+
+    monkeypatch.setattr(cli.training, "load_model", full)
+    code, _, err = run_cli("evaluate", "run")
+    assert code == 2
+    assert err == "tinyexperts: [Errno 28] No space left on device: 'runs/x/metrics.jsonl'\n"
 
 
 @pytest.mark.parametrize(

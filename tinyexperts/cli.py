@@ -234,6 +234,9 @@ def main() -> None:
     except InputError as error:
         print(f"tinyexperts: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # an unwritable folder, a full disk
+        print(f"tinyexperts: {error}", file=sys.stderr)
+        sys.exit(2)
     except (training.Interrupted, KeyboardInterrupt) as stop:
         print(f"tinyexperts: {str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tinyexperts.data import PrepareConfig, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
 from tinyexperts.optim import RowSparseAdam
@@ -146,6 +149,15 @@ def test_an_existing_folder_is_left_alone(make_config):
     assert [path.name for path in config.run.iterdir()] == ["mine.txt"]
 
 
+def test_what_a_kill_left_before_the_configuration_was_written_is_no_run(make_config):
+    config = make_config(num_steps=3)
+    config.run.mkdir()
+    (config.run / "tokenizer.json").write_text("{}")
+    (config.run / "config.json.partial").write_text("{")
+    train(config, progress=False)
+    assert load_model(config.run)
+
+
 def test_a_changed_configuration_is_not_resumed(make_config):
     config = make_config(num_steps=3)
     train(config, progress=False)
@@ -160,8 +172,6 @@ def test_a_changed_configuration_is_not_resumed(make_config):
 
 
 def test_resume_with_tokens_of_another_tokenizer_is_told(make_config, tmp_path):
-    from tinyexperts.data import PrepareConfig, prepare
-
     config = make_config(num_steps=3)
     train(config, progress=False)
     texts = tmp_path / "texts"
@@ -187,8 +197,6 @@ def test_a_run_cut_off_before_its_first_checkpoint_starts_again(make_config):
     config = make_config(num_steps=3)
     train(config, progress=False)
     reference = load_model(config.run).state_dict()
-    import shutil
-
     shutil.rmtree(config.run / "checkpoints")
     train(config, resume=True, progress=False)
     assert all(torch.equal(reference[name], tensor) for name, tensor in load_model(config.run).state_dict().items())
@@ -206,8 +214,6 @@ def test_bf16_is_chosen_where_it_is_faster(make_config):
 
 
 def test_tensorboard_gets_the_same_numbers(make_config):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     config = make_config()
     train(config, progress=False)
     events = EventAccumulator(str(config.run / "tensorboard"))

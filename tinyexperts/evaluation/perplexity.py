@@ -71,10 +71,10 @@ def measure_perplexity(
         for inputs, targets in _batches(split, context_length, batch_size, max_tokens):
             with forward_context or nullcontext():
                 logits = model(inputs.to(device))
-            losses = F.cross_entropy(logits.float().transpose(1, 2), targets.to(device), reduction="none")
+            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="none")
             stood_earlier = bigram_stood_earlier(inputs, targets)
             for kind in (0, 1):
-                chosen = losses.cpu()[stood_earlier == bool(kind)].double()
+                chosen = losses.cpu()[stood_earlier.flatten() == bool(kind)].double()
                 sums[kind] += chosen.sum().item()
                 counts[kind] += chosen.numel()
     model.train(was_training)

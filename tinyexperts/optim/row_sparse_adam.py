@@ -116,7 +116,7 @@ def _zero_state(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _lazy_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that on a CPU cost memory only once a row is touched: torch.zeros writes them all, numpy's calloc does not."""
+    """Zeros that on a CPU cost memory only where touched: torch.zeros writes them all, numpy's calloc does not."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(tuple(shape), dtype=np.float64 if dtype == torch.float64 else np.float32))

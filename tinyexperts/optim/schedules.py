@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions from the number of the update to a factor in [0, 1] on the peak learning rate.
+"""Learning-rate schedules: pure functions from the number of the update to a factor in [0, 1] on the peak rate.
 
 Updates are counted from 0, so a run of `num_steps` asks for step = 0 ... num_steps - 1. Both schedules warm up alike:
 the factor is (step + 1) / warmup_steps while step < warmup_steps, so the first update is not wasted on a rate of zero
@@ -42,7 +42,8 @@ def warmup_stable_decay(step: int, *, num_steps: int, warmup_steps: int, decay_s
     _check(step, num_steps, warmup_steps)
     if not 0 <= decay_steps <= num_steps - warmup_steps:
         raise InputError(
-            f"decay_steps must lie between 0 and num_steps - warmup_steps = {num_steps - warmup_steps}, got {decay_steps}"
+            f"decay_steps must lie between 0 and num_steps - warmup_steps = {num_steps - warmup_steps}, "
+            f"got {decay_steps}"
         )
     if step < warmup_steps:
         return (step + 1) / warmup_steps

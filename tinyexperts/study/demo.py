@@ -137,9 +137,9 @@ def train_command(config: DemoConfig, folder: Path) -> tuple[str, ...]:
     arguments = [
         *("train", method, "--run", str(folder), "--data", str(config.data), "--seed", seed),
         *("--training-flops", str(config.training_flops), "--threads", "1", "--no-progress"),
-        *("--validation-every", "50", "--validation-tokens", "16384"),
+        *("--validation-every", "50", "--validation-tokens", "8192"),
     ]
-    return (*PROGRAM, *arguments, *(["--resume"] if folder.exists() else []))
+    return (*PROGRAM, *arguments, *(["--resume"] if (folder / "config.json").exists() else []))
 
 
 def sample_command(config: DemoConfig, folder: Path, prompt: str) -> tuple[str, ...]:

@@ -151,7 +151,10 @@ def _verified_manifest(checkpoint: Path) -> dict[str, Any]:
         if not path.is_file():
             raise InputError(f"the checkpoint {checkpoint} lacks its file {name}")
         if _sha256(path) != digest:
-            raise InputError(f"{path} is truncated or altered: its SHA-256 is not that of the manifest")
+            raise InputError(
+                f"{path} is truncated or altered: its SHA-256 is not that of the manifest; "
+                "delete the folder to go back to the checkpoint before it"
+            )
     return manifest
 
 

@@ -44,7 +44,9 @@ def create(config: TrainConfig, tokenizer: Tokenizer, description: dict[str, Any
     Raises:
         InputError: the folder holds a run already, or anything else.
     """
-    if config.run.exists() and (not config.run.is_dir() or any(config.run.iterdir())):
+    # config.json is written last: what a kill left before it was no run yet.
+    begun = {"tokenizer.json", "run.json", "run.json.partial", "config.json.partial"}
+    if config.run.exists() and (not config.run.is_dir() or {path.name for path in config.run.iterdir()} - begun):
         raise InputError(f"the run folder {config.run} exists: add --resume to go on with it, or choose another --run")
     config.run.mkdir(parents=True, exist_ok=True)
     tokenizer.save(config.run / "tokenizer.json")

@@ -25,7 +25,7 @@ def row_adam_reference_(
     eps: float,
     step: int,
 ) -> None:
-    """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in `tinyexperts.ops.row_adam.row_adam_`."""
+    """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in tinyexperts.ops.row_adam_."""
     accumulate_dtype = torch.promote_types(experts.dtype, torch.float32)
     grad = grad_rows.to(accumulate_dtype)
     first = exp_avg.index_select(0, rows).to(accumulate_dtype)

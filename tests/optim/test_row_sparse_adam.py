@@ -1,0 +1,129 @@
+"""RowSparseAdam: equal to torch.optim.SparseAdam, resumable, blind to untouched rows, strict about dense gradients."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from tinyexperts import PEER
+from tinyexperts.errors import InputError
+from tinyexperts.optim import RowSparseAdam
+
+
+def sparse_gradient(shape, seed, *, num_rows=5, repeated=False):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(shape[0], generator=generator)[:num_rows]
+    rows = torch.cat([rows, rows[:2]]) if repeated else rows.sort().values
+    values = torch.randn(len(rows), *shape[1:], generator=generator)
+    return torch.sparse_coo_tensor(rows[None], values, shape, check_invariants=True)
+
+
+def run(optimizer_class, *, steps=100, repeated=False, start=0, parameter=None, optimizer=None):
+    if parameter is None:
+        parameter = torch.nn.Parameter(torch.randn(12, 2, 3, generator=torch.Generator().manual_seed(0)))
+        optimizer = optimizer_class([parameter], lr=1e-2, betas=(0.9, 0.99))
+    for step in range(start, start + steps):
+        parameter.grad = sparse_gradient(parameter.shape, step, repeated=repeated)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse invariant checks")  # torch's own SparseAdam triggers it
+            optimizer.step()
+    return parameter, optimizer
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_equals_sparse_adam_over_100_steps(repeated):
+    ours, _ = run(RowSparseAdam, repeated=repeated)
+    theirs, _ = run(torch.optim.SparseAdam, repeated=repeated)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_untouched_rows_keep_value_and_moments():
+    parameter, optimizer = run(RowSparseAdam, steps=3)
+    before = {name: value.clone() for name, value in optimizer.state[parameter].items()} | {
+        "value": parameter.detach().clone()
+    }
+    parameter.grad = sparse_gradient(parameter.shape, 7, num_rows=2)
+    touched = parameter.grad._indices()[0]
+    optimizer.step()
+    after = optimizer.state[parameter] | {"value": parameter.detach()}
+    untouched = torch.ones(12, dtype=torch.bool)
+    untouched[touched] = False
+    for name in ("value", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(after[name][untouched], before[name][untouched])
+        assert not torch.equal(after[name][touched], before[name][touched])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_state_continues_bit_for_bit(dtype):
+    torch.manual_seed(0)
+    layer = PEER(8, 49, num_heads=2, experts_per_head=3, query_dim=4, query_norm="none", sparse=True).to(dtype)
+    optimizer = RowSparseAdam([layer.experts], lr=1e-2)
+
+    def step(layer, optimizer, seed):
+        layer.zero_grad()
+        layer(
+            torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        ).float().square().sum().backward()
+        optimizer.step()
+
+    for seed in range(3):
+        step(layer, optimizer, seed)
+    twin = copy.deepcopy(layer)
+    twin_optimizer = RowSparseAdam([twin.experts], lr=99.0)
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(3, 6):
+        step(layer, optimizer, seed)
+        step(twin, twin_optimizer, seed)
+    assert torch.equal(layer.experts, twin.experts)
+    assert twin_optimizer.state[twin.experts]["exp_avg"].dtype == torch.float32
+
+
+def test_groups_have_rates_of_their_own():
+    parameters = [torch.nn.Parameter(torch.zeros(6, 2)) for _ in range(2)]
+    optimizer = RowSparseAdam([{"params": [parameters[0]], "lr": 0.5}, {"params": [parameters[1]]}], lr=0.25)
+    for parameter in parameters:
+        parameter.grad = torch.sparse_coo_tensor([[3]], torch.ones(1, 2), (6, 2), check_invariants=True)
+    optimizer.step()
+    # The first step of Adam is one learning rate long.
+    torch.testing.assert_close(parameters[0][3], torch.full((2,), -0.5))
+    torch.testing.assert_close(parameters[1][3], torch.full((2,), -0.25))
+
+
+def test_no_gradient_and_an_empty_gradient_change_nothing():
+    parameter = torch.nn.Parameter(torch.ones(6, 2))
+    optimizer = RowSparseAdam([parameter])
+    optimizer.step()
+    parameter.grad = torch.sparse_coo_tensor(
+        torch.empty(1, 0, dtype=torch.int64), torch.empty(0, 2), (6, 2), check_invariants=True
+    )
+    optimizer.step()
+    assert torch.equal(parameter, torch.ones(6, 2))
+
+
+def test_closure_is_called_with_gradients_enabled():
+    parameter = torch.nn.Parameter(torch.ones(6, 2))
+    optimizer = RowSparseAdam([parameter])
+
+    def closure():
+        assert torch.is_grad_enabled()
+        return 3.0
+
+    assert optimizer.step(closure) == 3.0
+
+
+def test_bad_input_is_told():
+    parameter = torch.nn.Parameter(torch.ones(6, 2))
+    for options, message in (
+        ({"lr": -1.0}, "lr must not be negative, got -1.0"),
+        ({"eps": -1.0}, "eps must not be negative"),
+        ({"betas": (0.9, 1.0)}, "less than 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            RowSparseAdam([parameter], **options)
+    optimizer = RowSparseAdam([parameter])
+    parameter.grad = torch.ones(6, 2)
+    with pytest.raises(InputError, match=r"got a dense one of shape \[6, 2\]: use AdamW, or make the layer with PEER"):
+        optimizer.step()
