@@ -43,6 +43,19 @@ def test_every_kind_learns_and_its_metrics_add_up(make_config, kind):
     assert (run["training_flops_per_token"]["router"] > 0) == (kind != "dense")
 
 
+def test_a_line_of_metrics_is_the_mean_of_its_steps(make_config, tmp_path):
+    rows = {}
+    for log_every in (1, 3):
+        config = make_config(log_every=log_every, run=tmp_path / f"{log_every}")
+        train(config, progress=False)
+        rows[log_every] = lines(config.run, "train")
+    single = [row["loss"] for row in rows[1]]
+    assert [row["loss"] for row in rows[3]] == pytest.approx(
+        [sum(s) / len(s) for s in (single[:3], single[3:6], single[6:])]
+    )
+    assert [row["step"] for row in rows[3]] == [3, 6, 8]
+
+
 def test_the_number_of_steps_is_what_the_flops_pay_for(make_config):
     config = make_config()
     flops_per_step = 3 * Transformer(config.model).flops_per_token(16) * config.tokens_per_step
