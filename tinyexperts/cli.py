@@ -107,7 +107,7 @@ def evaluate(
 def _print_evaluation(text: str, summary: dict[str, Any]) -> None:
     table = Table(title=text, title_justify="left")
     for column in ("routing", "nats a token", "perplexity", "bits a byte", "nats, new bigrams", "tokens"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="left" if column == "routing" else "right")
     for row in filter(None, (summary, summary.get("whole_sequences"))):
         bits = row["bits_per_byte"]
         table.add_row(

@@ -31,11 +31,11 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """All numbers, for JSON."""
-        routing = None if self.whole_sequences is None else "threshold: each token keeps the experts it passes"
+        routing = None if self.whole_sequences is None else "threshold (leaks least)"
         result = {**_numbers(self.perplexity), "context_length": self.context_length, "routing": routing}
         if self.whole_sequences is not None:
             result["whole_sequences"] = _numbers(self.whole_sequences) | {
-                "routing": "expert choice among whole sequences: a token's experts depend on later tokens"
+                "routing": "expert choice (sees later tokens)"
             }
         result["expert_usage"] = [
             {

@@ -221,7 +221,7 @@ def _resume(
 
 
 def _describe(config: TrainConfig, model: Transformer, num_steps: int) -> dict[str, Any]:
-    count, layer_flops = model.num_parameters(), 3 * model.router_flops_per_token()
+    count = model.num_parameters()
     return {
         "command": shlex.join(["tinyexperts", *sys.argv[1:]]),
         "versions": {
@@ -232,7 +232,7 @@ def _describe(config: TrainConfig, model: Transformer, num_steps: int) -> dict[s
         },
         "num_parameters": {"active": count.active, "total": count.total},
         "training_flops_per_token": {
-            "router": layer_flops,
+            "router": 3 * model.router_flops_per_token(),
             "total": 3 * model.flops_per_token(config.model.context_length),
         },
         "tokens_per_step": config.tokens_per_step,
