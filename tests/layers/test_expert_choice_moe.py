@@ -113,3 +113,15 @@ def test_empty_batch_in_both_modes():
 def test_bad_options_are_told(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_thresholds_follow_a_router_that_has_changed():
+    layer, x = make(capacity_factor=1.0), torch.randn(50, 8)
+    for _ in range(300):
+        layer(x)
+    with torch.no_grad():
+        layer.router.weight.mul_(0)  # now every score is 1 / 5
+    before = layer.threshold.clone()
+    for _ in range(100):
+        layer(x)
+    torch.testing.assert_close(layer.threshold, 0.2 + (before - 0.2) * 0.99**100)

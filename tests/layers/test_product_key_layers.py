@@ -237,3 +237,28 @@ def test_the_output_is_of_the_size_of_the_input_at_the_start():
     layer = PEER(64, 64**2)
     x = torch.randn(256, 64)
     assert 0.01 < layer(x).square().mean().sqrt() < 1
+
+
+def test_an_empty_batch_in_training_leaves_the_running_statistics_alone():
+    layer = make()
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    layer(torch.zeros(0, 12))
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_initial_weights_are_as_documented_and_follow_the_generator():
+    layer = PEER(64, 32**2, gated=True)
+    assert layer.experts[:, :2].std().item() == pytest.approx(1 / 8, rel=0.02)
+    assert layer.experts[:, 2].std().item() == pytest.approx(1 / 16, rel=0.02)
+    assert layer.router.query.weight.std().item() == pytest.approx(1 / 8, rel=0.02)
+    torch.testing.assert_close(layer.router.sub_keys.norm(dim=-1), torch.ones(2, 32))
+    memory = ProductKeyMemory(64, 32**2)
+    assert memory.experts.std().item() == pytest.approx(1 / 8, rel=0.02)
+    for module in (layer, memory):
+        states = []
+        for seed in (0, 0, 1):
+            module.reset_parameters(torch.Generator().manual_seed(seed))
+            states.append({name: tensor.clone() for name, tensor in module.named_parameters() if "norm" not in name})
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert not any(torch.equal(states[0][name], states[2][name]) for name in states[0])

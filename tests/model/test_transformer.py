@@ -177,3 +177,14 @@ def test_bad_settings_are_told(options, message):
 def test_a_sequence_longer_than_the_context_is_told():
     with pytest.raises(InputError, match="13 tokens are more than the model's context of 12 tokens"):
         make()(tokens(1, 13))
+
+
+def test_initial_weights_are_as_documented():
+    torch.manual_seed(0)
+    model = Transformer(make_config("dense", d_model=128, vocab_size=500))
+    attention = model.blocks[0].attention
+    for projection in (attention.query, attention.key, attention.value):
+        assert projection.weight.std().item() == pytest.approx(128**-0.5, rel=0.03)
+    assert attention.output.weight.std().item() == pytest.approx((128 * 2 * 3) ** -0.5, rel=0.03)
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert not model.head.weight.any()

@@ -177,3 +177,29 @@ def test_bad_input_is_told(change, message):
     arguments = {"x": x, "experts": experts, "ids": ids, "weights": weights, "activation": "gelu"} | change
     with pytest.raises(InputError, match=message):
         expert_mlp(*arguments.values())
+
+
+def test_no_more_rows_are_gathered_than_a_chunk_holds(monkeypatch):
+    gathered, gather = [], reference._gather
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 4000)
+    monkeypatch.setattr(reference, "_gather", lambda *a: gathered.append(gather(*a).numel()) or gather(*a))
+    x, experts, ids, weights = problem(2, num_tokens=100, model_dim=16, retrieved=8)
+    expert_mlp(x, experts.requires_grad_(), ids, weights, "gelu").sum().backward()
+    assert sum(gathered) == 2 * 100 * 8 * 2 * 16  # once forward, once backward
+    assert max(gathered) <= 4000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_narrow_tables_are_kept_in_fp32(dtype):
+    # 1 + 999 * 1/512 added one by one in bf16 would stay at 1.
+    experts = torch.full((2, 1, 1), 1 / 512, dtype=dtype)
+    experts[0] = 1.0
+    ids = torch.ones(1, 1000, dtype=torch.int64)
+    ids[0, 0] = 0
+    weights = torch.ones(1, 1000, requires_grad=True)
+    x = torch.ones(1, 1, dtype=dtype)
+    table = experts.requires_grad_()
+    y = expert_mlp(x, table, ids, weights, None)
+    assert y.item() == pytest.approx(1 + 999 / 512, rel=8e-3)
+    y.sum().backward()
+    assert table.grad[1].item() == pytest.approx(999, rel=8e-3)

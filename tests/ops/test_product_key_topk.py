@@ -206,3 +206,18 @@ def test_non_contiguous_inputs_equal_contiguous_ones():
 def test_bad_input_is_told(query_shape, key_shape, k, message):
     with pytest.raises(InputError, match=message):
         product_key_topk(torch.randn(query_shape), torch.randn(key_shape), k)
+
+
+def test_chunks_change_neither_results_nor_gradients(monkeypatch):
+    generator = torch.Generator().manual_seed(8)
+    query, keys = torch.randn(37, 2, 8, generator=generator), torch.randn(2, 9, 4, generator=generator)
+    grad = torch.randn(37, 2, 3, generator=generator)
+    results = []
+    for elements in (1 << 22, 100):
+        monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", elements)
+        leaves = [query.clone().requires_grad_(), keys.clone().requires_grad_()]
+        scores, ids = product_key_topk(*leaves, 3)
+        scores.backward(grad)
+        results.append((scores, ids, leaves[0].grad, leaves[1].grad))
+    assert reference.tokens_per_chunk(2, 9) < 37
+    torch.testing.assert_close(results[0], results[1])
