@@ -190,5 +190,10 @@ def test_output_folder_is_named_after_the_corpus(tmp_path: Path, monkeypatch: py
     assert PrepareConfig(corpus="owner/name").output_folder() == Path("data/owner--name")
     assert PrepareConfig(files=(Path("some/books"), Path("b"))).output_folder() == Path("data/books")
     monkeypatch.chdir(tmp_path)
-    assert PrepareConfig(files=(Path("."),)).output_folder() == Path("data", tmp_path.name)
+    assert PrepareConfig(files=(Path("texts/../mine"),)).output_folder() == Path("data", "mine")
     assert PrepareConfig(output=Path("x")).output_folder() == Path("x")
+
+
+def test_an_output_in_the_input_is_refused(small_corpus):
+    with pytest.raises(InputError, match="lies in the input"):
+        PrepareConfig(files=(small_corpus,), output=small_corpus / "data")

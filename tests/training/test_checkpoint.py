@@ -133,3 +133,20 @@ def test_a_run_without_a_checkpoint_and_a_folder_that_is_no_run(trained, tmp_pat
 def test_the_manifest_carries_the_state(trained):
     manifest = json.loads((checkpoints(trained.run)[-1] / "manifest.json").read_text())
     assert manifest["step"] == manifest["state"]["step"] == 3
+
+
+def test_a_model_with_tied_embeddings_is_saved_and_loaded(make_config):
+    config = make_config(num_steps=3, model={"tied_embeddings": True})
+    train(config, progress=False)
+    model = load_model(config.run)
+    assert model.head.weight is model.embedding.weight
+    assert model.head.weight.abs().sum() > 0
+
+
+def test_weights_that_are_not_finite_push_out_no_good_checkpoint(make_config):
+    config = make_config(
+        num_steps=3, checkpoint_every=1, keep_checkpoints=1, matrix_learning_rate=1e38, warmup_fraction=0
+    )
+    with pytest.raises(InputError, match="not finite"):
+        train(config, progress=False)
+    assert checkpoints(config.run) == []

@@ -63,6 +63,13 @@ class PrepareConfig:
             raise InputError(f"vocab_size is for a tokenizer that is trained, and {self.tokenizer} exists already")
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}")
+        output = self.output_folder().resolve()
+        for folder in self.files:
+            if output.is_relative_to(folder.resolve()):
+                raise InputError(
+                    f"the output {self.output_folder()} lies in the input {folder}, which would then hold its own "
+                    "tokens: choose an --output elsewhere"
+                )
         for name in ("max_documents", "max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
+from tinyexperts.optim import RowSparseAdam
 from tinyexperts.training.run_folder import read_config, write_whole
 
 # A tensor above this has a file of its own: the writer holds a file's bytes in memory.
@@ -78,7 +79,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[Opt
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith("optimizer.") and optimizers
     }
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    weights = _weights(model)
     try:
         with _one_process():
             dcp.load({**weights, **stored}, storage_reader=reader, no_dist=True)
@@ -94,7 +95,9 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[Opt
             parameter_name, _, key = name.removeprefix("optimizer.").rpartition(".")
             parameter = by_name[parameter_name]
             if id(parameter) in own:
-                optimizer.state[parameter][key] = tensor if tensor.dim() == 0 else tensor.to(parameter.device)
+                # AdamW's step counter lies beside its parameter, RowSparseAdam's on the CPU.
+                stays = isinstance(optimizer, RowSparseAdam) and key == "step"
+                optimizer.state[parameter][key] = tensor if stays else tensor.to(parameter.device)
     return manifest["state"]
 
 
@@ -113,8 +116,14 @@ def load_model(run: Path, *, device: str = "cpu") -> Transformer:
     return model.to(device).eval()
 
 
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, tied ones once."""
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
 def _tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = _weights(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for parameter, values in optimizer.state.items():
@@ -172,4 +181,4 @@ def _reason(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -131,9 +131,21 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
                 metrics.write("validation", step + 1, loss=result.loss, **done, seconds=state["seconds"])
             stopped = stop()
             if stopped or (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
+                _check_weights(config, model, step + 1)
                 save_checkpoint(config.run, step + 1, model, optimizers, state, keep=config.keep_checkpoints)
             if stopped and step + 1 < num_steps:
                 raise Interrupted(f"{stopped}: saved {config.run} at step {step + 1}; to go on: {_resume_command()}")
+
+
+def _check_weights(config: TrainConfig, model: Transformer, step: int) -> None:
+    """A checkpoint that holds a weight that is not finite must not push out a good one."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            found = checkpoints(config.run)
+            raise InputError(
+                f"step {step} left weights that are not finite in {name}; "
+                + (f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet")
+            )
 
 
 def _step(
@@ -250,7 +262,7 @@ def _stop_signal() -> Iterator[Any]:
             raise KeyboardInterrupt
         came.append(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield lambda: came[0] if came else None
     finally:
