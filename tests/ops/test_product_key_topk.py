@@ -221,3 +221,14 @@ def test_chunks_change_neither_results_nor_gradients(monkeypatch):
         results.append((scores, ids, leaves[0].grad, leaves[1].grad))
     assert reference.tokens_per_chunk(2, 9) < 37
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_autocast_changes_no_bit():
+    generator = torch.Generator().manual_seed(9)
+    query, keys = torch.randn(9, 2, 8, generator=generator), torch.randn(2, 9, 4, generator=generator)
+    expected = product_key_topk(query, keys, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = product_key_topk(query, keys, 3)
+    assert got[0].dtype == torch.float32
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])

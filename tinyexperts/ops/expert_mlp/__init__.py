@@ -74,7 +74,8 @@ def _expert_mlp(
     x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None, sparse: bool
 ) -> tuple[Tensor, Tensor]:
     _check_ids(ids_MP, experts_NED.shape[0])
-    return reference.expert_mlp_in_chunks(x_MD, experts_NED, ids_MP, weights_MP, activation)
+    with torch.autocast(x_MD.device.type, enabled=False):  # it would round the fp32 sums
+        return reference.expert_mlp_in_chunks(x_MD, experts_NED, ids_MP, weights_MP, activation)
 
 
 @_expert_mlp.register_fake
@@ -96,9 +97,10 @@ def _expert_mlp_backward(
     pre_activations_FMP: Tensor,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return reference.expert_mlp_backward(
-        grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation
-    )
+    with torch.autocast(x_MD.device.type, enabled=False):  # it would round the fp32 sums
+        return reference.expert_mlp_backward(
+            grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation
+        )
 
 
 @_expert_mlp_backward.register_fake

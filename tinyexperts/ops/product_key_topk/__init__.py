@@ -44,7 +44,8 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
 
 @torch.library.custom_op("tinyexperts::product_key_topk", mutates_args=())
 def _product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return reference.product_key_topk(query_MHQ, sub_keys, k)
+    with torch.autocast(query_MHQ.device.type, enabled=False):  # it would round the fp32 sums
+        return reference.product_key_topk(query_MHQ, sub_keys, k)
 
 
 @_product_key_topk.register_fake
@@ -58,7 +59,8 @@ def _(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _product_key_topk_backward(
     grad_scores: Tensor, ids: Tensor, query_MHQ: Tensor, sub_keys: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return reference.product_key_topk_backward(grad_scores, ids, query_MHQ, sub_keys)
+    with torch.autocast(query_MHQ.device.type, enabled=False):  # it would round the fp32 sums
+        return reference.product_key_topk_backward(grad_scores, ids, query_MHQ, sub_keys)
 
 
 @_product_key_topk_backward.register_fake
