@@ -105,3 +105,17 @@ def test_bad_settings_are_told(options, message):
         generate(make(), prompt(), **({"max_new_tokens": 4} | options))
     with pytest.raises(InputError, match=r"at least one token, got \[2, 0\]"):
         generate(make(), prompt(2, 0), max_new_tokens=4)
+
+
+def test_generated_tokens_can_be_trained_on():
+    model = make()
+    tokens = generate(model, prompt(), max_new_tokens=4, temperature=0)
+    model(tokens).sum().backward()
+    assert model.embedding.weight.grad is not None
+
+
+def test_the_mode_is_restored_after_a_failure():
+    model = make().train()
+    with pytest.raises(IndexError):
+        generate(model, torch.full((1, 2), 40), max_new_tokens=4)
+    assert model.training

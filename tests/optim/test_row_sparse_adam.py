@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import mmap
+import sys
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,3 +131,19 @@ def test_bad_input_is_told():
     parameter.grad = torch.ones(6, 2)
     with pytest.raises(InputError, match=r"got a dense one of shape \[6, 2\]: use AdamW, or make the layer with PEER"):
         optimizer.step()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
+def test_the_state_takes_memory_only_for_touched_rows():
+    def resident_bytes():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    table = torch.nn.Parameter(torch.from_numpy(np.zeros((2**19, 2, 128), dtype=np.float32)))  # 512 MiB, untouched
+    optimizer = RowSparseAdam([table])
+    rows = torch.arange(0, 2**19, 2**17)
+    table.grad = torch.sparse_coo_tensor(rows[None], torch.ones(4, 2, 128), table.shape, check_invariants=True)
+    before = resident_bytes()
+    optimizer.step()
+    # A touched row may bring in a huge page of 2 MiB in each of the three tables.
+    assert resident_bytes() - before < 64 * 2**20
+    assert (table[rows] < 0).all()

@@ -9,7 +9,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.model.transformer import Cache, Transformer
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: Transformer,
     prompt: Tensor,
@@ -55,17 +55,19 @@ def generate(
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
     was_training = model.training
     model.eval()
-    cache, tokens, step = Cache(model, len(prompt)), prompt, prompt
-    ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
-    for _ in range(max_new_tokens):
-        step = _draw(model(step, cache)[:, -1].float(), temperature, top_k, top_p, generator)
-        if end_of_text_id is not None:
-            step = step.masked_fill(ended, end_of_text_id)
-            ended = step == end_of_text_id
-        tokens = torch.cat([tokens, step], dim=1)
-        if bool(ended.all()):
-            break
-    model.train(was_training)
+    try:
+        cache, tokens, step = Cache(model, len(prompt)), prompt, prompt
+        ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
+        for _ in range(max_new_tokens):
+            step = _draw(model(step, cache)[:, -1].float(), temperature, top_k, top_p, generator)
+            if end_of_text_id is not None:
+                step = step.masked_fill(ended, end_of_text_id)
+                ended = step == end_of_text_id
+            tokens = torch.cat([tokens, step], dim=1)
+            if bool(ended.all()):
+                break
+    finally:
+        model.train(was_training)
     return tokens
 
 
