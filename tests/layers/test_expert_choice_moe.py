@@ -125,3 +125,45 @@ def test_thresholds_follow_a_router_that_has_changed():
     for _ in range(100):
         layer(x)
     torch.testing.assert_close(layer.threshold, 0.2 + (before - 0.2) * 0.99**100)
+
+
+def test_an_expert_that_takes_every_token_has_a_threshold_of_zero():
+    layer = make(capacity_factor=5.0)  # as many as there are experts
+    x = torch.randn(10, 8)
+    layer(x)
+    assert torch.equal(layer.threshold, torch.zeros(5))
+    torch.testing.assert_close(layer.eval()(x), by_hand(layer, x, torch.ones(10, 5)))
+
+
+def test_a_score_equal_to_the_threshold_does_not_pass():
+    layer, x = make(num_experts=4), torch.randn(10, 8)
+    with torch.no_grad():
+        layer.router.weight.zero_()  # every score is 1 / 4, as every threshold is at first
+    assert torch.equal(layer.eval()(x), torch.zeros(10, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_layer_trains_and_keeps_its_thresholds_in_fp32(dtype):
+    layer, x = make(), torch.randn(30, 8)
+    layer(x)
+    threshold = layer.threshold.clone()
+    layer = layer.to(dtype)
+    assert torch.equal(layer.threshold, threshold)
+    y = layer(2 * x.to(dtype))
+    y.square().sum().backward()
+    assert y.dtype == layer.up.grad.dtype == dtype
+    assert layer.threshold.dtype == torch.float32
+    assert not torch.equal(layer.threshold, threshold)
+    assert layer.eval()(x.to(dtype)).dtype == dtype
+
+
+def test_scores_of_a_double_layer_are_double():
+    layer, x = make(num_experts=3, capacity_factor=3.0).double(), torch.randn(4, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), by_hand(layer, x, torch.ones(4, 3)), rtol=1e-12, atol=1e-12)
+
+
+def test_an_unknown_evaluation_routing_is_told():
+    layer = make().eval()
+    layer.evaluation_routing = "thresholds"
+    with pytest.raises(ValueError, match="one of expert_choice, threshold, got 'thresholds'"):
+        layer(torch.zeros(2, 8))

@@ -262,3 +262,12 @@ def test_initial_weights_are_as_documented_and_follow_the_generator():
             states.append({name: tensor.clone() for name, tensor in module.named_parameters() if "norm" not in name})
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
         assert not any(torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("query_norm", ["batch", "layer"])
+def test_a_norm_that_was_replaced_is_applied(query_norm):
+    layer, x = make(query_norm=query_norm), torch.randn(5, 12)
+    expected = layer(x)
+    layer.router.norm = torch.nn.Sequential(layer.router.norm)  # as torch.compile and SyncBatchNorm wrap or replace it
+    torch.testing.assert_close(layer(x), expected)
+    assert not torch.allclose(layer.router.queries(x).flatten(1), layer.router.query(x), atol=1e-2)

@@ -168,6 +168,7 @@ def test_saves_no_gathered_rows():
         ({"ids": torch.full((5, 6), 23)}, "between 0 and N - 1 = 22, got 23"),
         ({"ids": torch.full((5, 6), -1)}, "got -1"),
         ({"x": torch.zeros(5, 8)}, r"D = 7, got \[5, 8\]"),
+        ({"ids": torch.zeros(5, 6, dtype=torch.int32)}, "must be int64, got torch.int32"),
         ({"weights": torch.zeros(5, 5)}, r"\[5, 6\] and \[5, 5\]"),
         ({"experts": torch.zeros(23, 4, 7)}, r"got \[23, 4, 7\]"),
     ],
@@ -203,3 +204,32 @@ def test_sums_of_narrow_tables_are_kept_in_fp32(dtype):
     assert y.item() == pytest.approx(1 + 999 / 512, rel=8e-3)
     y.sum().backward()
     assert table.grad[1].item() == pytest.approx(999, rel=8e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_vectors", "activation"), [(2, "relu"), (3, "silu")])
+def test_pre_activations_of_narrow_tables_are_fp32(dtype, num_vectors, activation):
+    # The products with u are 1 + n/1024: in bf16 or fp16 they would round, and so would the gradients made of them.
+    experts = torch.ones(8, num_vectors, 2, dtype=dtype)
+    experts[:, 0, 1] = torch.arange(8).to(dtype) / 1024
+    x = torch.ones(1, 2, dtype=dtype)
+    ids, weights = torch.arange(8)[None], torch.ones(1, 8)
+    _, pre_activations = torch.ops.tinyexperts.expert_mlp(x, experts, ids, weights, activation, False)
+    assert pre_activations.dtype == torch.float32
+    assert torch.equal(pre_activations[0, 0], 1 + torch.arange(8) / 1024)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_frozen_table_costs_no_gradient(sparse, monkeypatch):
+    x, experts, ids, weights = problem(2)
+    expected = []
+    for frozen in (False, True):
+        leaves = [x.clone().requires_grad_(), experts.clone().requires_grad_(not frozen), weights.clone()]
+        leaves[2].requires_grad_()
+        if frozen:
+            monkeypatch.setattr(reference, "_sum_by_expert", None)
+        expert_mlp(leaves[0], leaves[1], ids, leaves[2], "gelu", sparse=sparse).square().sum().backward()
+        expected.append((leaves[0].grad, leaves[2].grad))
+        assert (leaves[1].grad is None) == frozen
+    assert torch.equal(expected[0][0], expected[1][0])
+    assert torch.equal(expected[0][1], expected[1][1])

@@ -173,6 +173,34 @@ def test_nan_query_gives_nan_scores_and_valid_ids():
     assert ((ids >= 0) & (ids < 25)).all()
 
 
+def test_scores_that_overflow_to_nan_give_valid_ids():
+    """inf - inf is NaN: among such sums there is no order, but every id must be one of the N."""
+    half = torch.tensor([1e20, -1e20, 1e20, -1e20])
+    keys = half.view(1, 4, 1).expand(2, 4, 1).contiguous()
+    for first, second in ((1e20, 1e20), (1e20, -1e20), (-1e20, 1e20)):
+        for k in (1, 2, 4):
+            scores, ids = product_key_topk(torch.tensor([[[first, second]]]), keys, k)
+            assert ((ids >= 0) & (ids < 16)).all()
+            assert len(ids.unique()) == k
+            i, j = ids // 4, ids % 4
+            expected = first * half[i] + second * half[j]
+            assert torch.equal(scores.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
+
+
+def test_many_tied_rows_in_chunks_equal_one_at_a_time(monkeypatch):
+    generator = torch.Generator().manual_seed(10)
+    query = torch.randn(12, 2, 8, generator=generator)
+    query[::3] = 0
+    query[1::3, :, :4] *= 1e9
+    keys = torch.randn(2, 9, 4, generator=generator)
+    expected = brute_force(query, keys, 4)
+    for pairs in (1 << 20, 1):
+        monkeypatch.setattr(reference, "_CHUNK_TIES", pairs)
+        got = product_key_topk(query, keys, 4)
+        assert torch.equal(got[1], expected[1])
+        assert torch.equal(got[0], expected[0])
+
+
 def test_opcheck():
     generator = torch.Generator().manual_seed(6)
     query = torch.randn(3, 2, 6, generator=generator, requires_grad=True)

@@ -66,3 +66,10 @@ def test_rows_and_values_sum_repeated_rows_and_share_memory_otherwise():
     assert got.tolist() == [[2.0], [5.0]]
     with pytest.raises(InputError, match="one sparse dimension, got 2"):
         rows_and_values(torch.eye(3).to_sparse())
+
+
+def test_a_single_parameter_is_clipped():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradient_norm_(parameter, 1.0) == 5
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]))

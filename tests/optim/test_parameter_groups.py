@@ -100,3 +100,13 @@ def test_expected_touched_share():
     assert expected_touched_share(100, 5, 1000) == pytest.approx(counted, abs=0.03)
     with pytest.raises(InputError, match="num_experts must be at least 1, got 0"):
         expected_touched_share(1, 1, 0)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_betas_and_eps_reach_every_group(sparse):
+    options = {"betas": (0.5, 0.6), "table_betas": (0.7, 0.8), "eps": 1e-3}
+    optimizers = build_optimizers(Model(sparse=sparse), sparse_tables=sparse, **RATES, **options)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            assert group["eps"] == 1e-3
+            assert group["betas"] == ((0.7, 0.8) if group["name"] == "tables" else (0.5, 0.6))

@@ -147,3 +147,24 @@ def test_the_state_takes_memory_only_for_touched_rows():
     # A touched row may bring in a huge page of 2 MiB in each of the three tables.
     assert resident_bytes() - before < 64 * 2**20
     assert (table[rows] < 0).all()
+
+
+def test_groups_have_betas_and_eps_of_their_own():
+    options = [{"betas": (0.5, 0.9), "eps": 1.0}, {"betas": (0.8, 0.6), "eps": 1e-3}, {}]
+    defaults = {"lr": 0.25, "betas": (0.3, 0.7), "eps": 0.1}
+    parameters = [torch.nn.Parameter(torch.zeros(6, 2)) for _ in options]
+    groups = [{"params": [p], **each} for p, each in zip(parameters, options, strict=True)]
+    ours = RowSparseAdam(groups, **defaults)
+    for seed in range(3):
+        for parameter in parameters:
+            parameter.grad = sparse_gradient(parameter.shape, seed)
+        ours.step()
+    for parameter, each in zip(parameters, options, strict=True):
+        expected = torch.nn.Parameter(torch.zeros(6, 2))
+        theirs = torch.optim.SparseAdam([expected], **(defaults | each))
+        for seed in range(3):
+            expected.grad = sparse_gradient(expected.shape, seed)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Sparse invariant checks")
+                theirs.step()
+        torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-7)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class ExpertChoiceMoE(FeedForward):
     `evaluation_routing` says how tokens are routed:
     - "threshold" (default): a token keeps the experts whose learned threshold its score passes; each token by its
       own, which leaks least and is the only way that can generate text. The thresholds are running means of the
-      scores at which the experts cut off in training, so the number of experts a token gets varies.
+      scores at which the experts cut off in training, so the number of experts a token gets varies. Which experts
+      have work depends on the data: torch.compile breaks the graph there, and torch.export refuses it.
     - "expert_choice": experts choose among the tokens given, as in training and as the paper presumably evaluated.
 
     Args:
@@ -77,6 +79,14 @@ class ExpertChoiceMoE(FeedForward):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device))
         self.reset_parameters()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertChoiceMoE:
+        """A cast leaves the thresholds in fp32: in bf16 the small steps of their running mean would round to none."""
+        before = self.threshold
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.threshold.dtype != before.dtype:
+            self.threshold = before.to(self.threshold.device)
+        return self
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal weights of variance 1 / fan-in; thresholds of a uniform router."""
         for weight, fan_in in (
@@ -91,11 +101,17 @@ class ExpertChoiceMoE(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         """x (float, [..., D]) -> y (same shape and dtype)."""
         x_MD = x.reshape(-1, x.shape[-1])
-        scores_ME = self.router(x_MD).float().softmax(-1)
-        if not self.training and self.evaluation_routing == "threshold":
+        logits_ME = self.router(x_MD)
+        scores_ME = logits_ME.to(torch.promote_types(logits_ME.dtype, torch.float32)).softmax(-1)
+        if self.training or self.evaluation_routing == "expert_choice":
+            y_MD = self._forward_by_expert_choice(x_MD, scores_ME)
+        elif self.evaluation_routing == "threshold":
             y_MD = self._forward_by_threshold(x_MD, scores_ME)
         else:
-            y_MD = self._forward_by_expert_choice(x_MD, scores_ME)
+            raise InputError(
+                f"evaluation_routing must be one of {', '.join(get_args(EvaluationRouting))}, "
+                f"got {self.evaluation_routing!r}"
+            )
         return y_MD.view(x.shape)
 
     def _forward_by_expert_choice(self, x_MD: Tensor, scores_ME: Tensor) -> Tensor:
@@ -103,19 +119,22 @@ class ExpertChoiceMoE(FeedForward):
         capacity = min(num_tokens, math.ceil(self.capacity_factor * num_tokens / num_experts))
         top = scores_ME.topk(min(capacity + 1, num_tokens), dim=0)
         if self.training and num_tokens and not in_recomputation():
-            self._update_threshold(top.values.detach(), capacity)
+            self._update_threshold(top.values.detach(), capacity, num_tokens)
         chosen_EC, weights_EC = top.indices[:capacity].T, top.values[:capacity].T
         hidden = activate(torch.bmm(x_MD[chosen_EC], self.up), self.activation)
         y_ECD = torch.bmm(hidden, self.down) * weights_EC.unsqueeze(-1).to(x_MD.dtype)
         return torch.zeros_like(x_MD).index_add(0, chosen_EC.flatten(), y_ECD.flatten(0, 1).to(x_MD.dtype))
 
     @torch.no_grad()
-    def _update_threshold(self, top_scores: Tensor, capacity: int) -> None:
+    def _update_threshold(self, top_scores: Tensor, capacity: int, num_tokens: int) -> None:
         """Running mean (momentum 0.01, plain mean at first) of the middle between the last taken and the first left."""
-        cut_off = (top_scores[capacity - 1] + top_scores[-1]) / 2
+        if capacity == num_tokens:  # nothing was left, so that nothing is too low
+            cut_off = torch.zeros_like(self.threshold)
+        else:
+            cut_off = ((top_scores[capacity - 1] + top_scores[capacity]) / 2).to(self.threshold.dtype)
         self.num_batches_tracked.add_(1)
         momentum = (1 / self.num_batches_tracked).clamp(min=0.01)
-        self.threshold.lerp_(cut_off, momentum.to(cut_off.dtype))
+        self.threshold.lerp_(cut_off, momentum)
 
     def _forward_by_threshold(self, x_MD: Tensor, scores_ME: Tensor) -> Tensor:
         y_MD = torch.zeros_like(x_MD)

@@ -33,7 +33,11 @@ class ProductKeyLayer(FeedForward):
         self.experts = nn.Parameter(torch.empty(num_experts, vectors_per_expert, d_model, device=device, dtype=dtype))
 
     def route(self, x: Tensor) -> Routing:
-        """The experts of each token, best first: x (float, [..., D]) -> Routing, each part [..., H, K]."""
+        """The experts of each token, best first: x (float, [..., D]) -> Routing, each part [..., H, K].
+
+        In training mode this is a forward pass of the router, and moves the running statistics of its batch norm: call
+        `eval()` first to look.
+        """
         routing: Routing = self.router(x)
         return routing
 

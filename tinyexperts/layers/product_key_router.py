@@ -100,7 +100,7 @@ class ProductKeyRouter(nn.Module):
                 f"router_weights must be one of {', '.join(get_args(RouterWeights))}, got {router_weights!r}"
             )
         self.num_heads, self.query_dim, self.num_sub_keys = num_heads, query_dim, num_sub_keys
-        self.experts_per_head, self.router_weights = experts_per_head, router_weights
+        self.experts_per_head, self.router_weights, self.query_norm = experts_per_head, router_weights, query_norm
         self.query = nn.Linear(d_model, num_heads * query_dim, bias=False, device=device, dtype=dtype)
         self.norm: nn.Module = nn.Identity()
         if query_norm == "batch":
@@ -123,12 +123,11 @@ class ProductKeyRouter(nn.Module):
     def queries(self, x: Tensor) -> Tensor:
         """x (float, [..., D]) -> normalised queries [M, H, Q], M the product of the leading dimensions."""
         query_MC: Tensor = self.query(x.reshape(-1, x.shape[-1]))
-        if isinstance(self.norm, nn.BatchNorm1d):
+        # By the option and not by the norm's class: a norm may be wrapped or replaced (compiled, synchronised).
+        if self.query_norm == "batch":
             query_MC = self.norm(query_MC)
         query_MHQ = query_MC.view(-1, self.num_heads, self.query_dim)
-        if isinstance(self.norm, nn.LayerNorm):
-            query_MHQ = self.norm(query_MHQ)
-        return query_MHQ
+        return self.norm(query_MHQ) if self.query_norm == "layer" else query_MHQ
 
     def forward(self, x: Tensor) -> Routing:
         """x (float, [..., D]) -> the Routing, each [..., H, K]."""

@@ -13,14 +13,14 @@ from tinyexperts.optim.sparse_gradients import coalesced_gradient
 
 
 @torch.no_grad()
-def clip_gradient_norm_(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+def clip_gradient_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale all gradients in place so that their global L2 norm is at most `max_norm`; return the norm before scaling.
 
     Equals torch.nn.utils.clip_grad_norm_ on the densified gradients. A sparse `.grad` that holds a row several times is
     replaced by its coalesced form, since the norm is that of the sums. A non-finite norm scales as torch does: look at
     it.
 
-    parameters: parameters without a gradient are passed over
+    parameters: one or several; parameters without a gradient are passed over
     max_norm: positive; None or inf only measures
     returns the global norm (float, scalar)
 
@@ -29,7 +29,7 @@ def clip_gradient_norm_(parameters: Iterable[nn.Parameter], max_norm: float | No
     if max_norm is not None and not max_norm > 0:
         raise InputError(f"max_norm must be positive, or None to measure only, got {max_norm}")
     gradients = []
-    for parameter in parameters:
+    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is None:
             continue
         if parameter.grad.layout == torch.sparse_coo:

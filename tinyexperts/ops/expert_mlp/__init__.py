@@ -40,7 +40,10 @@ def expert_mlp(
         y_MD (dtype of x, [M, D]): sums kept in fp32 (fp64 for fp64).
 
     Raises:
-        InputError: shapes that don't fit each other, an unknown activation, an id outside 0..N - 1.
+        InputError: shapes that don't fit each other, ids that are not int64, an unknown activation, an id outside
+            0..N - 1.
+
+    Differentiable once and in reverse mode only: forward-mode derivatives (torch.func.jvp) come out as zero.
     """
     if experts_NED.dim() != 3 or not 1 <= experts_NED.shape[1] <= 3:
         raise InputError(f"experts must be [N, E, D] with E = 1, 2 or 3, got {list(experts_NED.shape)}")
@@ -51,6 +54,8 @@ def expert_mlp(
             f"ids and weights must be [M, P] with M = {x_MD.shape[0]}, "
             f"got {list(ids_MP.shape)} and {list(weights_MP.shape)}"
         )
+    if ids_MP.dtype != torch.int64:
+        raise InputError(f"ids must be int64, got {ids_MP.dtype}")
     if (experts_NED.shape[1] == 1) != (activation is None):
         raise InputError(
             f"activation is None for E = 1 and only there, got {activation!r} and E = {experts_NED.shape[1]}"
@@ -96,10 +101,18 @@ def _expert_mlp_backward(
     weights_MP: Tensor,
     pre_activations_FMP: Tensor,
     activation: str | None,
+    table_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x_MD.device.type, enabled=False):  # it would round the fp32 sums
         return reference.expert_mlp_backward(
-            grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation
+            grad_y_MD,
+            x_MD,
+            experts_NED,
+            ids_MP,
+            weights_MP,
+            pre_activations_FMP,
+            activation,
+            table_gradient=table_gradient,
         )
 
 
@@ -112,6 +125,7 @@ def _(
     weights_MP: Tensor,
     pre_activations_FMP: Tensor,
     activation: str | None,
+    table_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows = torch.library.get_ctx().new_dynamic_size()
     return (
@@ -131,7 +145,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_y_MD: Tensor, _grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # activation checkpointing lets them be unpacked once
     experts_NED = saved[1]
-    grad_x, rows, grad_rows, grad_weights = _expert_mlp_backward(grad_y_MD, *saved, ctx.activation)
+    table_gradient = ctx.needs_input_grad[1]
+    grad_x, rows, grad_rows, grad_weights = _expert_mlp_backward(grad_y_MD, *saved, ctx.activation, table_gradient)
+    if not table_gradient:
+        return grad_x, None, None, grad_weights, None, None
     if ctx.sparse:
         # The rows ascend and don't repeat; torch loses the flag on the way into .grad.
         grad_experts = torch.sparse_coo_tensor(

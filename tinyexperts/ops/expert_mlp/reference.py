@@ -80,8 +80,13 @@ def expert_mlp_backward(
     weights_MP: Tensor,
     pre_activations_FMP: Tensor,
     activation: str | None,
+    *,
+    table_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of the touched rows (ascending ids [R], values [R, E, D]) and of the weights."""
+    """Gradients of x, of the touched rows (ascending ids [R], values [R, E, D]) and of the weights.
+
+    R = 0 where the table's gradient is not asked for (a frozen table).
+    """
     num_vectors, model_dim = experts_NED.shape[1:]
     dtype = accumulation_dtype(x_MD, experts_NED)
     grad_x = torch.zeros_like(x_MD, memory_format=torch.contiguous_format)
@@ -104,6 +109,8 @@ def expert_mlp_backward(
             factors_EMP[0, tokens] *= pre[1]
             factors_EMP[1, tokens] = grad_scaled_MP * weights * activate(pre[0], activation)
         grad_x[tokens] = torch.einsum("emp,mped->md", factors_EMP[:-1, tokens], rows_MPED[:, :, :-1]).to(x_MD.dtype)
+    if not table_gradient:
+        return grad_x, ids_MP.new_empty(0), experts_NED.new_empty(0, num_vectors, model_dim), grad_weights
     operands = [x_MD.to(dtype)] * (num_vectors - 1) + [grad_y_MD.to(dtype)]
     rows, grad_rows_RED = _sum_by_expert(ids_MP, factors_EMP, operands)
     return grad_x, rows, grad_rows_RED.to(experts_NED.dtype), grad_weights

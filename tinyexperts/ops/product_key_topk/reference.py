@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Elements of the scores (both halves, all heads) that one chunk of tokens may hold: 16 MiB of fp32.
 _CHUNK_ELEMENTS = 1 << 22
+# Pairs that one chunk of tied rows may hold: 8 MiB of ids.
+_CHUNK_TIES = 1 << 20
 
 
 def half_scores(query_MHQ: Tensor, sub_keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,40 +48,44 @@ def _top_k_of_sums(scores_1: Tensor, scores_2: Tensor, k: int) -> tuple[Tensor, 
     sums = best_1[:, candidates[:, 0]] + best_2[:, candidates[:, 1]]
     ids = index_1[:, candidates[:, 0]] * num_sub_keys + index_2[:, candidates[:, 1]]
     top, position = sums.topk(min(k + 1, sums.shape[-1]))
-    scores, chosen = top[:, :k], ids.gather(1, position[:, :k])
+    scores, chosen = top[:, :k].clone(), ids.gather(1, position[:, :k])
 
-    tied = (top[:, 1:] == top[:, :-1]).any(1)
-    if len(frontier):
-        beyond = best_1[:, frontier[:, 0]] + best_2[:, frontier[:, 1]]
-        tied |= (beyond == scores[:, -1:]).any(1)
-    if tied.any():
-        settled = _settle_ties(scores_1[tied], scores_2[tied], sums[tied], ids[tied], scores[tied, -1:])
-        scores, chosen = scores.clone(), chosen.clone()
-        scores[tied], chosen[tied] = settled[0][:, :k], settled[1][:, :k]
+    beyond = best_1[:, frontier[:, 0]] + best_2[:, frontier[:, 1]] if len(frontier) else sums[:, :0]
+    tied_inside = (top[:, 1:] == top[:, :-1]).any(1)
+    tied_outside = (beyond == scores[:, -1:]).any(1)
+    if tied_inside.any():
+        scores[tied_inside], chosen[tied_inside] = _sorted_by_score_and_id(sums[tied_inside], ids[tied_inside], k)
+    # NaN sorts above all and equals nothing: such rows keep what the candidates gave.
+    tied_outside &= ~scores[:, 0].isnan()
+    for rows in torch.split(tied_outside.nonzero().flatten(), max(1, _CHUNK_TIES // (k * num_sub_keys))):
+        scores[rows], chosen[rows] = _settle_ties(scores_1[rows], scores_2[rows], sums[rows], ids[rows], k)
     return scores, chosen
 
 
-def _settle_ties(
-    scores_1: Tensor, scores_2: Tensor, sums: Tensor, ids: Tensor, threshold: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Candidates above the K-th score and the pairs of lowest ids that equal it, sorted by (score, id)."""
-    num_rows, num_sub_keys = scores_1.shape
-    k = min(num_sub_keys, sums.shape[-1])
+def _sorted_by_score_and_id(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    ids, order = ids.sort(dim=1)
+    scores, by_score = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return scores[:, :k], ids.gather(1, by_score)[:, :k]
+
+
+def _settle_ties(scores_1: Tensor, scores_2: Tensor, sums: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The candidates above the K-th score, and of all N pairs that equal it those of lowest ids."""
+    num_sub_keys = scores_1.shape[-1]
+    threshold = sums.topk(k).values[:, -1:]
     # Each first half that can reach the threshold holds at least one pair that does. Fewer than K pairs are above it,
     # so the lowest first halves, K in number, hold all the ties that can be wanted.
-    reaches = ~(scores_1 + scores_2.amax(1, keepdim=True) < threshold)
+    reaches = scores_1 + scores_2.amax(1, keepdim=True) >= threshold
     first = (~reaches).to(torch.int8).sort(dim=1, stable=True).indices[:, :k]
     ties = scores_1.gather(1, first).unsqueeze(2) + scores_2.unsqueeze(1) == threshold.unsqueeze(2)
     no_id = num_sub_keys * num_sub_keys
     tie_ids = first.unsqueeze(2) * num_sub_keys + torch.arange(num_sub_keys, device=first.device)
-    tie_ids = tie_ids.masked_fill(~ties, no_id).view(num_rows, -1).sort(dim=1).values[:, :k]
+    tie_ids = tie_ids.masked_fill(~ties, no_id).flatten(1).topk(k, largest=False).values
     tie_scores = torch.where(tie_ids < no_id, threshold, float("-inf"))
 
     below = sums <= threshold
-    all_ids, order = torch.cat([ids.masked_fill(below, no_id), tie_ids], 1).sort(dim=1)
-    all_scores = torch.cat([sums.masked_fill(below, float("-inf")), tie_scores], 1).gather(1, order)
-    all_scores, order = all_scores.sort(dim=1, descending=True, stable=True)
-    return all_scores, all_ids.gather(1, order)
+    all_ids = torch.cat([ids.masked_fill(below, no_id), tie_ids], 1)
+    all_scores = torch.cat([sums.masked_fill(below, float("-inf")), tie_scores], 1)
+    return _sorted_by_score_and_id(all_scores, all_ids, k)
 
 
 def tokens_per_chunk(num_heads: int, num_sub_keys: int) -> int:
