@@ -83,6 +83,26 @@ def test_from_a_folder_of_text_to_a_model_that_speaks(run_cli, folder_of_text, t
     assert out.startswith("the")
     (sample,) = json.loads((run / "samples.json").read_text())
     assert sample["prompt"] + sample["completion"] + "\n" == out
+    (run / "samples.json").write_text("{")
+    code, out, err = run_cli("generate", run, "--prompt", "the", "--save")  # as many tokens as the context holds
+    assert code == 2
+    assert out.startswith("the")
+    assert err.startswith(f"tinyexperts: {run}/samples.json is damaged, the sample is not saved")
+    assert (run / "samples.json").read_text() == "{"
+    assert (
+        run_cli("generate", run, "--prompt", "the", "--temperature", "1e-42")[:2]
+        == run_cli("generate", run, "--prompt", "the", "--temperature", 0)[:2]
+    )
+    (folder_of_text / "binary.bin").write_bytes(b"\0\1")
+    (folder_of_text / "x.jsonl").write_text('{"body": "the million experts"}\n')
+    code, _, err = run_cli("evaluate", run, "--files", folder_of_text)
+    assert code == 2
+    assert "no field 'text'; the fields are 'body'" in err
+    (folder_of_text / "x.jsonl").unlink()
+    code, out, err = run_cli("evaluate", run, "--files", folder_of_text, "--max-tokens", 10)
+    assert code == 0
+    assert "left out" in err
+    assert "binary.bin is binary" in err
     code, _, err = run_cli("generate", run, "--prompt", "the router", "--max-new-tokens", 100)
     assert code == 2
     assert "100 new ones are more than the model's context of 16 tokens" in err
@@ -109,7 +129,20 @@ def test_a_full_disk_is_one_sentence(run_cli, monkeypatch):
         (["train", "peer", "--num-steps", "5"], "exactly one of num_steps and training_flops, got 5 and"),
         (["train", "peer", "--data", "nowhere"], "nowhere"),
         (["evaluate", "run", "--files", "a", "--data", "b"], "give either --data or --files, got b and 1 files"),
-        (["evaluate", "run", "--batch-size", "0"], "must be at least 1"),
+        (["evaluate", "run", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["evaluate", "run", "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+        (["evaluate", "run", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["evaluate", "run", "--device", "meta"], "device must be auto or one of cpu, cuda, mps, xpu, got 'meta'"),
+        (["generate", "run", "--prompt", "x", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["generate", "run", "--prompt", "x", "--seed", str(2**63)], "--seed must be between 0 and 2^63 - 1"),
+        (["generate", "run", "--prompt", "\udcff"], "the prompt must be UTF-8"),
+        (["train", "peer", "--seed", str(2**64)], "seed must be between 0 and 2^63 - 1"),
+        (
+            ["train", "peer", "--model.sparse-layer.num-experts", "1000"],
+            "got 1000; the nearest squares are 961 and 1024",
+        ),
+        (["train", "peer", "--model.d-model", "63"], "d_model must be a multiple of"),
+        (["study", "demo", "--training-flops", "0"], "training_flops must be positive, got 0"),
         (["study", "report"], "at least one run folder"),
     ],
 )
@@ -126,11 +159,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run_cli, monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (
-            ["train", "peer", "--model.sparse-layer.num-experts", "1000"],
-            "got 1000; the nearest squares are 961 and 1024",
-        ),
         (["train", "per"], "per"),
+        (["train", "peer", "--num-steps", "x"], "--num-steps"),
         (["train", "peer", "--model.dmodel", "3"], "--model.d-model"),
         (["fly"], "fly"),
     ],

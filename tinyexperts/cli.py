@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from tinyexperts import data, evaluation, study, training
 from tinyexperts.errors import InputError
@@ -61,9 +64,11 @@ def evaluate(
     run: Annotated[Path, tyro.conf.Positional],
     data_set: Annotated[Path | None, tyro.conf.arg(name="data")] = None,
     files: tuple[Path, ...] = (),
+    text_field: str = "text",
     split: str = "validation",
     max_tokens: int | None = None,
     batch_size: int = 8,
+    device: str = "auto",
     threads: int | None = None,
 ) -> None:
     """Measure a trained model: loss, perplexity, bits per byte and, for PEER and product-key memory, expert usage.
@@ -74,25 +79,28 @@ def evaluate(
         run: Folder of the run.
         data_set: Another data set, prepared with the tokenizer of this run.
         files: Files and folders to measure on instead: text, source code, .jsonl, .parquet, .gz.
+        text_field: Field or column that holds the text, for .jsonl and .parquet files.
         split: Split of the data set: validation or train.
-        max_tokens: Take windows of so many tokens, evenly spread; bits per byte are not known then.
+        max_tokens: Take whole windows of the context's length, evenly spread over the text, until they hold so many
+            tokens; bits per byte are not known then.
         batch_size: Windows in one forward pass.
+        device: auto is cuda where there is one, else cpu.
         threads: CPU threads; default: as torch chooses.
     """
     if files and data_set is not None:
         raise InputError(f"give either --data or --files, got {data_set} and {len(files)} files")
-    if min(max_tokens or 1, batch_size, threads or 1) < 1:
-        raise InputError(
-            f"--max-tokens, --batch-size and --threads must be at least 1, got {max_tokens}, {batch_size}, {threads}"
-        )
-    if threads is not None:
-        torch.set_num_threads(threads)
-    model = training.load_model(run)
+    for option, value in (("--max-tokens", max_tokens), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} must be at least 1, got {value}")
+    _set_threads(threads)
+    model = training.load_model(run, device=training.choose_device(device))
     own_data = run_folder.read_config(run).data
     tokenizer = data.Tokenizer.load(run / "tokenizer.json")
     tokens: data.EncodedText | data.TokenSplit
     if files:
-        tokens = data.EncodedText(files, tokenizer)
+        tokens = data.EncodedText(files, tokenizer, text_field=text_field)
+        for sentence in tokens.skipped:
+            print(f"left out: {sentence}", file=sys.stderr)
     else:
         opened = data.TokenDataset.open(data_set or own_data)
         run_folder.check_tokenizer(run, opened)
@@ -101,7 +109,14 @@ def evaluate(
     summary = result.summary()
     if not files and data_set is None and split == "validation" and max_tokens is None:
         run_folder.write_evaluation(run, summary, {name: usage.share for name, usage in result.expert_usage.items()})
-    _print_evaluation(str(files[0]) if files else f"{data_set or own_data} ({split})", summary)
+    _print_evaluation(" ".join(map(str, files)) if files else f"{data_set or own_data} ({split})", summary)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
 
 
 def _print_evaluation(text: str, summary: dict[str, Any]) -> None:
@@ -131,12 +146,13 @@ def _print_evaluation(text: str, summary: dict[str, Any]) -> None:
 def generate(
     run: Annotated[Path, tyro.conf.Positional],
     prompt: str,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
     save: bool = False,
+    device: str = "auto",
     threads: int | None = None,
 ) -> None:
     """Continue a text with a trained model.
@@ -144,33 +160,43 @@ def generate(
     Args:
         run: Folder of the run.
         prompt: Text to continue.
-        max_new_tokens: Tokens to add at most; the model may end the text earlier.
+        max_new_tokens: Tokens to add at most; the model may end the text earlier. Default: 64, or what the model's
+            context still holds.
         temperature: 0 takes the likeliest token each time.
         top_k: Draw among the k likeliest tokens only.
         top_p: Draw among the likeliest tokens that hold this probability together.
         seed: Of the draws.
         save: Append the sample to samples.json of the run folder.
+        device: auto is cuda where there is one, else cpu.
         threads: CPU threads; default: as torch chooses.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    model = training.load_model(run)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt must be UTF-8, got {prompt!r}") from error
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed must be between 0 and 2^63 - 1, got {seed}")
+    _set_threads(threads)
+    where = training.choose_device(device)
+    model = training.load_model(run, device=where)
     tokenizer = data.Tokenizer.load(run / "tokenizer.json")
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(64, model.config.context_length - len(ids)))
     tokens = generate_tokens(
         model,
-        torch.tensor([ids]),
+        torch.tensor([ids], device=where),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator(where).manual_seed(seed),
         end_of_text_id=tokenizer.end_of_text_id,
     )[0].tolist()
     completion = tokenizer.decode(token for token in tokens[len(ids) :] if token != tokenizer.end_of_text_id)
+    print(prompt + completion)
     if save:
         run_folder.append_sample(run, prompt, completion)
-    print(prompt + completion)
 
 
 def demo(config: Annotated[study.DemoConfig, tyro.conf.arg(name="")]) -> None:
@@ -222,6 +248,40 @@ VERBS = {
 }
 
 
+class _RefusedConfig(Exception):
+    """An InputError of a configuration on its way through the parser, which would draw a box around a ValueError."""
+
+
+def _plain_refusals() -> ConstructorRegistry:
+    """Builds dataclasses as tyro does, but what they refuse stays one sentence."""
+    registry = ConstructorRegistry()
+    asking = False
+
+    @registry.struct_rule
+    def as_tyro_does(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal asking
+        if asking or not dataclasses.is_dataclass(info.type):
+            return None
+        asking = True  # the next answer is to be that of tyro's own rules
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            asking = False
+        if not isinstance(spec, StructConstructorSpec):
+            return spec
+
+        @functools.wraps(spec.instantiate)
+        def instantiate(**fields: Any) -> Any:
+            try:
+                return spec.instantiate(**fields)
+            except InputError as error:
+                raise _RefusedConfig(str(error)) from error
+
+        return dataclasses.replace(spec, instantiate=instantiate)
+
+    return registry
+
+
 def main() -> None:
     """Run a verb; bad input is one sentence and exit code 2, an interruption 130."""
     try:
@@ -230,11 +290,9 @@ def main() -> None:
             prog="tinyexperts",
             description="Train, measure and use language models with PEER layers.",
             config=(tyro.conf.AvoidSubcommands,),
+            registry=_plain_refusals(),
         )
-    except InputError as error:
-        print(f"tinyexperts: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # an unwritable folder, a full disk
+    except (InputError, _RefusedConfig, OSError) as error:  # OSError: an unwritable folder, a full disk
         print(f"tinyexperts: {error}", file=sys.stderr)
         sys.exit(2)
     except (training.Interrupted, KeyboardInterrupt) as stop:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -126,5 +128,20 @@ def test_evaluation_predicts_every_token_once_in_order(small_dataset: TokenDatas
     assert torch.equal(torch.cat([inputs for inputs, _ in windows]), torch.cat([end_of_text, tokens[:-1]]))
     assert all(len(inputs) == len(targets) == context_length for inputs, targets in windows[:-1])
     assert 0 < len(windows[-1][0]) <= context_length
-    with pytest.raises(InputError, match="context_length must be positive, got 0"):
+    with pytest.raises(InputError, match="must be positive, got 0 and None"):
         evaluation_windows(split, 0)
+
+
+def test_chosen_windows_are_spread_over_the_whole_split(small_dataset: TokenDataset) -> None:
+    split = small_dataset.split("validation")
+    windows = list(evaluation_windows(split, 5))
+    for max_windows in (1, 2, 3, len(windows) // 2 + 1, len(windows) - 1, len(windows), 10_000):
+        chosen = list(evaluation_windows(split, 5, max_windows=max_windows))
+        num_chosen = min(max_windows, len(windows))
+        assert len(chosen) == num_chosen
+        for part, (inputs, targets) in enumerate(chosen):
+            # One window in each of num_chosen equal parts of the split.
+            first, last = part * len(windows) // num_chosen, math.ceil((part + 1) * len(windows) / num_chosen)
+            assert any(torch.equal(inputs, i) and torch.equal(targets, t) for i, t in windows[first:last])
+    with pytest.raises(InputError, match="must be positive, got 5 and 0"):
+        evaluation_windows(split, 5, max_windows=0)

@@ -170,8 +170,8 @@ def test_run_demo_interrupted_lets_children_save_and_says_how_to_go_on(output: P
     ("field", "value", "rule"),
     [
         ("training_flops", 0.0, "training_flops must be positive, got 0"),
-        ("seeds", (), r"seeds must be one or more different numbers from 0, got \(\)"),
-        ("seeds", (1, 1), r"seeds must be one or more different numbers from 0, got \(1, 1\)"),
+        ("seeds", (), r"seeds must be one or more different numbers from 0 to 2\^63 - 1, got \(\)"),
+        ("seeds", (1, 1), r"seeds must be one or more different numbers from 0 to 2\^63 - 1, got \(1, 1\)"),
         ("num_parallel", 0, "num_parallel must be at least 1, got 0"),
     ],
 )

@@ -49,7 +49,7 @@ def test_large_tensors_have_files_of_their_own(trained, monkeypatch, tmp_path):
         assert torch.equal(got, expected), name
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "no manifest"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "no manifest", "empty manifest"])
 def test_a_damaged_checkpoint_is_told(trained, damage):
     folder = checkpoints(trained.run)[-1]
     path = next(folder.glob("*.safetensors"))
@@ -61,9 +61,13 @@ def test_a_damaged_checkpoint_is_told(trained, damage):
         path.write_bytes(content)
     elif damage == "missing":
         path.unlink()
+    elif damage == "empty manifest":
+        (folder / "manifest.json").write_text("[]")
     else:
         (folder / "manifest.json").unlink()
-    message = {"missing": "lacks its file", "no manifest": "not a whole checkpoint"}.get(damage, "truncated or altered")
+    message = "not a whole checkpoint" if "manifest" in damage else "truncated or altered"
+    if damage == "missing":
+        message = "lacks its file"
     with pytest.raises(InputError, match=message):
         load_model(trained.run)
 

@@ -22,7 +22,7 @@ from tinyexperts.training import TrainConfig, recipes
         ({"betas": (0.9, 1.0)}, r"betas must be at least 0 and below 1, got \(0.9, 1.0\)"),
         ({"gradient_clip": 0.0}, "gradient_clip must be positive"),
         ({"warmup_fraction": 0.5, "decay_fraction": 0.6}, r"at most 1 together, got \(0.5, 0.6\)"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be between 0 and 2\\^63 - 1, got -1"),
     ],
 )
 def test_bad_settings_are_told(make_config, changes, message):

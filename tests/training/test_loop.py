@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -15,7 +16,7 @@ from tinyexperts.data import PrepareConfig, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
 from tinyexperts.optim import RowSparseAdam
-from tinyexperts.training import checkpoint, load_model, loop, train
+from tinyexperts.training import checkpoint, load_model, loop, run_folder, train
 from tinyexperts.training.device import choose_device, choose_precision
 
 
@@ -137,16 +138,33 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_config, 
     with pytest.raises(InputError, match=sentence):
         train(config, progress=False)
     assert len(calls) == 5
-    assert load_model(config.run)
+    assert [path.name for path in checkpoint.checkpoints(config.run)] == ["step-00000003"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "peer"])
+def test_a_step_that_is_refused_leaves_every_weight_and_state_as_it_was(make_config, monkeypatch, kind):
+    run = loop._prepare(make_config(kind))
+    loop._step(run, 0)
+    before = copy.deepcopy((run.model.state_dict(), [o.state_dict()["state"] for o in run.optimizers]))
+    real = loop.F.cross_entropy
+    monkeypatch.setattr(loop.F, "cross_entropy", lambda *arguments: real(*arguments) * float("inf"))
+    with pytest.raises(InputError, match="step 2 gave a loss of inf"):
+        loop._step(run, 1)
+    after = run.model.state_dict(), [o.state_dict()["state"] for o in run.optimizers]
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(before[0][name], parameter)
+    assert [*map(str, before[1])] == [*map(str, after[1])]
 
 
 def test_bad_input_is_told_before_a_folder_is_made(make_config, tiny_data, tmp_path):
     config = make_config()
     for changed, message in (
         (make_config(data=tmp_path / "none"), "none"),
-        (make_config(model={"vocab_size": 301}), "must be that of .*, 300, got 301"),
+        (make_config(model={"vocab_size": 301}), r"must be that of .*, 300 \(--model.vocab-size 300\), got 301"),
         (make_config(model={"context_length": 100_000}), "context_length must be at most"),
-        (make_config(device="gpu"), "device 'gpu' can't be used"),
+        (make_config(device="gpu"), "device must be auto or one of cpu, cuda, mps, xpu, got 'gpu'"),
+        (make_config(device="meta"), "got 'meta'"),
+        (make_config(device="cpu:x"), "device 'cpu:x' can't be used"),
     ):
         with pytest.raises(InputError, match=message):
             train(changed, progress=False)
@@ -198,12 +216,67 @@ def test_resume_with_tokens_of_another_tokenizer_is_told(make_config, tmp_path):
         train(dataclasses.replace(config, data=tmp_path / "other"), resume=True, progress=False)
 
 
-def test_a_finished_run_resumed_does_nothing(make_config):
+def test_resume_with_other_tokens_of_the_same_tokenizer_is_told(make_config, tiny_data, tmp_path):
+    config = make_config(num_steps=3)
+    train(config, progress=False)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(30):
+        (texts / f"{number}.txt").write_text(
+            f"Other text of the same tokenizer, number {number} of {number * 7}. " * 30
+        )
+    prepare(PrepareConfig(files=(texts,), output=tmp_path / "other", tokenizer=str(tiny_data / "tokenizer.json")))
+    checkpoint_before = checkpoint.checkpoints(config.run)
+    with pytest.raises(InputError, match=r"can't be resumed with other data: .*other holds other tokens"):
+        train(dataclasses.replace(config, data=tmp_path / "other"), resume=True, progress=False)
+    assert checkpoint.checkpoints(config.run) == checkpoint_before
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_data, moved)
+    train(dataclasses.replace(config, data=moved), resume=True, progress=False)
+
+
+def test_two_processes_do_not_train_in_one_folder(make_config):
+    config = make_config(num_steps=3)
+    with run_folder.held(config.run), pytest.raises(InputError, match="another process is training in"):
+        train(config, progress=False)
+    train(config, progress=False)
+    with run_folder.held(config.run), pytest.raises(InputError, match="another process is training in"):
+        train(config, resume=True, progress=False)
+
+
+def test_resume_of_no_run_makes_no_folder(make_config):
+    config = make_config()
+    with pytest.raises(InputError, match="is not the folder of a run"):
+        train(config, resume=True, progress=False)
+    assert not config.run.exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "FileNotFoundError"), ("[]", "TypeError"), ("{", "JSON")])
+def test_a_damaged_description_of_the_run_is_told(make_config, content, message):
+    config = make_config(num_steps=3)
+    train(config, progress=False)
+    path = config.run / "run.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(InputError, match=f"run.json can't be read: .*{message}"):
+        train(config, resume=True, progress=False)
+
+
+def test_a_model_larger_than_the_memory_is_told(make_config):
+    config = make_config("peer", model={"vocab_size": 300})
+    layer = dataclasses.replace(config.model.sparse_layer, num_experts=(2**20) ** 2)
+    huge = dataclasses.replace(config, model=dataclasses.replace(config.model, sparse_layer=layer))
+    with pytest.raises(InputError, match=r"does not fit into the memory of cpu: .*allocate"):
+        train(huge, progress=False)
+    assert not config.run.exists()
+
+
+def test_a_finished_run_resumed_does_nothing(make_config, capsys):
     config = make_config(num_steps=3)
     train(config, progress=False)
     before = (config.run / "metrics.jsonl").read_text()
     train(config, resume=True, progress=False)
     assert (config.run / "metrics.jsonl").read_text() == before
+    assert "is finished: it has made all its 3 steps" in capsys.readouterr().err
 
 
 def test_a_run_cut_off_before_its_first_checkpoint_starts_again(make_config):

@@ -97,7 +97,7 @@ def read_index(folder: Path) -> DatasetIndex:
         index = DatasetIndex.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"])) or "the whole"
         raise InputError(f"{path} is damaged: {where}: {first['msg']}") from error
     missing = [name for name in SPLIT_NAMES if name not in index.splits]
     if missing:
@@ -112,3 +112,9 @@ def sha256_of_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_of_splits(index: DatasetIndex) -> str:
+    """The sha256, in hexadecimal, of what the index says of the splits: their files' checksums and sizes."""
+    splits = {name: record.model_dump() for name, record in sorted(index.splits.items())}
+    return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyexperts.data.files import FileCorpus
+from tinyexperts.data.files import FileCorpus, skipped_note
 from tinyexperts.data.tokenizer import Tokenizer
 from tinyexperts.errors import InputError
 
@@ -34,6 +34,8 @@ class EncodedText:
             self.num_bytes += len(document.text.encode())
             self.num_documents += 1
         if not self.num_bytes:
-            raise InputError(f"no text to measure in {', '.join(str(path) for path in paths)}")
+            raise InputError(
+                f"no text to measure in {', '.join(str(path) for path in paths)}" + skipped_note(self.skipped)
+            )
         self.tokens = np.concatenate(parts)
         self.num_tokens = len(self.tokens)

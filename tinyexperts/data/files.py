@@ -13,7 +13,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from tinyexperts.data.document import Document
@@ -69,6 +69,11 @@ class FileCorpus:
 
 class BinaryFileError(InputError):
     """A file that was expected to hold UTF-8 text holds something else."""
+
+
+def skipped_note(skipped: Sequence[str]) -> str:
+    """What to add to a sentence about files of which some were left out."""
+    return f"; {len(skipped):,} binary files were left out (the first: {skipped[0]})" if skipped else ""
 
 
 def walk_files(folder: Path, excluded_folders: Collection[str] = ("__pycache__",)) -> Iterator[Path]:

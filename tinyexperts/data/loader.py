@@ -102,28 +102,29 @@ class TokenLoader:
 
 
 def evaluation_windows(
-    split: TokenSplit | EncodedText, context_length: int
+    split: TokenSplit | EncodedText, context_length: int, *, max_windows: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield windows in order in which every token of the split is a target exactly once.
 
     The first token is predicted from the end-of-text token, so that the targets are `split.num_tokens` in all and bits
     per byte, their negative log2 likelihood divided by `split.num_bytes`, are exact.
 
+    max_windows: yield no more than so many of them, evenly spread over the split; only these are read.
+
     Yields: inputs (int64 [T]) and targets (int64 [T]); T = context_length, less in the last window.
 
     Raises:
-        InputError: a context that is not positive.
+        InputError: a context or a number of windows that is not positive.
     """
-    if context_length < 1:
-        raise InputError(f"context_length must be positive, got {context_length}")
-    return _evaluation_windows(split, context_length)
+    if context_length < 1 or (max_windows is not None and max_windows < 1):
+        raise InputError(f"context_length and max_windows must be positive, got {context_length} and {max_windows}")
+    num_windows = -(-split.num_tokens // context_length)
+    num_chosen = num_windows if max_windows is None else min(max_windows, num_windows)
+    return (_window(split, context_length, number * num_windows // num_chosen) for number in range(num_chosen))
 
 
-def _evaluation_windows(
-    split: TokenSplit | EncodedText, context_length: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    previous = np.array([split.end_of_text_id], dtype=np.int64)
-    for start in range(0, split.num_tokens, context_length):
-        tokens = np.concatenate([previous, split.tokens[start : start + context_length]])
-        previous = tokens[-1:]
-        yield torch.from_numpy(tokens[:-1].copy()), torch.from_numpy(tokens[1:].copy())
+def _window(split: TokenSplit | EncodedText, context_length: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    start = number * context_length
+    previous = split.tokens[start - 1 : start] if start else [split.end_of_text_id]
+    tokens = torch.from_numpy(np.concatenate([previous, split.tokens[start : start + context_length]]))
+    return tokens[:-1].clone(), tokens[1:].clone()

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from tinyexperts.data.corpora import STANDARD_LIBRARY, open_corpus
 from tinyexperts.data.dataset_index import TOKENIZER_FILE, DatasetIndex, SplitName, SplitRecord
 from tinyexperts.data.document import Corpus
-from tinyexperts.data.files import FileCorpus
+from tinyexperts.data.files import FileCorpus, skipped_note
 from tinyexperts.data.spool import DocumentSpool
 from tinyexperts.data.token_writer import SplitWriter, folder_written_whole, token_dtype
 from tinyexperts.data.tokenizer import Tokenizer, train_tokenizer
@@ -210,7 +210,7 @@ def _read(corpus: Corpus, config: PrepareConfig, path: Path, skipped: list[str],
     if not len(spool):
         source = ", ".join(f"{key} {value}" for key, value in corpus.description().items() if value)
         limit = "" if config.max_bytes is None else f" within max_bytes {config.max_bytes}"
-        raise InputError(f"the corpus has no text{limit} ({source})")
+        raise InputError(f"the corpus has no text{limit} ({source})" + skipped_note(skipped))
     return spool
 
 

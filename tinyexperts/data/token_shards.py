@@ -16,6 +16,7 @@ from tinyexperts.data.dataset_index import (
     SplitRecord,
     read_index,
     sha256_of_file,
+    sha256_of_splits,
 )
 from tinyexperts.data.tokenizer import Tokenizer
 from tinyexperts.errors import InputError
@@ -92,12 +93,13 @@ class TokenSplit:
 
 
 class TokenDataset:
-    """A prepared data set: its tokenizer and its two splits."""
+    """A prepared data set: its tokenizer and its two splits; `sha256` tells its tokens from those of another."""
 
     def __init__(self, folder: Path, index: DatasetIndex, tokenizer: Tokenizer) -> None:
         self.folder = folder
         self.index = index
         self.tokenizer = tokenizer
+        self.sha256 = sha256_of_splits(index)
         self._splits = {name: TokenSplit(folder, name, index, tokenizer.end_of_text_id) for name in SPLIT_NAMES}
 
     @classmethod

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -60,7 +60,8 @@ def measure_perplexity(
 ) -> Perplexity:
     """Loss of every token of the split, in windows of `context_length` that start afresh, model in evaluation mode.
 
-    max_tokens: take windows of so many tokens, evenly spread over the split; bits per byte are not known then.
+    max_tokens: take whole windows, evenly spread over the split, until they hold so many tokens; bits per byte are not
+        known then.
     forward_context: what the forward pass runs in, for example autocast.
     """
     device = next(model.parameters()).device
@@ -103,10 +104,8 @@ def _batches(
     split: TokenSplit | EncodedText, context_length: int, batch_size: int, max_tokens: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows in order, as many together as batch_size; the last window, which is shorter, by itself."""
-    num_windows = math.ceil(split.num_tokens / context_length)
-    wanted = num_windows if max_tokens is None else min(num_windows, math.ceil(max_tokens / context_length))
-    step = num_windows // wanted
-    windows = enumerate(islice(evaluation_windows(split, context_length), 0, wanted * step, step))
+    max_windows = None if max_tokens is None else math.ceil(max_tokens / context_length)
+    windows = enumerate(evaluation_windows(split, context_length, max_windows=max_windows))
     for _, group in groupby(windows, key=lambda item: (item[0] // batch_size, len(item[1][0]))):
         inputs, targets = zip(*(window for _, window in group), strict=True)
         yield torch.stack(inputs), torch.stack(targets)

@@ -89,8 +89,10 @@ class Transformer(nn.Module):
             logits (float, [B, T, V]).
 
         Raises:
-            InputError: more tokens than the context holds.
+            InputError: tokens of another shape, or more of them than the context holds.
         """
+        if tokens.dim() != 2:
+            raise InputError(f"tokens must be [B, T], got {list(tokens.shape)}")
         start = 0 if cache is None else cache.length
         stop = start + tokens.shape[1]
         if stop > self.config.context_length:

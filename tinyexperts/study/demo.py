@@ -55,8 +55,12 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not self.training_flops > 0:
             raise InputError(f"training_flops must be positive, got {self.training_flops:g}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise InputError(f"seeds must be one or more different numbers from 0, got {self.seeds}")
+        if (
+            not self.seeds
+            or len(set(self.seeds)) < len(self.seeds)
+            or not 0 <= min(self.seeds) <= max(self.seeds) < 2**63
+        ):
+            raise InputError(f"seeds must be one or more different numbers from 0 to 2^63 - 1, got {self.seeds}")
         for name in ("num_parallel", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
 from tinyexperts.optim import RowSparseAdam
+from tinyexperts.training.device import out_of_memory_told
 from tinyexperts.training.run_folder import read_config, write_whole
 
 # A tensor above this has a file of its own: the writer holds a file's bytes in memory.
@@ -101,7 +102,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[Opt
     return manifest["state"]
 
 
-def load_model(run: Path, *, device: str = "cpu") -> Transformer:
+def load_model(run: Path, *, device: torch.device | str = "cpu") -> Transformer:
     """The model of a run at its last checkpoint, in evaluation mode.
 
     Raises:
@@ -111,9 +112,10 @@ def load_model(run: Path, *, device: str = "cpu") -> Transformer:
     found = checkpoints(run)
     if not found:
         raise InputError(f"the run {run} has no checkpoint yet")
-    model = Transformer(config.model)
-    load_checkpoint(found[-1], model)
-    return model.to(device).eval()
+    with out_of_memory_told(device):
+        model = Transformer(config.model)
+        load_checkpoint(found[-1], model)
+        return model.to(device).eval()
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -153,7 +155,7 @@ def _verified_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
         files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{checkpoint} is not a whole checkpoint: manifest.json can't be read ({error})") from None
     for name, digest in files.items():
         path = checkpoint / name

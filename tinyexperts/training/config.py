@@ -112,8 +112,8 @@ class TrainConfig:
             raise InputError(f"warmup_fraction and decay_fraction must be between 0 and 1, got {fractions}")
         if self.schedule == "warmup_stable_decay" and sum(fractions) > 1 + 1e-9:
             raise InputError(f"warmup_fraction and decay_fraction must be at most 1 together, got {fractions}")
-        if self.seed < 0:
-            raise InputError(f"seed must be at least 0, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be between 0 and 2^63 - 1, got {self.seed}")
 
     @property
     def tokens_per_step(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -15,8 +16,11 @@ def choose_device(name: str) -> torch.device:
     Raises:
         InputError: torch knows or has no such device.
     """
+    kinds = ("cpu", "cuda", "mps", "xpu")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in kinds:
+        raise InputError(f"device must be auto or one of {', '.join(kinds)}, got {name!r}")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -35,3 +39,19 @@ def choose_precision(precision: str, device: torch.device) -> str:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """The context in which forward passes run."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def out_of_memory_told(device: torch.device | str) -> Iterator[None]:
+    """Where a model is made or moved.
+
+    Raises:
+        InputError: it does not fit into the device's memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        sentence = next((line for line in str(error).splitlines() if "allocate" in line), None)
+        if sentence is None:
+            raise
+        raise InputError(f"the model does not fit into the memory of {device}: {sentence}") from None

@@ -12,8 +12,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from tinyexperts.optim import (
 from tinyexperts.training import run_folder
 from tinyexperts.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from tinyexperts.training.config import TrainConfig
-from tinyexperts.training.device import autocast, choose_device, choose_precision
+from tinyexperts.training.device import autocast, choose_device, choose_precision, out_of_memory_told
 from tinyexperts.training.progress import TrainingBar
 
 # Sparse table gradients where a step is expected to touch a smaller share of the rows: below it they win, more so the
@@ -49,6 +50,22 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the run was saved; the message says how to resume it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a run is made of; only the weights and the optimisers' states change."""
+
+    config: TrainConfig
+    dataset: TokenDataset
+    loader: TokenLoader
+    model: Transformer
+    optimizers: list[Optimizer]
+    device: torch.device
+    precision: str
+    num_steps: int
+    flops_per_step: int
+    table_choice: str
+
+
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> None:
     """Run a configuration to its end, in its run folder; `resume` goes on from the last checkpoint.
 
@@ -56,12 +73,37 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         InputError: bad input, a loss that is not finite, or a disk that is full.
         Interrupted: after Ctrl-C or SIGTERM, when the run is saved.
     """
+    run = _prepare(config)
+    if resume:
+        run_folder.check_unchanged(config)
+    else:
+        run_folder.check_free(config.run)
+    with run_folder.held(config.run):
+        state: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
+        if resume:
+            run_folder.check_data(config.run, run.dataset)
+            if found := checkpoints(config.run):  # none where the run was cut off before its first
+                state = load_checkpoint(found[-1], run.model, run.optimizers)
+        else:
+            run_folder.create(config, run.dataset.tokenizer, _describe(run))
+        if state["step"] >= run.num_steps:
+            print(f"{config.run} is finished: it has made all its {run.num_steps:,} steps", file=sys.stderr)
+            return
+        bar = TrainingBar(config.run.name, num_steps=run.num_steps, first_step=state["step"], enabled=progress)
+        with closing(run_folder.Metrics(config.run, after_step=state["step"])) as metrics, bar, _stop_signal() as stop:
+            bar.say(f"{config.run}: {run.num_steps:,} steps on {run.device} in {run.precision}; {run.table_choice}")
+            _steps(run, state, metrics, bar, stop)
+
+
+def _prepare(config: TrainConfig) -> _Run:
+    """Open the data and make the model as it is before its first step; nothing is written."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = TokenDataset.open(config.data)
     if dataset.index.vocab_size != config.model.vocab_size:
         raise InputError(
-            f"model.vocab_size must be that of {config.data}, {dataset.index.vocab_size}, got {config.model.vocab_size}"
+            f"model.vocab_size must be that of {config.data}, {dataset.index.vocab_size} "
+            f"(--model.vocab-size {dataset.index.vocab_size}), got {config.model.vocab_size}"
         )
     loader = TokenLoader(
         dataset.split("train"),
@@ -70,120 +112,116 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         seed=config.seed,
     )
     device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
     sparse_tables, table_choice = _choose_table_gradients(config)
     torch.manual_seed(config.seed)
-    model = Transformer(config.model, sparse_tables=sparse_tables).to(device)
-    optimizers = _optimizers(config, model, sparse_tables)
+    with out_of_memory_told(device):
+        model = Transformer(config.model, sparse_tables=sparse_tables).to(device)
     flops_per_step = 3 * model.flops_per_token(config.model.context_length) * config.tokens_per_step
     num_steps = config.num_steps or int((config.training_flops or 0) // flops_per_step)
     if num_steps < 1:
         raise InputError(
             f"training_flops must pay for one step at least, {flops_per_step:.3g}, got {config.training_flops}"
         )
-
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
-    if resume:
-        state = _resume(config, dataset, model, optimizers) or state
-    else:
-        run_folder.create(config, dataset.tokenizer, _describe(config, model, num_steps))
-    metrics = run_folder.Metrics(config.run, after_step=state["step"])
-    bar = TrainingBar(config.run.name, num_steps=num_steps, first_step=state["step"], enabled=progress)
-    with closing(metrics), bar, _stop_signal() as stop:
-        bar.say(f"{config.run}: {num_steps:,} steps on {device} in {precision}; {table_choice}")
-        for step in range(state["step"], num_steps):
-            started = time.perf_counter()
-            scale_learning_rates(optimizers, _schedule(config, step, num_steps))
-            loss, gradient_norm = _step(config, model, optimizers, loader, step, device, precision)
-            state["step"] = step + 1
-            state["losses"].append(loss)
-            seconds = time.perf_counter() - started
-            state["seconds"] += seconds
-            done = {"num_tokens": (step + 1) * config.tokens_per_step, "training_flops": (step + 1) * flops_per_step}
-            if (step + 1) % config.log_every == 0 or step + 1 == num_steps:
-                mean_loss = math.fsum(state["losses"]) / len(state["losses"])
-                state["losses"] = []
-                speed = {
-                    "tokens_per_second": config.tokens_per_step / seconds,
-                    "flops_per_second": flops_per_step / seconds,
-                }
-                learning_rate = optimizers[0].param_groups[0]["lr"]
-                metrics.write(
-                    "train",
-                    step + 1,
-                    loss=mean_loss,
-                    **done,
-                    gradient_norm=gradient_norm,
-                    learning_rate=learning_rate,
-                    seconds=state["seconds"],
-                    **speed,
-                )
-                bar.update(step + 1, loss=mean_loss, **speed)
-            if (step + 1) % config.validation_every == 0 or step + 1 == num_steps:
-                result = measure_perplexity(
-                    model,
-                    dataset.split("validation"),
-                    context_length=config.model.context_length,
-                    batch_size=config.batch_size,
-                    max_tokens=config.validation_tokens,
-                    forward_context=autocast(precision, device),
-                )
-                metrics.write("validation", step + 1, loss=result.loss, **done, seconds=state["seconds"])
-            stopped = stop()
-            if stopped or (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
-                _check_weights(config, model, step + 1)
-                save_checkpoint(config.run, step + 1, model, optimizers, state, keep=config.keep_checkpoints)
-            if stopped and step + 1 < num_steps:
-                raise Interrupted(f"{stopped}: saved {config.run} at step {step + 1}; to go on: {_resume_command()}")
+    return _Run(
+        config=config,
+        dataset=dataset,
+        loader=loader,
+        model=model,
+        optimizers=_optimizers(config, model, sparse_tables),
+        device=device,
+        precision=choose_precision(config.precision, device),
+        num_steps=num_steps,
+        flops_per_step=flops_per_step,
+        table_choice=table_choice,
+    )
 
 
-def _check_weights(config: TrainConfig, model: Transformer, step: int) -> None:
+def _steps(
+    run: _Run, state: dict[str, Any], metrics: run_folder.Metrics, bar: TrainingBar, stop: Callable[[], str | None]
+) -> None:
+    """The loop: what `state` says was done is not done again."""
+    config = run.config
+    while state["step"] < run.num_steps:
+        started = time.perf_counter()
+        scale_learning_rates(run.optimizers, _schedule(config, state["step"], run.num_steps))
+        loss, gradient_norm = _step(run, state["step"])
+        seconds = time.perf_counter() - started
+        state["step"] += 1
+        state["seconds"] += seconds
+        state["losses"].append(loss)
+        step, is_last = state["step"], state["step"] == run.num_steps
+        done = {"num_tokens": step * config.tokens_per_step, "training_flops": step * run.flops_per_step}
+        if step % config.log_every == 0 or is_last:
+            mean_loss = math.fsum(state["losses"]) / len(state["losses"])
+            state["losses"] = []
+            speed = {
+                "tokens_per_second": config.tokens_per_step / seconds,
+                "flops_per_second": run.flops_per_step / seconds,
+            }
+            learning_rate = run.optimizers[0].param_groups[0]["lr"]
+            numbers = {"gradient_norm": gradient_norm, "learning_rate": learning_rate, "seconds": state["seconds"]}
+            metrics.write("train", step, loss=mean_loss, **done, **numbers, **speed)
+            bar.update(step, loss=mean_loss, **speed)
+        if step % config.validation_every == 0 or is_last:
+            metrics.write("validation", step, loss=_validation_loss(run), **done, seconds=state["seconds"])
+        stopped = stop()
+        if stopped or step % config.checkpoint_every == 0 or is_last:
+            _check_weights(run, step)
+            save_checkpoint(config.run, step, run.model, run.optimizers, state, keep=config.keep_checkpoints)
+        if stopped and not is_last:
+            raise Interrupted(f"{stopped}: saved {config.run} at step {step}; to go on: {_resume_command()}")
+
+
+def _validation_loss(run: _Run) -> float:
+    return measure_perplexity(
+        run.model,
+        run.dataset.split("validation"),
+        context_length=run.config.model.context_length,
+        batch_size=run.config.batch_size,
+        max_tokens=run.config.validation_tokens,
+        forward_context=autocast(run.precision, run.device),
+    ).loss
+
+
+def _check_weights(run: _Run, step: int) -> None:
     """A checkpoint that holds a weight that is not finite must not push out a good one."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in run.model.named_parameters():
         if not torch.isfinite(parameter).all():
-            found = checkpoints(config.run)
-            raise InputError(
-                f"step {step} left weights that are not finite in {name}; "
-                + (f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet")
-            )
+            raise InputError(f"step {step} left weights that are not finite in {name}; {_last_good_checkpoint(run)}")
 
 
-def _step(
-    config: TrainConfig,
-    model: Transformer,
-    optimizers: list[Optimizer],
-    loader: TokenLoader,
-    step: int,
-    device: torch.device,
-    precision: str,
-) -> tuple[float, float]:
+def _last_good_checkpoint(run: _Run) -> str:
+    found = checkpoints(run.config.run)
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def _step(run: _Run, step: int) -> tuple[float, float]:
     """One optimiser step; returns the loss in nats a token and the gradient's norm before clipping.
 
     Raises:
         InputError: a loss or a gradient that is not finite, before any weight has changed.
     """
-    model.train()
-    batch = loader.batch(step)
-    for optimizer in optimizers:
+    config = run.config
+    run.model.train()
+    batch = run.loader.batch(step)
+    for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
     losses = []
     micro_batches = zip(batch.inputs.split(config.batch_size), batch.targets.split(config.batch_size), strict=True)
     for inputs, targets in micro_batches:
-        with autocast(precision, device):
-            logits = model(inputs.to(device))
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten())
+        with autocast(run.precision, run.device):
+            logits = run.model(inputs.to(run.device))
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.to(run.device).flatten())
         (loss / config.gradient_accumulation).backward()
         losses.append(loss.detach())
     mean_loss = torch.stack(losses).mean().item()
-    gradient_norm = clip_gradient_norm_(model.parameters(), config.gradient_clip).item()
+    gradient_norm = clip_gradient_norm_(run.model.parameters(), config.gradient_clip).item()
     if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
-        found = checkpoints(config.run)
         raise InputError(
             f"step {step + 1} gave a loss of {mean_loss} and a gradient norm of {gradient_norm}, on the sequences "
-            f"{batch.sequence_ids.tolist()} of {config.data}; "
-            + (f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet")
+            f"{batch.sequence_ids.tolist()} of {config.data}; {_last_good_checkpoint(run)}"
         )
-    for optimizer in optimizers:
+    for optimizer in run.optimizers:
         optimizer.step()
     return mean_loss, gradient_norm
 
@@ -222,18 +260,8 @@ def _optimizers(config: TrainConfig, model: Transformer, sparse_tables: bool) ->
     )
 
 
-def _resume(
-    config: TrainConfig, dataset: TokenDataset, model: Transformer, optimizers: list[Optimizer]
-) -> dict[str, Any] | None:
-    """Load the last checkpoint; None where the run was cut off before its first."""
-    run_folder.check_unchanged(config)
-    run_folder.check_tokenizer(config.run, dataset)
-    found = checkpoints(config.run)
-    return load_checkpoint(found[-1], model, optimizers) if found else None
-
-
-def _describe(config: TrainConfig, model: Transformer, num_steps: int) -> dict[str, Any]:
-    count = model.num_parameters()
+def _describe(run: _Run) -> dict[str, Any]:
+    model, count = run.model, run.model.num_parameters()
     return {
         "command": shlex.join(["tinyexperts", *sys.argv[1:]]),
         "versions": {
@@ -245,15 +273,16 @@ def _describe(config: TrainConfig, model: Transformer, num_steps: int) -> dict[s
         "num_parameters": {"active": count.active, "total": count.total},
         "training_flops_per_token": {
             "router": 3 * model.router_flops_per_token(),
-            "total": 3 * model.flops_per_token(config.model.context_length),
+            "total": 3 * model.flops_per_token(run.config.model.context_length),
         },
-        "tokens_per_step": config.tokens_per_step,
-        "num_steps": num_steps,
+        "data_sha256": run.dataset.sha256,
+        "tokens_per_step": run.config.tokens_per_step,
+        "num_steps": run.num_steps,
     }
 
 
 @contextmanager
-def _stop_signal() -> Iterator[Any]:
+def _stop_signal() -> Iterator[Callable[[], str | None]]:
     """Yield a function that says which of Ctrl-C and SIGTERM has come, if any; a second Ctrl-C stops at once."""
     came: list[str] = []
 

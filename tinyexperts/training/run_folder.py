@@ -1,7 +1,8 @@
 """The folder of a run: its configuration, what it is, its tokenizer, its metrics, its checkpoints.
 
 config.json      the TrainConfig
-run.json         command, versions, parameters and FLOPs
+run.json         command, versions, parameters, FLOPs, and a digest of the data set
+lock             held by the process that trains
 tokenizer.json   of the data set it was trained on
 metrics.jsonl    a line a measurement; the same numbers go to tensorboard/
 checkpoints/     step-00000500/ ...
@@ -12,11 +13,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -38,17 +42,40 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def create(config: TrainConfig, tokenizer: Tokenizer, description: dict[str, Any]) -> None:
-    """Make the folder of a new run.
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Keep other processes from training in the folder meanwhile; makes it where it is missing.
+
+    Raises:
+        InputError: another process trains in it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another process is training in {run}: let it end, or choose another --run") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_free(run: Path) -> None:
+    """A new run needs a folder of its own.
 
     Raises:
         InputError: the folder holds a run already, or anything else.
     """
     # config.json is written last: what a kill left before it was no run yet.
-    begun = {"tokenizer.json", "run.json", "run.json.partial", "config.json.partial"}
-    if config.run.exists() and (not config.run.is_dir() or {path.name for path in config.run.iterdir()} - begun):
-        raise InputError(f"the run folder {config.run} exists: add --resume to go on with it, or choose another --run")
-    config.run.mkdir(parents=True, exist_ok=True)
+    begun = {"lock", "tokenizer.json", "run.json", "run.json.partial", "config.json.partial"}
+    if run.exists() and (not run.is_dir() or {path.name for path in run.iterdir()} - begun):
+        raise InputError(f"the run folder {run} exists: add --resume to go on with it, or choose another --run")
+
+
+def create(config: TrainConfig, tokenizer: Tokenizer, description: dict[str, Any]) -> None:
+    """Write what a new run begins with into its folder, which is held; raises as check_free."""
+    check_free(config.run)
     tokenizer.save(config.run / "tokenizer.json")
     write_whole(config.run / "run.json", json.dumps(description, indent=2))
     write_whole(config.run / "config.json", _CONFIG.dump_json(config, indent=2).decode())
@@ -67,7 +94,7 @@ def read_config(run: Path) -> TrainConfig:
         raise InputError(f"{run} is not the folder of a run: {path.name} can't be read ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise InputError(f"{path} does not hold a configuration: {where}: {first['msg']}") from None
 
 
@@ -83,6 +110,25 @@ def check_unchanged(config: TrainConfig) -> None:
     ]
     if changes:
         raise InputError(f"{config.run} can't be resumed with another configuration: {'; '.join(changes)}")
+
+
+def check_data(run: Path, dataset: TokenDataset) -> None:
+    """A resumed run goes on with the tokens that it was begun with; where their folder lies doesn't matter.
+
+    Raises:
+        InputError: the data set was made by another tokenizer, or holds other tokens; or run.json can't be read.
+    """
+    check_tokenizer(run, dataset)
+    path = run / "run.json"
+    try:
+        digest = json.loads(path.read_text(encoding="utf-8"))["data_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} can't be read: {type(error).__name__}: {error}") from None
+    if digest != dataset.sha256:
+        raise InputError(
+            f"{run} can't be resumed with other data: {dataset.folder} holds other tokens than those it was begun with "
+            f"(sha256 {dataset.sha256[:12]}, not {digest[:12]})"
+        )
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -107,9 +153,18 @@ def write_evaluation(run: Path, summary: dict[str, Any], usage_shares: dict[str,
 
 
 def append_sample(run: Path, prompt: str, completion: str) -> None:
-    """Add a sample to samples.json."""
+    """Add a sample to samples.json.
+
+    Raises:
+        InputError: the file is there and holds no samples.
+    """
     path = run / "samples.json"
-    samples = json.loads(path.read_text()) if path.exists() else []
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError as error:
+        raise InputError(f"{path} is damaged, the sample is not saved: {error}") from None
+    if not isinstance(samples, list):
+        raise InputError(f"{path} is damaged, the sample is not saved: it must hold a list")
     write_whole(path, json.dumps([*samples, {"prompt": prompt, "completion": completion}], indent=2))
 
 
