@@ -7,13 +7,23 @@ import torch
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops import expert_mlp
-from tinyexperts.ops.expert_mlp import reference
+from tinyexperts.ops.expert_mlp import _KERNELS, cpu, portable, reference
 
 CASES = [
     (1, None),
     *((2, a) for a in ("gelu", "relu", "relu2", "silu")),
     *((3, a) for a in ("gelu", "relu", "relu2", "silu")),
 ]
+
+
+@pytest.fixture(autouse=True, params=["cpu", "portable"])
+def kernels(request, monkeypatch):
+    """Every test runs the CPU's kernel, and what other devices run."""
+    if request.param == "portable":
+        monkeypatch.delitem(_KERNELS, "cpu")
+    return request.param
+
+
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -75,7 +85,7 @@ def test_gradcheck_in_double_precision(num_vectors, activation):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("num_tokens", "model_dim", "retrieved"), [(1, 1, 1), (0, 5, 3), (63, 100, 2), (17, 33, 31)])
 def test_odd_sizes_chunks_and_dtypes(dtype, num_tokens, model_dim, retrieved, monkeypatch):
-    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 4000)
+    monkeypatch.setattr(portable, "_CHUNK_ELEMENTS", 4000)
     inputs = problem(2, num_tokens=num_tokens, model_dim=model_dim, retrieved=retrieved, dtype=dtype)
     results = []
     for wide in (False, True):
@@ -134,7 +144,7 @@ def test_bit_equal_for_any_number_of_threads_and_chunks(monkeypatch):
     try:
         for threads, chunk in ((1, 1 << 24), (2, 1 << 24), (2, 10_000)):
             torch.set_num_threads(threads)
-            monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", chunk)
+            monkeypatch.setattr(portable, "_CHUNK_ELEMENTS", chunk)
             experts = inputs[1].clone().requires_grad_()
             expert_mlp(inputs[0], experts, *inputs[2:], "gelu").sum().backward()
             results.append(experts.grad)
@@ -180,10 +190,12 @@ def test_bad_input_is_told(change, message):
         expert_mlp(*arguments.values())
 
 
-def test_no_more_rows_are_gathered_than_a_chunk_holds(monkeypatch):
-    gathered, gather = [], reference._gather
-    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 4000)
-    monkeypatch.setattr(reference, "_gather", lambda *a: gathered.append(gather(*a).numel()) or gather(*a))
+def test_no_more_rows_are_gathered_than_a_chunk_holds(monkeypatch, kernels):
+    if kernels == "cpu":
+        pytest.skip("gathers nothing")
+    gathered, gather = [], portable._gather
+    monkeypatch.setattr(portable, "_CHUNK_ELEMENTS", 4000)
+    monkeypatch.setattr(portable, "_gather", lambda *a: gathered.append(gather(*a).numel()) or gather(*a))
     x, experts, ids, weights = problem(2, num_tokens=100, model_dim=16, retrieved=8)
     expert_mlp(x, experts.requires_grad_(), ids, weights, "gelu").sum().backward()
     assert sum(gathered) == 2 * 100 * 8 * 2 * 16  # once forward, once backward
@@ -227,7 +239,8 @@ def test_a_frozen_table_costs_no_gradient(sparse, monkeypatch):
         leaves = [x.clone().requires_grad_(), experts.clone().requires_grad_(not frozen), weights.clone()]
         leaves[2].requires_grad_()
         if frozen:
-            monkeypatch.setattr(reference, "_sum_by_expert", None)
+            monkeypatch.setattr(portable, "_sum_by_expert", None)
+            monkeypatch.setattr(cpu, "_touched_rows", None)
         expert_mlp(leaves[0], leaves[1], ids, leaves[2], "gelu", sparse=sparse).square().sum().backward()
         expected.append((leaves[0].grad, leaves[2].grad))
         assert (leaves[1].grad is None) == frozen

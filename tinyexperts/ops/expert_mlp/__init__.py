@@ -12,9 +12,13 @@ from torch import Tensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.activation import check_activation
-from tinyexperts.ops.expert_mlp import reference
+from tinyexperts.ops.expert_mlp import cpu, portable
+from tinyexperts.ops.expert_mlp.reference import accumulation_dtype
 
 __all__ = ["expert_mlp"]
+
+# By the type of device; the others have the portable one.
+_KERNELS: dict[str, Any] = {"cpu": cpu}
 
 
 def expert_mlp(
@@ -80,7 +84,9 @@ def _expert_mlp(
 ) -> tuple[Tensor, Tensor]:
     _check_ids(ids_MP, experts_NED.shape[0])
     with torch.autocast(x_MD.device.type, enabled=False):  # it would round the fp32 sums
-        return reference.expert_mlp_in_chunks(x_MD, experts_NED, ids_MP, weights_MP, activation)
+        kernels = _KERNELS.get(x_MD.device.type, portable)
+        result: tuple[Tensor, Tensor] = kernels.expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation)
+        return result
 
 
 @_expert_mlp.register_fake
@@ -88,7 +94,7 @@ def _(
     x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None, sparse: bool
 ) -> tuple[Tensor, Tensor]:
     shape = (experts_NED.shape[1] - 1, *ids_MP.shape)
-    pre_activations = x_MD.new_empty(shape, dtype=reference.accumulation_dtype(x_MD, experts_NED))
+    pre_activations = x_MD.new_empty(shape, dtype=accumulation_dtype(x_MD, experts_NED))
     return x_MD.new_empty(x_MD.shape), pre_activations
 
 
@@ -104,7 +110,8 @@ def _expert_mlp_backward(
     table_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x_MD.device.type, enabled=False):  # it would round the fp32 sums
-        return reference.expert_mlp_backward(
+        kernels = _KERNELS.get(x_MD.device.type, portable)
+        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.expert_mlp_backward(
             grad_y_MD,
             x_MD,
             experts_NED,
@@ -114,6 +121,7 @@ def _expert_mlp_backward(
             activation,
             table_gradient=table_gradient,
         )
+        return gradients
 
 
 @_expert_mlp_backward.register_fake
