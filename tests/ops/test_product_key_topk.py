@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops import product_key_topk
-from tinyexperts.ops.product_key_topk import reference
+from tinyexperts.ops.product_key_topk import _KERNELS, reference
+
+
+@pytest.fixture(autouse=True, params=["cpu", "reference"])
+def kernels(request, monkeypatch):
+    """Every test runs the CPU's kernel, and what other devices run."""
+    if request.param == "reference":
+        monkeypatch.delitem(_KERNELS, "cpu")
+    return _KERNELS.get("cpu", reference)
 
 
 def brute_force(query_MHQ, sub_keys, k):
@@ -27,8 +35,9 @@ def problems(draw):
     num_tokens, num_heads, half = draw(st.integers(0, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     key_shape = (2, num_sub_keys, half) if draw(st.booleans()) else (num_heads, 2, num_sub_keys, half)
-    query = torch.randn(num_tokens, num_heads, 2 * half, generator=generator)
-    keys = torch.randn(key_shape, generator=generator)
+    # Eighths: their products and sums are exact in any order, so that results can be compared to the bit.
+    query = torch.randn(num_tokens, num_heads, 2 * half, generator=generator).mul(8).round() / 8
+    keys = torch.randn(key_shape, generator=generator).mul(8).round() / 8
     kind = draw(st.sampled_from(["normal", "integers", "equal keys", "zero query", "one half huge", "huge", "tiny"]))
     if kind == "integers":
         query, keys = query.round(), keys.round()
@@ -38,11 +47,11 @@ def problems(draw):
         query = torch.zeros_like(query)
     elif kind == "one half huge":
         # Sums round to the huge half: ties between pairs that the sorted halves tell apart.
-        query[..., :half] *= 1e9
+        query[..., :half] *= 2.0**30
     elif kind == "huge":
-        query *= 1e36
+        query *= 2.0**119
     elif kind == "tiny":
-        query *= 1e-42
+        query *= 2.0**-139
     return query, keys, k
 
 
@@ -52,6 +61,44 @@ def test_equals_brute_force_over_all_scores(problem):
     query, keys, k = problem
     scores, ids = product_key_topk(query, keys, k)
     expected_scores, expected_ids = brute_force(query, keys, k)
+    assert torch.equal(ids, expected_ids)
+    assert torch.equal(scores, expected_scores)
+
+
+@pytest.mark.parametrize(
+    ("num_sub_keys", "k"), [(256, 1), (257, 16), (300, 16), (300, 33), (1000, 8), (1000, 100), (1024, 16), (1024, 1024)]
+)
+@pytest.mark.parametrize(
+    "kind", ["normal", "quarters", "two values", "equal", "ascending", "one half huge", "infinite"]
+)
+def test_equals_brute_force_in_long_rows(num_sub_keys, k, kind):
+    generator = torch.Generator().manual_seed(num_sub_keys + k)
+    keys = torch.randn(2, num_sub_keys, 1, generator=generator)  # times 1, 0 or -1: the scores themselves
+    query = torch.tensor([[[1.0, 1.0]], [[-1.0, 1.0]], [[0.0, -1.0]]])
+    if kind == "quarters":
+        keys = keys.mul(4).round() / 4
+    elif kind == "two values":
+        keys = keys.sign()
+    elif kind == "equal":
+        keys = torch.ones_like(keys)
+    elif kind == "ascending":
+        keys = keys.sort(dim=1).values
+    elif kind == "one half huge":
+        query[:, :, 0] *= 2.0**25
+    elif kind == "infinite":
+        keys[1, 200], keys[1, 100], query = float("inf"), float("-inf"), query[:1]
+    scores, ids = product_key_topk(query, keys, k)
+    expected_scores, expected_ids = brute_force(query, keys, k)
+    assert torch.equal(ids, expected_ids)
+    assert torch.equal(scores, expected_scores)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lowest_ids_come_in_where_pairs_outside_the_candidates_tie(seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(2, 330, 1, generator=generator).mul(3).round()
+    scores, ids = product_key_topk(torch.ones(1, 1, 2), keys, 16)
+    expected_scores, expected_ids = brute_force(torch.ones(1, 1, 2), keys, 16)
     assert torch.equal(ids, expected_ids)
     assert torch.equal(scores, expected_scores)
 
@@ -109,14 +156,14 @@ def _mutant_position_as_id(scores, ids, k, num_sub_keys):
     "mutant",
     [_mutant_top_one, _mutant_stride_k, _mutant_first_axis_without_stride, _mutant_position_as_id],
 )
-def test_each_fault_of_public_implementations_is_caught(mutant, monkeypatch):
-    right = reference.product_key_topk
+def test_each_fault_of_public_implementations_is_caught(mutant, monkeypatch, kernels):
+    right = kernels.product_key_topk
 
     def planted(query_MHQ, sub_keys, k):
         scores, ids = right(query_MHQ, sub_keys, k)
         return scores, mutant(scores, ids, k, sub_keys.shape[-2]).contiguous()
 
-    monkeypatch.setattr(reference, "product_key_topk", planted)
+    monkeypatch.setattr(kernels, "product_key_topk", planted)
     if mutant is not _mutant_top_one:
         with pytest.raises(AssertionError):
             test_every_expert_can_be_reached(True)
@@ -236,19 +283,33 @@ def test_bad_input_is_told(query_shape, key_shape, k, message):
         product_key_topk(torch.randn(query_shape), torch.randn(key_shape), k)
 
 
-def test_chunks_change_neither_results_nor_gradients(monkeypatch):
+@pytest.mark.parametrize("shared", [True, False])
+def test_chunks_and_threads_change_neither_results_nor_gradients(monkeypatch, kernels, shared):
     generator = torch.Generator().manual_seed(8)
-    query, keys = torch.randn(37, 2, 8, generator=generator), torch.randn(2, 9, 4, generator=generator)
-    grad = torch.randn(37, 2, 3, generator=generator)
-    results = []
-    for elements in (1 << 22, 100):
-        monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", elements)
-        leaves = [query.clone().requires_grad_(), keys.clone().requires_grad_()]
-        scores, ids = product_key_topk(*leaves, 3)
-        scores.backward(grad)
-        results.append((scores, ids, leaves[0].grad, leaves[1].grad))
-    assert reference.tokens_per_chunk(2, 9) < 37
-    torch.testing.assert_close(results[0], results[1])
+    query = torch.randn(137, 2, 8, generator=generator).mul(8).round() / 8
+    keys = torch.randn((2, 9, 4) if shared else (2, 2, 9, 4), generator=generator).mul(8).round() / 8
+    grad = torch.randn(137, 2, 3, generator=generator)
+    before, results = torch.get_num_threads(), []
+    try:
+        for elements, threads in ((1 << 22, 1), (1 << 22, 2), (100, 1), (1000, 2)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", elements)
+            leaves = [query.clone().requires_grad_(), keys.clone().requires_grad_()]
+            scores, ids = product_key_topk(*leaves, 3)
+            scores.backward(grad)
+            results.append((scores, ids, leaves[0].grad, leaves[1].grad))
+    finally:
+        torch.set_num_threads(before)
+    expected = brute_force(query, keys, 3)
+    for result in results:
+        assert torch.equal(result[0], expected[0])
+        assert torch.equal(result[1], expected[1])
+        assert torch.equal(result[2], results[0][2])
+        if kernels is not reference:
+            assert torch.equal(result[3], results[0][3])
+    leaves = [query.clone().requires_grad_(), keys.clone().requires_grad_()]
+    reference.product_key_topk(*leaves, 3)[0].backward(grad)
+    torch.testing.assert_close(results[0][2:], (leaves[0].grad, leaves[1].grad))
 
 
 def test_autocast_changes_no_bit():

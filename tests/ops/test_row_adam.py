@@ -1,32 +1,86 @@
-"""row_adam_: equal to torch.optim.SparseAdam, touches nothing but the rows it is given, and is a well-made operator."""
+"""row_adam_: equal to SparseAdam, to AdamW's decay and to the formula; touches its rows alone; a well-made operator."""
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.row_adam import row_adam_
+from tinyexperts.ops.row_adam import _KERNELS, cpu, reference, row_adam_
 
 HYPERPARAMETERS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+# Far from every default and large enough that each of them shows in every result.
+UNUSUAL = {"learning_rate": 0.3, "beta1": 0.6, "beta2": 0.7, "eps": 0.2, "weight_decay": 0.5, "step": 3}
+
+
+@pytest.fixture(autouse=True, params=["cpu", "reference"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs the CPU's kernel, and what other devices run."""
+    if request.param == "reference":
+        monkeypatch.delitem(_KERNELS, "cpu")
+    return request.param
 
 
 def random_rows(num_rows: int, num_touched: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(num_rows, generator=generator)[:num_touched].sort().values
 
 
-def example(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def example(
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    *,
+    second_moment: str = "element",
+    shape: tuple[int, ...] = (11, 2, 3),
+    num_touched: int = 4,
+) -> tuple[torch.Tensor, ...]:
     """Tables that already hold moments, so that a forgotten decay shows."""
     generator = torch.Generator().manual_seed(seed)
-    experts = torch.randn(11, 2, 3, generator=generator).to(dtype)
-    exp_avg = torch.randn(11, 2, 3, generator=generator)
-    exp_avg_sq = torch.rand(11, 2, 3, generator=generator)
+    experts = torch.randn(shape, generator=generator).to(dtype)
+    exp_avg = torch.randn(shape, generator=generator)
+    exp_avg_sq = torch.rand(shape if second_moment == "element" else shape[:-1], generator=generator)
     if dtype == torch.float64:
         exp_avg, exp_avg_sq = exp_avg.double(), exp_avg_sq.double()
-    rows = random_rows(11, 4, generator)
-    return experts, exp_avg, exp_avg_sq, rows, torch.randn(4, 2, 3, generator=generator).to(dtype)
+    rows = random_rows(shape[0], num_touched, generator)
+    return experts, exp_avg, exp_avg_sq, rows, torch.randn(num_touched, *shape[1:], generator=generator).to(dtype)
+
+
+def by_hand(
+    experts: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    rows: torch.Tensor,
+    grad_rows: torch.Tensor,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> tuple[torch.Tensor, ...]:
+    """The updated tables [N, E, D], element by element in Python's floats; a vector's own second moment is [N, E]."""
+    tables = [table.double().clone() for table in (experts, exp_avg, exp_avg_sq)]
+    value, first, second = (table.numpy() for table in tables)
+    for r, row in enumerate(rows.tolist()):
+        for e in range(experts.shape[1]):
+            gradient = [float(g) for g in grad_rows[r, e]]
+            if second.ndim == 2:
+                mean_square = sum(g * g for g in gradient) / len(gradient)
+                second[row, e] = beta2 * second[row, e] + (1 - beta2) * mean_square
+            for d, g in enumerate(gradient):
+                first[row, e, d] = beta1 * first[row, e, d] + (1 - beta1) * g
+                if second.ndim == 3:
+                    second[row, e, d] = beta2 * second[row, e, d] + (1 - beta2) * g * g
+                own = second[row, e] if second.ndim == 2 else second[row, e, d]
+                direction = first[row, e, d] / (1 - beta1**step) / ((math.sqrt(own) + eps) / math.sqrt(1 - beta2**step))
+                value[row, e, d] -= learning_rate * weight_decay * value[row, e, d]
+                value[row, e, d] -= learning_rate * direction
+    return tuple(tables)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
@@ -51,10 +105,11 @@ def test_row_adam_equals_sparse_adam_over_100_steps(dtype: torch.dtype, toleranc
     torch.testing.assert_close(exp_avg_sq, state["exp_avg_sq"], rtol=0, atol=tolerance)
 
 
-def test_row_adam_leaves_untouched_rows_bit_equal() -> None:
-    experts, exp_avg, exp_avg_sq, rows, grad_rows = example()
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+def test_row_adam_leaves_untouched_rows_bit_equal(second_moment: str) -> None:
+    experts, exp_avg, exp_avg_sq, rows, grad_rows = example(second_moment=second_moment)
     before = [table.clone() for table in (experts, exp_avg, exp_avg_sq)]
-    row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, step=5, **HYPERPARAMETERS)
+    row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, step=5, weight_decay=0.1, **HYPERPARAMETERS)
     untouched = torch.ones(11, dtype=torch.bool)
     untouched[rows] = False
     for table, old in zip((experts, exp_avg, exp_avg_sq), before, strict=True):
@@ -62,12 +117,16 @@ def test_row_adam_leaves_untouched_rows_bit_equal() -> None:
         assert (table[rows] != old[rows]).all()
 
 
+@pytest.mark.parametrize("second_moment", ["element", "row"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_row_adam_on_low_precision_tables_computes_in_fp32_and_rounds_once(dtype: torch.dtype) -> None:
-    experts, exp_avg, exp_avg_sq, rows, grad_rows = example(dtype)
+def test_row_adam_on_low_precision_tables_computes_in_fp32_and_rounds_once(
+    dtype: torch.dtype, second_moment: str
+) -> None:
+    experts, exp_avg, exp_avg_sq, rows, grad_rows = example(dtype, second_moment=second_moment)
     wide = [tensor.float().clone() for tensor in (experts, exp_avg, exp_avg_sq)]
-    row_adam_(*wide, rows, grad_rows.float(), step=2, **HYPERPARAMETERS)
-    row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, step=2, **HYPERPARAMETERS)
+    # The reference's order of the sums: a kernel's might round another way.
+    reference.row_adam_(*wide, rows, grad_rows.float(), *UNUSUAL.values())
+    row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, **UNUSUAL)
     assert torch.equal(experts, wide[0].to(dtype))
     assert torch.equal(exp_avg, wide[1])
     assert torch.equal(exp_avg_sq, wide[2])
@@ -81,12 +140,15 @@ def test_row_adam_with_no_rows_changes_nothing() -> None:
         assert torch.equal(table, old)
 
 
+@pytest.mark.parametrize("second_moment", ["element", "row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_row_adam_passes_opcheck(dtype: torch.dtype) -> None:
-    torch.library.opcheck(torch.ops.tinyexperts.row_adam_.default, (*example(dtype), 1e-2, 0.9, 0.99, 1e-8, 3))
+def test_row_adam_passes_opcheck(dtype: torch.dtype, second_moment: str) -> None:
+    tensors = example(dtype, second_moment=second_moment)
+    torch.library.opcheck(torch.ops.tinyexperts.row_adam_.default, (*tensors, 1e-2, 0.9, 0.99, 1e-8, 0.1, 3))
 
 
-def test_row_adam_compiled_equals_eager() -> None:
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+def test_row_adam_compiled_equals_eager(second_moment: str) -> None:
     @torch.compile(fullgraph=True, backend="aot_eager")
     def update(
         experts: torch.Tensor, m: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, grad_rows: torch.Tensor
@@ -94,7 +156,7 @@ def test_row_adam_compiled_equals_eager() -> None:
         row_adam_(experts, m, v, rows, 2 * grad_rows, step=4, **HYPERPARAMETERS)
         return experts + 1
 
-    eager = example()
+    eager = example(second_moment=second_moment)
     compiled = [tensor.clone() for tensor in eager]
     row_adam_(*eager[:4], 2 * eager[4], step=4, **HYPERPARAMETERS)
     result = update(*compiled)
@@ -107,9 +169,206 @@ def test_row_adam_takes_a_parameter_and_records_no_graph() -> None:
     experts, exp_avg, exp_avg_sq, rows, grad_rows = example()
     parameter = torch.nn.Parameter(experts.clone())
     row_adam_(experts, exp_avg.clone(), exp_avg_sq.clone(), rows, grad_rows, step=1, **HYPERPARAMETERS)
-    row_adam_(parameter, exp_avg, exp_avg_sq, rows, grad_rows, step=1, **HYPERPARAMETERS)
+    version = parameter._version
+    row_adam_(parameter, exp_avg, exp_avg_sq, rows, grad_rows.requires_grad_(), step=1, **HYPERPARAMETERS)
     assert torch.equal(parameter.detach(), experts)
+    assert parameter._version > version, "a graph that saved the parameter sees that it changed"
     assert parameter.is_leaf
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"learning_rate": 0.1},
+        {"beta1": 0.0},
+        {"beta2": 0.0},
+        {"eps": 1e-3},
+        {"weight_decay": 0.0},
+        {"step": 1},
+        {"step": 100_000},
+    ],
+)
+def test_row_adam_equals_the_formula_for_every_option(second_moment: str, change: dict[str, float]) -> None:
+    tables = example(torch.float64, second_moment=second_moment, shape=(9, 3, 7), num_touched=5)
+    tables = (*tables[:3], tables[3].flip(0), tables[4])  # the rows needn't ascend
+    expected = by_hand(*tables, **(UNUSUAL | change))
+    unchanged_options = by_hand(*tables, **UNUSUAL)
+    assert not change or not torch.allclose(expected[0], unchanged_options[0], rtol=1e-6, atol=0), "the option shows"
+    row_adam_(*tables, **(UNUSUAL | change))
+    for table, other in zip(tables[:3], expected, strict=True):
+        torch.testing.assert_close(table, other, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+@pytest.mark.parametrize("dim", [1, 5, 63, 64, 65, 200])
+def test_row_adam_equals_the_formula_over_several_steps_for_any_width(
+    dim: int, second_moment: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    tables = example(dtype, second_moment=second_moment, shape=(12, 2, dim))[:3]
+    expected: tuple[torch.Tensor, ...] = tables
+    options = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+    for step in range(1, 6):
+        rows = random_rows(12, 7, generator)
+        grad_rows = torch.randn(7, 2, dim, generator=generator).to(dtype)
+        expected = by_hand(*expected, rows, grad_rows, step=step, **options)
+        row_adam_(*tables, rows, grad_rows, step=step, **options)
+    for table, other in zip(tables, expected, strict=True):
+        torch.testing.assert_close(table.double(), other, rtol=0, atol=tolerance)
+
+
+def test_the_second_moment_of_a_vector_is_its_own() -> None:
+    # By hand: means of squares 12.5 and 0, so that after one step sqrt(v / (1 - beta2)) is sqrt(12.5) and 0.
+    experts, exp_avg, exp_avg_sq = torch.zeros(3, 2, 2), torch.zeros(3, 2, 2), torch.zeros(3, 2)
+    grad_rows = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]])
+    row_adam_(experts, exp_avg, exp_avg_sq, torch.tensor([1]), grad_rows, step=1, **HYPERPARAMETERS)
+    torch.testing.assert_close(exp_avg_sq, torch.tensor([[0.0, 0.0], [0.125, 0.0], [0.0, 0.0]]))
+    step = -1e-2 * torch.tensor([3.0, 4.0]) / math.sqrt(12.5)
+    torch.testing.assert_close(experts[1], torch.stack([step, torch.zeros(2)]))
+    assert not experts[[0, 2]].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "second_moment"),
+    [((9,), "element"), *(((9, *rest), kind) for rest in ((6,), (2, 3, 5)) for kind in ("element", "row"))],
+)
+def test_row_adam_takes_tables_of_any_number_of_dimensions(shape: tuple[int, ...], second_moment: str) -> None:
+    experts, exp_avg, exp_avg_sq, rows, grad_rows = example(torch.float64, second_moment=second_moment, shape=shape)
+    dim = shape[-1] if len(shape) > 1 else 1
+    second = exp_avg_sq.reshape(9, -1, dim) if second_moment == "element" else exp_avg_sq.reshape(9, -1)
+    values, first, gradients = (table.reshape(len(table), -1, dim) for table in (experts, exp_avg, grad_rows))
+    expected = by_hand(values, first, second, rows, gradients, **UNUSUAL)
+    tables = (experts, exp_avg, exp_avg_sq)
+    row_adam_(*tables, rows, grad_rows, **UNUSUAL)
+    for table, other in zip(tables, expected, strict=True):
+        torch.testing.assert_close(table, other.reshape(table.shape), rtol=1e-13, atol=1e-13)
+
+
+def test_weight_decay_equals_adamw_where_every_row_is_touched() -> None:
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(10, 2, 5, generator=generator, dtype=torch.float64)
+    theirs = torch.nn.Parameter(start.clone())
+    # eps = 0: AdamW adds it after the bias correction, SparseAdam before.
+    optimizer = torch.optim.AdamW([theirs], lr=0.05, betas=(0.8, 0.95), eps=0.0, weight_decay=0.3)
+    ours, exp_avg, exp_avg_sq = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    options = {"learning_rate": 0.05, "beta1": 0.8, "beta2": 0.95, "eps": 0.0, "weight_decay": 0.3}
+    for step in range(1, 31):
+        theirs.grad = torch.randn(10, 2, 5, generator=generator, dtype=torch.float64)
+        optimizer.step()
+        row_adam_(ours, exp_avg, exp_avg_sq, torch.arange(10), theirs.grad, step=step, **options)
+    torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+def test_bit_equal_for_any_number_of_threads(second_moment: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[tuple[int, int]] = []
+    name = "_step_of_elements" if second_moment == "element" else "_step_of_vectors"
+    kernel = getattr(cpu, name)
+    monkeypatch.setattr(cpu, name, lambda *arguments: parts.append(arguments[-2:]) or kernel(*arguments))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            tables = example(second_moment=second_moment, shape=(3000, 2, 77), num_touched=2000)
+            row_adam_(*tables, **UNUSUAL)
+            results.append(tables[:3])
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+    if kernels == "cpu":
+        assert parts[0] == (0, 2000)
+        assert len(parts) > 3
+        assert sorted(parts[1:])[0][0] == 0
+        assert sorted(parts[1:])[-1][1] == 2000
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+@pytest.mark.parametrize("strided", range(5))
+def test_row_adam_updates_and_reads_tensors_that_are_not_contiguous(second_moment: str, strided: int) -> None:
+    expected = example(second_moment=second_moment)
+    tensors = [tensor.clone() for tensor in expected]
+    room = torch.zeros(*tensors[strided].shape, 2, dtype=tensors[strided].dtype)
+    room[..., 0] = tensors[strided]
+    tensors[strided] = room[..., 0]
+    assert not tensors[strided].is_contiguous()
+    row_adam_(*expected, **UNUSUAL)
+    row_adam_(*tensors, **UNUSUAL)
+    for tensor, other in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-6, atol=1e-6)
+    assert not room[..., 1].any()
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+@pytest.mark.parametrize(
+    ("table_dtype", "moment_dtype"),
+    [(torch.float32, torch.float64), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+)
+def test_moments_of_other_types_are_computed_in_the_type_of_the_table(
+    table_dtype: torch.dtype, moment_dtype: torch.dtype, second_moment: str
+) -> None:
+    experts, exp_avg, exp_avg_sq, rows, grad_rows = example(table_dtype, second_moment=second_moment)
+    tables = (experts, exp_avg.to(moment_dtype), exp_avg_sq.to(moment_dtype))
+    wide = [table.float().clone() for table in tables]
+    reference.row_adam_(*wide, rows, grad_rows.float(), *UNUSUAL.values())
+    row_adam_(*tables, rows, grad_rows, **UNUSUAL)
+    for table, other in zip(tables, wide, strict=True):
+        assert torch.equal(table, other.to(table.dtype))
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_may_be_of_another_type_than_the_table(dtype: torch.dtype, second_moment: str) -> None:
+    *tables, rows, grad_rows = example(second_moment=second_moment)
+    expected = [table.clone() for table in tables]
+    grad_rows = grad_rows.to(dtype)
+    row_adam_(*expected, rows, grad_rows.float(), **UNUSUAL)
+    row_adam_(*tables, rows, grad_rows, **UNUSUAL)
+    for table, other in zip(tables, expected, strict=True):
+        assert torch.equal(table, other)
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+def test_values_that_are_not_finite_and_zeros_come_out_as_in_the_reference(second_moment: str) -> None:
+    experts, exp_avg, exp_avg_sq, rows, grad_rows = example(second_moment=second_moment, num_touched=6)
+    exp_avg.zero_()
+    exp_avg_sq.zero_()
+    grad_rows[0, 0, 1], grad_rows[1, 1, 0] = math.nan, math.inf
+    grad_rows[2], grad_rows[3], grad_rows[4] = 0.0, 1e-30, 1e30  # 0 / 0 for eps = 0, squares that vanish, and overflow
+    expected = [table.clone() for table in (experts, exp_avg, exp_avg_sq)]
+    options = {**UNUSUAL, "eps": 0.0}
+    reference.row_adam_(*expected, rows, grad_rows, *options.values())
+    row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, **options)
+    assert expected[0].isnan().any()
+    for table, other in zip((experts, exp_avg, exp_avg_sq), expected, strict=True):
+        torch.testing.assert_close(table, other, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(11, 0, 3), (11, 2, 0)])
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+def test_rows_without_elements_have_nothing_to_update(shape: tuple[int, ...], second_moment: str) -> None:
+    tables = example(second_moment=second_moment, shape=shape)
+    before = tables[2].clone()
+    row_adam_(*tables, **UNUSUAL)
+    assert torch.equal(tables[2], before)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is taken only where it is touched")
+def test_tables_of_more_than_2_to_31_elements() -> None:
+    num_rows, dim = 2**17 + 8, 2**14
+    experts, exp_avg = (torch.from_numpy(np.zeros((num_rows, 1, dim), dtype=np.float32)) for _ in range(2))
+    exp_avg_sq = torch.zeros(num_rows, 1)
+    rows = torch.tensor([1, num_rows - 1])
+    grad_rows = torch.tensor([2.0, -3.0])[:, None, None].expand(2, 1, dim)
+    row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, step=1, **HYPERPARAMETERS)
+    # The first step of Adam is one learning rate long.
+    torch.testing.assert_close(experts[rows, 0, ::4095], torch.tensor([[-0.01], [0.01]]).expand(2, 5))
+    torch.testing.assert_close(exp_avg[rows, 0, -1], torch.tensor([0.2, -0.3]))
+    assert not experts[[0, 2, 7, num_rows - 2]].any()
+    assert exp_avg_sq.count_nonzero() == 2
 
 
 def test_row_adam_says_what_is_wrong_with_its_input() -> None:
@@ -122,5 +381,17 @@ def test_row_adam_says_what_is_wrong_with_its_input() -> None:
         row_adam_(experts, exp_avg[:4], exp_avg_sq, rows, grad_rows, step=1, **HYPERPARAMETERS)
     with pytest.raises(InputError, match="counted from 1, got 0"):
         row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, step=0, **HYPERPARAMETERS)
-    with pytest.raises(IndexError):
-        row_adam_(experts, exp_avg, exp_avg_sq, rows + 11, grad_rows, step=1, **HYPERPARAMETERS)
+    for wrong, number in ((rows.clone(), 11), (rows.clone(), -1)):
+        wrong[2] = number
+        with pytest.raises(InputError, match=f"rows must be between 0 and N - 1 = 10, got {number}"):
+            row_adam_(experts, exp_avg, exp_avg_sq, wrong, grad_rows, step=1, **HYPERPARAMETERS)
+    for second in (exp_avg_sq[:4], exp_avg_sq[:, :, 0].T, exp_avg_sq[..., :1], exp_avg_sq[:, 0, 0]):
+        with pytest.raises(InputError, match=r"shape \[11, 2, 3\], or \[11, 2\] for one number a vector, got \["):
+            row_adam_(experts, exp_avg, second, rows, grad_rows, step=1, **HYPERPARAMETERS)
+    flat = [tensor[..., 0, 0] for tensor in (experts, exp_avg)]
+    with pytest.raises(InputError, match=r"exp_avg_sq must have the table's shape \[11\], got \[\]"):
+        row_adam_(*flat, exp_avg_sq[0, 0, 0], rows, grad_rows[:, 0, 0], step=1, **HYPERPARAMETERS)
+    with pytest.raises(InputError, match="at least one dimension, got a scalar"):
+        row_adam_(*(experts[0, 0, 0],) * 3, rows, grad_rows[:, 0, 0], step=1, **HYPERPARAMETERS)
+    for table, old in zip((experts, exp_avg, exp_avg_sq), example()[:3], strict=True):
+        assert torch.equal(table, old)

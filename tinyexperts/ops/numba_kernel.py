@@ -1,7 +1,8 @@
 """How the CPU kernels are compiled, and the three things that they need and numba lacks: prefetching, 16-bit floats.
 
 A kernel is serial and releases the GIL: cpu_threads.py runs it in parts. Fast-math is limited to what leaves NaN and
-infinities alone: sums may be taken in another order (so that they vectorise), products may be fused into them.
+infinities alone: sums may be taken in another order (so that they vectorise), products may be fused into them; an exact
+kernel has none of it.
 """
 
 from __future__ import annotations
@@ -19,26 +20,37 @@ from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "fastmath": {"reassoc", "contract", "nsz"},
-    "error_model": "numpy",  # no check for a division by zero
-}
+_EXACT: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # that is, no check for a division by zero
+_FAST: dict[str, Any] = {**_EXACT, "fastmath": {"reassoc", "contract", "nsz"}}
 CACHE_LINE_BYTES = 64
 
 
 def kernel(function: _Function) -> _Function:
     """Compile a function with numba at its first call; kept on disk, where any folder for that can be written."""
+    return _compiled(function, _FAST)
+
+
+def exact_kernel(function: _Function) -> _Function:
+    """As `kernel`, but every sum is rounded as it is written."""
+    return _compiled(function, _EXACT)
+
+
+def _compiled(function: _Function, options: dict[str, Any]) -> _Function:
     try:
-        compiled = numba.njit(cache=True, **_OPTIONS)(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        compiled = numba.njit(**_OPTIONS)(function)
+        compiled = numba.njit(**options)(function)
     return cast(_Function, compiled)
 
 
 def inlined(function: _Function) -> _Function:
     """A function of kernels' own, compiled into each of them: called, it would cost more than what it does."""
-    return cast(_Function, numba.njit(forceinline=True, **_OPTIONS)(function))
+    return cast(_Function, numba.njit(forceinline=True, **_FAST)(function))
+
+
+def exact_inlined(function: _Function) -> _Function:
+    """As `inlined`, for exact kernels."""
+    return cast(_Function, numba.njit(forceinline=True, **_EXACT)(function))
 
 
 def array_of(tensor: Tensor) -> Any:

@@ -1,8 +1,8 @@
 """Adam for tables with sparse gradients: a step costs what its touched rows cost, whatever the size of the table.
 
-Must match torch.optim.SparseAdam. Unlike it, the state is not even zeroed row by row: memory is taken from the
-operating system as rows are touched. Tables want a learning rate of their own and no weight decay (arXiv 1907.05242);
-the defaults, 1e-2 with (0.9, 0.99), are those that did best in this project's first runs.
+Must match torch.optim.SparseAdam, where no option says otherwise. Unlike it, the state is not even zeroed row by row:
+memory is taken from the operating system as rows are touched. Tables want a learning rate of their own and no weight
+decay (arXiv 1907.05242); the defaults, 1e-2 with (0.9, 0.99), are those that did best in this project's first runs.
 """
 
 from __future__ import annotations
@@ -20,18 +20,25 @@ from tinyexperts.ops.row_adam import row_adam_
 from tinyexperts.optim.sparse_gradients import rows_and_values
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_SECOND_MOMENTS = ("element", "row")
 
 
 class RowSparseAdam(torch.optim.Optimizer):
     """Adam on the rows that have a gradient; rows without one keep their value and their moments.
 
-    params: parameters with sparse_coo gradients of one sparse dimension, or groups of them; `lr` may differ by group
-    lr, betas, eps: as in torch.optim.Adam
+    params: parameters with sparse_coo gradients of one sparse dimension, or groups of them; every option below may
+        differ by group
+    lr, betas, eps: as in torch.optim.SparseAdam
+    weight_decay: decoupled, as in torch.optim.AdamW, but of touched rows only: before the step their values shrink by
+        lr * weight_decay of themselves
+    second_moment: "element", a number an element, as in Adam; "row", one for the D elements of a vector, the running
+        mean over steps of the mean over D of the squared gradient: nearly halves the state
 
-    The state of a parameter is `step` (int64 scalar on the CPU, number of steps), `exp_avg` and `exp_avg_sq` (of the
-    parameter's shape; fp32 where the parameter is bf16 or fp16).
+    The state of a parameter [N, ..., D] is `step` (int64 scalar on the CPU, number of steps), `exp_avg` (of the
+    parameter's shape) and `exp_avg_sq` (of the parameter's shape; with "row" [N, ...], without D), both fp32 where the
+    parameter is bf16 or fp16.
 
-    Raises InputError for a negative lr or eps, and for betas outside [0, 1).
+    Raises InputError for a negative lr, eps or weight_decay, for betas outside [0, 1), and for another second_moment.
     """
 
     def __init__(
@@ -40,16 +47,26 @@ class RowSparseAdam(torch.optim.Optimizer):
         lr: float = 1e-2,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        second_moment: str = "element",
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "second_moment": second_moment,
+        }
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options it does not name take the optimiser's defaults."""
         options = {**self.defaults, **param_group}
-        if not options["lr"] >= 0:
-            raise InputError(f"lr must not be negative, got {options['lr']}")
-        if not options["eps"] >= 0:
-            raise InputError(f"eps must not be negative, got {options['eps']}")
+        for name in ("lr", "eps", "weight_decay"):
+            if not options[name] >= 0:
+                raise InputError(f"{name} must not be negative, got {options[name]}")
+        if options["second_moment"] not in _SECOND_MOMENTS:
+            raise InputError(f'second_moment must be "element" or "row", got {options["second_moment"]!r}')
         if not all(0 <= beta < 1 for beta in options["betas"]):
             raise InputError(f"betas must be at least 0 and less than 1, got {options['betas']}")
         super().add_param_group(param_group)
@@ -58,7 +75,7 @@ class RowSparseAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every row that has a gradient; returns what `closure` returns.
 
-        Raises InputError where a gradient is dense.
+        Raises InputError where a gradient is dense, and where second_moment is "row" and a parameter has one dimension.
         """
         loss = None
         if closure is not None:
@@ -76,7 +93,7 @@ class RowSparseAdam(torch.optim.Optimizer):
                     )
                 state = self.state[parameter]
                 if not state:
-                    state.update(_zero_state(parameter))
+                    state.update(_zero_state(parameter, group["second_moment"]))
                 state["step"] += 1
                 rows, values = rows_and_values(parameter.grad)
                 row_adam_(
@@ -89,6 +106,7 @@ class RowSparseAdam(torch.optim.Optimizer):
                     beta1=beta1,
                     beta2=beta2,
                     eps=group["eps"],
+                    weight_decay=group["weight_decay"],
                     step=int(state["step"]),
                 )
         return loss
@@ -110,8 +128,16 @@ def _state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def _zero_state(parameter: Tensor) -> dict[str, Tensor]:
-    state = {name: _lazy_zeros(parameter.shape, _state_dtype(parameter), parameter.device) for name in _MOMENTS}
+def _zero_state(parameter: Tensor, second_moment: str) -> dict[str, Tensor]:
+    if second_moment == "row" and parameter.dim() < 2:
+        raise InputError(
+            f'second_moment "row" needs a parameter [N, ..., D] of at least two dimensions, got {list(parameter.shape)}'
+        )
+    shapes = (parameter.shape, parameter.shape[:-1] if second_moment == "row" else parameter.shape)
+    state = {
+        name: _lazy_zeros(shape, _state_dtype(parameter), parameter.device)
+        for name, shape in zip(_MOMENTS, shapes, strict=True)
+    }
     return {"step": torch.zeros((), dtype=torch.int64), **state}
 
 

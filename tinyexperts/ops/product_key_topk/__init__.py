@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.product_key_topk import reference
+from tinyexperts.ops.product_key_topk import cpu, reference
 
 __all__ = ["product_key_topk"]
+
+# By the type of device; the others have the reference, which takes the tokens in chunks.
+_KERNELS: dict[str, Any] = {"cpu": cpu}
 
 
 def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +50,9 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
 @torch.library.custom_op("tinyexperts::product_key_topk", mutates_args=())
 def _product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     with torch.autocast(query_MHQ.device.type, enabled=False):  # it would round the fp32 sums
-        return reference.product_key_topk(query_MHQ, sub_keys, k)
+        kernels = _KERNELS.get(query_MHQ.device.type, reference)
+        result: tuple[Tensor, Tensor] = kernels.product_key_topk(query_MHQ, sub_keys, k)
+        return result
 
 
 @_product_key_topk.register_fake
@@ -62,7 +67,9 @@ def _product_key_topk_backward(
     grad_scores: Tensor, ids: Tensor, query_MHQ: Tensor, sub_keys: Tensor
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(query_MHQ.device.type, enabled=False):  # it would round the fp32 sums
-        return reference.product_key_topk_backward(grad_scores, ids, query_MHQ, sub_keys)
+        kernels = _KERNELS.get(query_MHQ.device.type, reference)
+        gradients: tuple[Tensor, Tensor] = kernels.product_key_topk_backward(grad_scores, ids, query_MHQ, sub_keys)
+        return gradients
 
 
 @_product_key_topk_backward.register_fake

@@ -59,6 +59,8 @@ def _top_k_of_sums(scores_1: Tensor, scores_2: Tensor, k: int) -> tuple[Tensor, 
     tied_outside &= ~scores[:, 0].isnan()
     for rows in torch.split(tied_outside.nonzero().flatten(), max(1, _CHUNK_TIES // (k * num_sub_keys))):
         scores[rows], chosen[rows] = _settle_ties(scores_1[rows], scores_2[rows], sums[rows], ids[rows], k)
+    # Summed again, so that the gradient of a score reaches the halves of its own pair, where others tie with it too.
+    scores = scores_1.gather(1, chosen // num_sub_keys) + scores_2.gather(1, chosen % num_sub_keys)
     return scores, chosen
 
 
