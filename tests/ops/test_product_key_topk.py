@@ -220,6 +220,20 @@ def test_nan_query_gives_nan_scores_and_valid_ids():
     assert ((ids >= 0) & (ids < 25)).all()
 
 
+@pytest.mark.parametrize("num_sub_keys", [5, 300, 1024])
+def test_a_sub_key_that_is_nan_is_told_by_nan_scores(num_sub_keys):
+    generator = torch.Generator().manual_seed(11)
+    query, keys = torch.ones(3, 1, 2), torch.randn(2, num_sub_keys, 1, generator=generator)
+    for half, position in ((0, 3), (1, num_sub_keys - 1)):
+        broken = keys.clone()
+        broken[half, position] = float("nan")
+        scores, ids = product_key_topk(query, broken, 4)
+        assert scores[..., 0].isnan().all()
+        assert ((ids >= 0) & (ids < num_sub_keys**2)).all()
+        chosen = (ids // num_sub_keys, ids % num_sub_keys)[half][..., 0]
+        assert (chosen == position).all()
+
+
 def test_scores_that_overflow_to_nan_give_valid_ids():
     """inf - inf is NaN: among such sums there is no order, but every id must be one of the N."""
     half = torch.tensor([1e20, -1e20, 1e20, -1e20])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount, ParameterGroups
 from tinyexperts.layers.product_key_router import ProductKeyRouter, Routing
 from tinyexperts.ops import expert_mlp
+from tinyexperts.ops.huge_pages import prefer_huge_pages
 
 
 class ProductKeyLayer(FeedForward):
@@ -30,7 +31,8 @@ class ProductKeyLayer(FeedForward):
         super().__init__()
         self.router = ProductKeyRouter(d_model, num_experts, device=device, dtype=dtype, **router_options)
         self.activation, self.sparse = activation, sparse
-        self.experts = nn.Parameter(torch.empty(num_experts, vectors_per_expert, d_model, device=device, dtype=dtype))
+        table = torch.empty(num_experts, vectors_per_expert, d_model, device=device, dtype=dtype)
+        self.experts = nn.Parameter(prefer_huge_pages(table))
 
     def route(self, x: Tensor) -> Routing:
         """The experts of each token, best first: x (float, [..., D]) -> Routing, each part [..., H, K].

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
+from tinyexperts.ops.huge_pages import prefer_huge_pages
 from tinyexperts.ops.row_adam import row_adam_
 from tinyexperts.optim.sparse_gradients import rows_and_values
 
@@ -145,4 +146,5 @@ def _lazy_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> 
     """Zeros that on a CPU cost memory only where touched: torch.zeros writes them all, numpy's calloc does not."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(tuple(shape), dtype=np.float64 if dtype == torch.float64 else np.float32))
+    zeros = np.zeros(tuple(shape), dtype=np.float64 if dtype == torch.float64 else np.float32)
+    return prefer_huge_pages(torch.from_numpy(zeros))

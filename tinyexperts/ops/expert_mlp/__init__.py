@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.activation import check_activation
+from tinyexperts.ops.autocast import outside_autocast
 from tinyexperts.ops.expert_mlp import cpu, portable
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype
 
@@ -83,7 +84,7 @@ def _expert_mlp(
     x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None, sparse: bool
 ) -> tuple[Tensor, Tensor]:
     _check_ids(ids_MP, experts_NED.shape[0])
-    with torch.autocast(x_MD.device.type, enabled=False):  # it would round the fp32 sums
+    with outside_autocast(x_MD.device.type):
         kernels = _KERNELS.get(x_MD.device.type, portable)
         result: tuple[Tensor, Tensor] = kernels.expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation)
         return result
@@ -109,7 +110,7 @@ def _expert_mlp_backward(
     activation: str | None,
     table_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x_MD.device.type, enabled=False):  # it would round the fp32 sums
+    with outside_autocast(x_MD.device.type):
         kernels = _KERNELS.get(x_MD.device.type, portable)
         gradients: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.expert_mlp_backward(
             grad_y_MD,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
+from tinyexperts.ops.autocast import outside_autocast
 from tinyexperts.ops.product_key_topk import cpu, reference
 
 __all__ = ["product_key_topk"]
@@ -49,7 +50,7 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
 
 @torch.library.custom_op("tinyexperts::product_key_topk", mutates_args=())
 def _product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    with torch.autocast(query_MHQ.device.type, enabled=False):  # it would round the fp32 sums
+    with outside_autocast(query_MHQ.device.type):
         kernels = _KERNELS.get(query_MHQ.device.type, reference)
         result: tuple[Tensor, Tensor] = kernels.product_key_topk(query_MHQ, sub_keys, k)
         return result
@@ -66,7 +67,7 @@ def _(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _product_key_topk_backward(
     grad_scores: Tensor, ids: Tensor, query_MHQ: Tensor, sub_keys: Tensor
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(query_MHQ.device.type, enabled=False):  # it would round the fp32 sums
+    with outside_autocast(query_MHQ.device.type):
         kernels = _KERNELS.get(query_MHQ.device.type, reference)
         gradients: tuple[Tensor, Tensor] = kernels.product_key_topk_backward(grad_scores, ids, query_MHQ, sub_keys)
         return gradients

@@ -170,22 +170,37 @@ def _best_of_row(
     scores: Any, row: int, columns: Any, maxima: Any, values: Any, positions: Any, counts: Any, best: Any, index: Any
 ) -> None:
     """The len(best) best of a row, by (score descending, position ascending)."""
-    num_found = 0
+    num_found, num_nan = 0, np.int32(0)
     if len(maxima):
         # Unsigned, since numba lets signed indices count from the end, and then nothing vectorises.
         size, width = np.uintp(scores.shape[1]), np.uintp(len(maxima))
-        for c in range(width):
-            maxima[c] = scores[row, c]
-        for first in range(width, size, width):
+        maxima[:] = -np.inf
+        grouped = size // (np.uintp(4) * width) * (np.uintp(4) * width)
+        for first in range(np.uintp(0), grouped, np.uintp(4) * width):
+            second, third, fourth = first + width, first + np.uintp(2) * width, first + np.uintp(3) * width
+            for c in range(width):
+                score0, score1 = scores[row, first + c], scores[row, second + c]
+                score2, score3 = scores[row, third + c], scores[row, fourth + c]
+                largest = maxima[c]
+                largest = score0 if score0 > largest else largest
+                largest = score1 if score1 > largest else largest
+                largest = score2 if score2 > largest else largest
+                maxima[c] = score3 if score3 > largest else largest
+                num_nan += np.int32((score0 != score0) | (score1 != score1))
+                num_nan += np.int32((score2 != score2) | (score3 != score3))
+        for first in range(grouped, size, width):
             for c in range(min(width, size - first)):
-                score = scores[row, first + c]
-                maxima[c] = score if score > maxima[c] else maxima[c]
+                score0 = scores[row, first + c]
+                maxima[c] = score0 if score0 > maxima[c] else maxima[c]
+                num_nan += np.int32(score0 != score0)
         threshold = _nth_largest(maxima, len(best), counts)
         num_found = _find_above(scores, row, maxima, threshold, columns, values, positions)
-    if not len(best) <= num_found <= _num_crowded(len(best)) or not _rank_distinct(
-        values, positions, num_found, counts, best, index
+    if (
+        num_nan
+        or not len(best) <= num_found <= _num_crowded(len(best))
+        or not _rank_distinct(values, positions, num_found, counts, best, index)
     ):
-        # A short row, equal scores, or NaN.
+        # NaN, a short row, or equal scores.
         num_kept = 0
         for position in range(scores.shape[1]):
             num_kept = _insert(scores[row, position], position, num_kept, best, index)
@@ -207,10 +222,17 @@ def _count_larger(values: Any, count: int, counts: Any) -> None:
     """counts[a] = how many of the first `count` values exceed values[a]; compares all pairs, without a branch."""
     for a in range(count):
         counts[a] = 0
-    for b in range(count):
-        value = values[b]
+    for b in range(0, count - 3, 4):  # four at a time: a counter is loaded and stored once for them
+        value0, value1, value2, value3 = values[b], values[b + 1], values[b + 2], values[b + 3]
         for a in range(count):
-            counts[a] += np.int32(value > values[a])
+            value = values[a]
+            counts[a] += (np.int32(value0 > value) + np.int32(value1 > value)) + (
+                np.int32(value2 > value) + np.int32(value3 > value)
+            )
+    for b in range(count // 4 * 4, count):
+        value0 = values[b]
+        for a in range(count):
+            counts[a] += np.int32(value0 > values[a])
 
 
 @exact_inlined
@@ -229,13 +251,15 @@ def _find_above(scores: Any, row: int, maxima: Any, threshold: Any, columns: Any
     for first in range(np.uintp(0), whole, width):
         for c in range(num_columns):
             position = first + columns[c]
-            values[found], positions[found] = scores[row, position], position
+            positions[found] = position
             found += np.uintp(scores[row, position] >= threshold)
     for c in range(num_columns):
         position = whole + columns[c]
         if position < size and scores[row, position] >= threshold:
-            values[found], positions[found] = scores[row, position], position
+            positions[found] = position
             found += np.uintp(1)
+    for a in range(found):
+        values[a] = scores[row, positions[a]]
     return int(found)
 
 
