@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount, ParameterGroups
 from tinyexperts.layers.product_key_router import ProductKeyRouter, Routing
 from tinyexperts.ops import expert_mlp
+from tinyexperts.ops.expert_mlp.table_gradient import expert_mlp_deferred, is_deferred
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 
 
@@ -48,7 +49,10 @@ class ProductKeyLayer(FeedForward):
         routing = self.route(x)
         x_MD = x.reshape(-1, x.shape[-1])
         ids_MP, weights_MP = (t.view(x_MD.shape[0], self.retrieved_per_token) for t in (routing.ids, routing.weights))
-        y_MD = expert_mlp(x_MD, self.experts, ids_MP, weights_MP, self.activation, sparse=self.sparse)
+        if is_deferred(self.experts):
+            y_MD = expert_mlp_deferred(x_MD, self.experts, ids_MP, weights_MP, self.activation)
+        else:
+            y_MD = expert_mlp(x_MD, self.experts, ids_MP, weights_MP, self.activation, sparse=self.sparse)
         return y_MD.view(x.shape)
 
     @property

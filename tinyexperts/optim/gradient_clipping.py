@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
-from tinyexperts.optim.sparse_gradients import coalesced_gradient
+from tinyexperts.optim.sparse_gradients import coalesced_gradient, unwritten
 
 
 @torch.no_grad()
@@ -28,8 +28,9 @@ def clip_gradient_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float |
     """
     if max_norm is not None and not max_norm > 0:
         raise InputError(f"max_norm must be positive, or None to measure only, got {max_norm}")
-    gradients = []
+    gradients, left = [], []
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
+        left += unwritten(parameter)
         if parameter.grad is None:
             continue
         if parameter.grad.layout == torch.sparse_coo:
@@ -38,10 +39,15 @@ def clip_gradient_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float |
         else:
             gradients.append(parameter.grad)
     total_norm = nn.utils.get_total_norm(gradients)
+    if left:
+        squares = sum(gradient.squared_norm() for gradient in left)
+        total_norm = (total_norm.double().square() + squares).sqrt().to(total_norm.dtype)
     if max_norm is None or math.isinf(max_norm):
         return total_norm
     # As torch does: the clamped factor multiplies always, which spares a GPU the wait for a comparison.
     factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
     for gradient in gradients:
         gradient.mul_(factor.to(gradient.device))
+    for gradient in left:
+        gradient.scale_(float(factor))
     return total_norm

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
+from tinyexperts.ops.expert_mlp.table_gradient import ask_for, asked_for
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 from tinyexperts.ops.row_adam import row_adam_
-from tinyexperts.optim.sparse_gradients import rows_and_values
+from tinyexperts.ops.row_adam.fused import can_fuse, row_adam_fused_
+from tinyexperts.optim.sparse_gradients import rows_and_values, unwritten
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SECOND_MOMENTS = ("element", "row")
@@ -35,11 +37,17 @@ class RowSparseAdam(torch.optim.Optimizer):
     second_moment: "element", a number an element, as in Adam; "row", one for the D elements of a vector, the running
         mean over steps of the mean over D of the squared gradient: nearly halves the state
 
+    fused: backward passes of PEER and ProductKeyMemory layers leave each table's gradient here, as the pairs that it is
+        made of, and not in `.grad`; a row's gradient is summed when the row is updated, and never written out. For the
+        optimiser's tables on the CPU in fp32 or fp64. `step` equals the one without it to the bit;
+        clip_gradient_norm_ understands it, torch's own clipping doesn't. Tables with hooks keep their `.grad`.
+
     The state of a parameter [N, ..., D] is `step` (int64 scalar on the CPU, number of steps), `exp_avg` (of the
     parameter's shape) and `exp_avg_sq` (of the parameter's shape; with "row" [N, ...], without D), both fp32 where the
     parameter is bf16 or fp16.
 
-    Raises InputError for a negative lr, eps or weight_decay, for betas outside [0, 1), and for another second_moment.
+    Raises InputError for a negative lr, eps or weight_decay, for betas outside [0, 1), for another second_moment, and
+    for fused where a table is elsewhere or of another type.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class RowSparseAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         second_moment: str = "element",
+        fused: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -57,6 +66,7 @@ class RowSparseAdam(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "second_moment": second_moment,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -71,6 +81,21 @@ class RowSparseAdam(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in options["betas"]):
             raise InputError(f"betas must be at least 0 and less than 1, got {options['betas']}")
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for table in group["params"] if group["fused"] else ():
+            if not can_fuse(table):
+                raise InputError(
+                    "fused is for contiguous tables on the CPU in fp32 or fp64, got "
+                    f"{table.dtype} on {table.device.type}"
+                )
+            ask_for(table)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those that were left for a fused step too."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for table in group["params"]:
+                (asked_for(table) or []).clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -83,11 +108,11 @@ class RowSparseAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
             for parameter in group["params"]:
-                if parameter.grad is None:
+                left = unwritten(parameter)
+                if parameter.grad is None and not left:
                     continue
-                if parameter.grad.layout != torch.sparse_coo:
+                if parameter.grad is not None and parameter.grad.layout != torch.sparse_coo:
                     raise InputError(
                         f"RowSparseAdam needs sparse gradients, got a dense one of shape {list(parameter.shape)}: "
                         "use AdamW, or make the layer with PEER(sparse=True)"
@@ -96,20 +121,19 @@ class RowSparseAdam(torch.optim.Optimizer):
                 if not state:
                     state.update(_zero_state(parameter, group["second_moment"]))
                 state["step"] += 1
-                rows, values = rows_and_values(parameter.grad)
-                row_adam_(
-                    parameter,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    rows,
-                    values,
-                    learning_rate=float(group["lr"]),
-                    beta1=beta1,
-                    beta2=beta2,
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    step=int(state["step"]),
-                )
+                tables = parameter, state["exp_avg"], state["exp_avg_sq"]
+                options = {
+                    "learning_rate": float(group["lr"]),
+                    "beta1": group["betas"][0],
+                    "beta2": group["betas"][1],
+                    "eps": group["eps"],
+                    "weight_decay": group["weight_decay"],
+                    "step": int(state["step"]),
+                }
+                if left:
+                    row_adam_fused_(*tables, left.pop(), **options)
+                else:
+                    row_adam_(*tables, *rows_and_values(parameter.grad), **options)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -71,21 +71,43 @@ def expert_mlp_backward(
     table_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, of the touched rows (ascending ids [R], values [R, E, D]) and of the weights."""
-    num_vectors, model_dim = experts_NED.shape[1:]
+    grad_x, grad_weights, factors_EMP = backward_of_tokens(
+        grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation
+    )
+    if table_gradient and ids_MP.numel():
+        rows, order, starts = touched_rows(ids_MP)
+        grad_rows = sum_touched_rows(order, starts, factors_EMP, x_MD, grad_y_MD)
+    else:
+        rows, grad_rows = ids_MP.new_empty(0), factors_EMP.new_empty((0, *experts_NED.shape[1:]))
+    return grad_x, rows, grad_rows.to(experts_NED.dtype), grad_weights
+
+
+def backward_of_tokens(
+    grad_y_MD: Tensor,
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    pre_activations_FMP: Tensor,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of the weights, and the factors [E, M, P] that the table's gradient is made of.
+
+    A factor is what multiplies x (for u and w) or grad_y (for v) in the gradient of an expert: one number a pair and
+    vector, in the type that is computed in.
+    """
     dtype = accumulation_dtype(x_MD, experts_NED)
-    x, grad_y, weights = (array_of(t.to(dtype)) for t in (x_MD, grad_y_MD, weights_MP))
     grad_x = torch.empty(x_MD.shape, dtype=dtype)
     grad_weights = torch.empty(weights_MP.shape, dtype=dtype)
-    # What multiplies x (for u and w) or grad_y (for v) in the gradient of an expert, one number a pair and vector.
-    factors_EMP = torch.empty((num_vectors, *ids_MP.shape), dtype=dtype)
+    factors_EMP = torch.empty((experts_NED.shape[1], *ids_MP.shape), dtype=dtype)
     coefficient, derivatives = _coefficients_and_derivatives(pre_activations_FMP, activation, weights_MP)
     in_parts(
         _backward,
         len(x_MD),
-        grad_y,
+        array_of(grad_y_MD.to(dtype)),
         array_of(experts_NED),
         array_of(ids_MP),
-        weights,
+        array_of(weights_MP.to(dtype)),
         array_of(coefficient.to(dtype)),
         array_of(derivatives.to(dtype)),
         _constants(dtype),
@@ -94,24 +116,35 @@ def expert_mlp_backward(
         array_of(factors_EMP),
         min_items=_min_tokens(experts_NED, ids_MP.shape[1]),
     )
-    rows = ids_MP.new_empty(0)
-    grad_rows = torch.empty((0, num_vectors, model_dim), dtype=dtype)
-    if table_gradient and ids_MP.numel():
-        rows, order, starts = _touched_rows(ids_MP)
-        grad_rows = huge_pages.empty(len(rows), num_vectors, model_dim, dtype=dtype)
-        in_parts(
-            _sum_touched_rows,
-            len(rows),
-            array_of(order),
-            array_of(starts),
-            array_of(factors_EMP.flatten(1)),
-            x,
-            grad_y,
-            ids_MP.shape[1],
-            array_of(grad_rows),
-            min_items=max(1, _MIN_ELEMENTS // (num_vectors * model_dim)),
-        )
-    return grad_x.to(x_MD.dtype), rows, grad_rows.to(experts_NED.dtype), grad_weights.to(weights_MP.dtype)
+    return grad_x.to(x_MD.dtype), grad_weights.to(weights_MP.dtype), factors_EMP
+
+
+def touched_rows(ids_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Touched ids [R], ascending; the pairs sorted stably by id [M*P]; where each row's pairs start, and their end."""
+    sorted_ids, order = ids_MP.flatten().sort(stable=True)
+    rows, starts = torch.empty_like(order), order.new_empty(len(order) + 1)
+    num_rows = _find_starts(array_of(sorted_ids), array_of(rows), array_of(starts))
+    return rows[:num_rows].clone(), order, starts[: num_rows + 1]
+
+
+def sum_touched_rows(order: Tensor, starts: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> Tensor:
+    """The gradients of the touched rows [R, E, D], in the factors' type."""
+    num_vectors, _, num_retrieved = factors_EMP.shape
+    dtype = factors_EMP.dtype
+    grad_rows = huge_pages.empty(len(starts) - 1, num_vectors, x_MD.shape[1], dtype=dtype)
+    in_parts(
+        _sum_touched_rows,
+        len(grad_rows),
+        array_of(order),
+        array_of(starts),
+        array_of(factors_EMP.flatten(1)),
+        array_of(x_MD.to(dtype)),
+        array_of(grad_y_MD.to(dtype)),
+        num_retrieved,
+        array_of(grad_rows),
+        min_items=max(1, _MIN_ELEMENTS // (num_vectors * x_MD.shape[1])),
+    )
+    return grad_rows
 
 
 def _min_tokens(experts_NED: Tensor, num_retrieved: int) -> int:
@@ -134,14 +167,6 @@ def _coefficients_and_derivatives(
         return coefficients(pre_activations_FMP, activation), derivative.unsqueeze(0)
     hidden = activate(pre_activations_FMP[0], activation)
     return hidden * pre_activations_FMP[1], torch.stack([derivative * pre_activations_FMP[1], hidden])
-
-
-def _touched_rows(ids_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Touched ids [R], ascending; the pairs sorted stably by id [M*P]; where each row's pairs start, and their end."""
-    sorted_ids, order = ids_MP.flatten().sort(stable=True)
-    rows, starts = torch.empty_like(order), order.new_empty(len(order) + 1)
-    num_rows = _find_starts(array_of(sorted_ids), array_of(rows), array_of(starts))
-    return rows[:num_rows].clone(), order, starts[: num_rows + 1]
 
 
 @kernel
@@ -350,6 +375,25 @@ def _backward(
             p, pair = p + width, pair + width
 
 
+@inlined
+def sum_row(
+    order: Any, starts: Any, factors: Any, x: Any, grad_y: Any, num_retrieved: int, r: int, out: Any, out_row: int
+) -> None:
+    """out[out_row] = for each vector the sum over row r's pairs, as their tokens come, of factor * operand's token."""
+    num_vectors, dim = out.shape[1:]
+    for vector in range(num_vectors):
+        operand = grad_y if vector == num_vectors - 1 else x
+        for position in range(starts[r], starts[r + 1]):
+            pair = order[position]
+            factor, token = factors[vector, pair], pair // num_retrieved
+            if position == starts[r]:
+                for d in range(dim):
+                    out[out_row, vector, d] = factor * operand[token, d]
+            else:
+                for d in range(dim):
+                    out[out_row, vector, d] += factor * operand[token, d]
+
+
 @kernel
 def _sum_touched_rows(
     order: Any,
@@ -362,17 +406,5 @@ def _sum_touched_rows(
     start: int,
     stop: int,
 ) -> None:
-    """grad_rows[r, vector] = the sum over row r's pairs, in the order of their tokens, of factor * operand's token."""
-    num_vectors, dim = grad_rows.shape[1:]
     for r in range(start, stop):
-        for vector in range(num_vectors):
-            operand = grad_y if vector == num_vectors - 1 else x
-            for position in range(starts[r], starts[r + 1]):
-                pair = order[position]
-                factor, token = factors[vector, pair], pair // num_retrieved
-                if position == starts[r]:
-                    for d in range(dim):
-                        grad_rows[r, vector, d] = factor * operand[token, d]
-                else:
-                    for d in range(dim):
-                        grad_rows[r, vector, d] += factor * operand[token, d]
+        sum_row(order, starts, factors, x, grad_y, num_retrieved, r, grad_rows, r)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.ops.cpu_threads import in_parts
-from tinyexperts.ops.numba_kernel import CACHE_LINE_BYTES, array_of, kernel, prefetch
+from tinyexperts.ops.numba_kernel import CACHE_LINE_BYTES, array_of, inlined, kernel, prefetch
 from tinyexperts.ops.row_adam import reference
 
 _AHEAD = 4
@@ -53,8 +53,6 @@ def row_adam_(
     # A row is V vectors of D elements, or W elements. A view: should it ever need a copy, it raises.
     shape = (exp_avg_sq[0].numel(), experts.shape[-1]) if one_a_vector else (experts[0].numel(),)
     values, first_moments = (array_of(table.view(-1, *shape)) for table in (experts, exp_avg))
-    rate = reference.bias_corrected_rate(learning_rate, beta1, beta2, step)
-    keep = 1 - learning_rate * weight_decay
     in_parts(
         _step_of_vectors if one_a_vector else _step_of_elements,
         len(rows),
@@ -63,64 +61,85 @@ def row_adam_(
         array_of(exp_avg_sq.view(-1, shape[0])),
         array_of(rows),
         array_of(grad_rows.to(dtype).reshape(-1, *shape)),
-        # In the type that is computed in: Python's own numbers would widen fp32 to fp64.
-        tuple(np.array([1 - beta1, 1 - beta2, rate, eps, keep], dtype=values.dtype)),
+        constants(values.dtype, learning_rate, beta1, beta2, eps, weight_decay, step),
         min_items=max(1, _MIN_ELEMENTS // math.prod(shape)),
     )
+
+
+def constants(
+    dtype: Any, learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
+) -> tuple[Any, ...]:
+    """What a step multiplies by, in the numpy type that is computed in: Python's numbers would widen fp32 to fp64."""
+    rate = reference.bias_corrected_rate(learning_rate, beta1, beta2, step)
+    return tuple(np.array([1 - beta1, 1 - beta2, rate, eps, 1 - learning_rate * weight_decay], dtype=dtype))
 
 
 @kernel
 def _step_of_elements(
     experts: Any, exp_avg: Any, exp_avg_sq: Any, rows: Any, grad_rows: Any, constants: Any, start: int, stop: int
 ) -> None:
-    """Tables [N, W], gradients [R, W]."""
-    gain1, gain2, rate, eps, keep = constants
-    width = experts.shape[1]
     for r in range(start, stop):
-        row, row_ahead = rows[r], rows[min(r + _AHEAD, stop - 1)]
-        for chunk in range(0, width, _CHUNK):
-            end = min(chunk + _CHUNK, width)
-            ahead = (row_ahead * width + chunk) * experts.itemsize
-            for offset in range(ahead, ahead + (end - chunk) * experts.itemsize, CACHE_LINE_BYTES):
-                prefetch(experts.ctypes.data + offset)
-                prefetch(exp_avg.ctypes.data + offset)
-                prefetch(exp_avg_sq.ctypes.data + offset)
-            # As slices: indexed by row and element, the loop does not vectorise.
-            value, first, second = experts[row, chunk:end], exp_avg[row, chunk:end], exp_avg_sq[row, chunk:end]
-            grad = grad_rows[r, chunk:end]
-            for d in range(end - chunk):
-                first[d] += gain1 * (grad[d] - first[d])
-                second[d] += gain2 * (grad[d] * grad[d] - second[d])
-                value[d] = keep * value[d] - rate * (first[d] / (math.sqrt(second[d]) + eps))
+        ahead = rows[min(r + _AHEAD, stop - 1)]
+        update_elements(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad_rows, r, constants)
 
 
 @kernel
 def _step_of_vectors(
     experts: Any, exp_avg: Any, exp_avg_sq: Any, rows: Any, grad_rows: Any, constants: Any, start: int, stop: int
 ) -> None:
-    """experts and exp_avg [N, V, D], exp_avg_sq [N, V], gradients [R, V, D]."""
+    for r in range(start, stop):
+        ahead = rows[min(r + _AHEAD, stop - 1)]
+        update_vectors(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad_rows, r, constants)
+
+
+@inlined
+def update_elements(
+    experts: Any, exp_avg: Any, exp_avg_sq: Any, row: int, row_ahead: int, grad_rows: Any, r: int, constants: Any
+) -> None:
+    """One row of tables [N, W] by gradient r of [R, W]."""
+    gain1, gain2, rate, eps, keep = constants
+    width = experts.shape[1]
+    for chunk in range(0, width, _CHUNK):
+        end = min(chunk + _CHUNK, width)
+        ahead = (row_ahead * width + chunk) * experts.itemsize
+        for offset in range(ahead, ahead + (end - chunk) * experts.itemsize, CACHE_LINE_BYTES):
+            prefetch(experts.ctypes.data + offset)
+            prefetch(exp_avg.ctypes.data + offset)
+            prefetch(exp_avg_sq.ctypes.data + offset)
+        # As slices: indexed by row and element, the loop does not vectorise.
+        value, first, second = experts[row, chunk:end], exp_avg[row, chunk:end], exp_avg_sq[row, chunk:end]
+        grad = grad_rows[r, chunk:end]
+        for d in range(end - chunk):
+            first[d] += gain1 * (grad[d] - first[d])
+            second[d] += gain2 * (grad[d] * grad[d] - second[d])
+            value[d] = keep * value[d] - rate * (first[d] / (math.sqrt(second[d]) + eps))
+
+
+@inlined
+def update_vectors(
+    experts: Any, exp_avg: Any, exp_avg_sq: Any, row: int, row_ahead: int, grad_rows: Any, r: int, constants: Any
+) -> None:
+    """One row of experts and exp_avg [N, V, D] and exp_avg_sq [N, V], by gradient r of [R, V, D]."""
     gain1, gain2, rate, eps, keep = constants
     num_vectors, dim = experts.shape[1:]
-    for r in range(start, stop):
-        row, row_ahead = rows[r], rows[min(r + _AHEAD, stop - 1)]
-        for vector in range(num_vectors):
-            vector_ahead = row_ahead * num_vectors + vector
-            prefetch(exp_avg_sq.ctypes.data + vector_ahead * experts.itemsize)
-            squares = experts.dtype.type(0)
-            for d in range(dim):
-                squares += grad_rows[r, vector, d] * grad_rows[r, vector, d]
-            second = exp_avg_sq[row, vector]
-            second += gain2 * (squares / experts.dtype.type(dim) - second)
-            exp_avg_sq[row, vector] = second
-            scale = rate / (math.sqrt(second) + eps)
-            for chunk in range(0, dim, _CHUNK):
-                end = min(chunk + _CHUNK, dim)
-                ahead = (vector_ahead * dim + chunk) * experts.itemsize
-                for offset in range(ahead, ahead + (end - chunk) * experts.itemsize, CACHE_LINE_BYTES):
-                    prefetch(experts.ctypes.data + offset)
-                    prefetch(exp_avg.ctypes.data + offset)
-                value, first = experts[row, vector, chunk:end], exp_avg[row, vector, chunk:end]
-                grad = grad_rows[r, vector, chunk:end]
-                for d in range(end - chunk):
-                    first[d] += gain1 * (grad[d] - first[d])
-                    value[d] = keep * value[d] - scale * first[d]
+    for vector in range(num_vectors):
+        vector_ahead = row_ahead * num_vectors + vector
+        prefetch(exp_avg_sq.ctypes.data + vector_ahead * experts.itemsize)
+        squares = experts.dtype.type(0)
+        for d in range(dim):
+            squares += grad_rows[r, vector, d] * grad_rows[r, vector, d]
+        second = exp_avg_sq[row, vector]
+        second += gain2 * (squares / experts.dtype.type(dim) - second)
+        exp_avg_sq[row, vector] = second
+        scale = rate / (math.sqrt(second) + eps)
+        for chunk in range(0, dim, _CHUNK):
+            end = min(chunk + _CHUNK, dim)
+            ahead = (vector_ahead * dim + chunk) * experts.itemsize
+            for offset in range(ahead, ahead + (end - chunk) * experts.itemsize, CACHE_LINE_BYTES):
+                prefetch(experts.ctypes.data + offset)
+                prefetch(exp_avg.ctypes.data + offset)
+            value, first = experts[row, vector, chunk:end], exp_avg[row, vector, chunk:end]
+            grad = grad_rows[r, vector, chunk:end]
+            for d in range(end - chunk):
+                first[d] += gain1 * (grad[d] - first[d])
+                value[d] = keep * value[d] - scale * first[d]

@@ -1,0 +1,115 @@
+"""RowSparseAdam(fused=True): the gradient is never written out, and every bit is as without it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tinyexperts import PEER, ProductKeyMemory
+from tinyexperts.errors import InputError
+from tinyexperts.ops.expert_mlp.table_gradient import asked_for
+from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_
+
+
+def make(kind, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    if kind == "pkm":
+        return ProductKeyMemory(40, 49, num_heads=2, values_per_head=3, query_dim=4, sparse=True).to(dtype)
+    return PEER(40, 49, num_heads=2, experts_per_head=3, query_dim=4, gated=kind == "gated", sparse=True).to(dtype)
+
+
+def run(layer, *, fused, steps=5, passes=1, max_norm=None, second_moment="row", threads=1):
+    optimizer = RowSparseAdam([layer.experts], lr=1e-2, weight_decay=0.1, second_moment=second_moment, fused=fused)
+    rest = torch.optim.SGD(layer.router.parameters(), lr=1e-2)
+    norms, generator = [], torch.Generator().manual_seed(1)
+    before = torch.get_num_threads()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        rest.zero_grad()
+        for _ in range(passes):
+            x = torch.randn(300, 40, generator=generator).to(layer.experts.dtype)
+            layer(x).square().sum().backward()
+        assert (layer.experts.grad is None) == fused
+        torch.set_num_threads(threads)  # for what is tested; torch's own sums in the router may differ
+        norms.append(clip_gradient_norm_(layer.parameters(), max_norm) if max_norm else torch.zeros(()))
+        optimizer.step()
+        torch.set_num_threads(before)
+        rest.step()
+    return [*layer.state_dict().values(), *optimizer.state[layer.experts].values()], torch.stack(norms)
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+@pytest.mark.parametrize("kind", ["peer", "gated", "pkm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_step_without_it_to_the_bit(kind, second_moment, dtype):
+    plain, _ = run(make(kind, dtype), fused=False, second_moment=second_moment)
+    for threads in (1, 2):
+        fused, _ = run(make(kind, dtype), fused=True, second_moment=second_moment, threads=threads)
+        assert all(torch.equal(a, b) for a, b in zip(plain, fused, strict=True))
+    assert not torch.equal(plain[0], make(kind, dtype).state_dict()["experts"])
+
+
+def test_several_backward_passes_are_summed_as_autograd_does():
+    plain, _ = run(make("peer"), fused=False, passes=3)
+    fused, _ = run(make("peer"), fused=True, passes=3)
+    assert all(torch.equal(a, b) for a, b in zip(plain, fused, strict=True))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("max_norm", [1.0, 1e9])
+def test_clipping_measures_and_scales_what_is_not_written(passes, max_norm):
+    plain, norms = run(make("peer", torch.float64), fused=False, max_norm=max_norm, passes=passes)
+    fused, fused_norms = run(make("peer", torch.float64), fused=True, max_norm=max_norm, passes=passes)
+    torch.testing.assert_close(fused_norms, norms, rtol=1e-12, atol=0)
+    for a, b in zip(plain, fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_norm_has_the_same_bits_for_any_number_of_threads():
+    _, one = run(make("peer"), fused=True, max_norm=1.0, threads=1)
+    _, two = run(make("peer"), fused=True, max_norm=1.0, threads=2)
+    assert torch.equal(one, two)
+
+
+def test_zero_grad_forgets_what_was_left():
+    layer = make("peer")
+    optimizer = RowSparseAdam([layer.experts], fused=True)
+    before = layer.experts.detach().clone()
+    layer(torch.randn(5, 40)).sum().backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(layer.experts, before)
+    assert asked_for(layer.experts) == []
+
+
+def test_a_hook_on_the_table_sees_its_gradient():
+    layer, seen = make("peer"), []
+    optimizer = RowSparseAdam([layer.experts], fused=True)
+    handle = layer.experts.register_hook(lambda grad: seen.append(grad))
+    layer(torch.randn(5, 40)).sum().backward()
+    assert seen[0].layout == layer.experts.grad.layout == torch.sparse_coo
+    optimizer.step()
+    handle.remove()
+    optimizer.zero_grad()
+    layer(torch.randn(5, 40)).sum().backward()
+    assert len(seen) == 1
+    assert layer.experts.grad is None
+    assert len(asked_for(layer.experts)) == 1
+
+
+def test_evaluation_leaves_nothing_and_a_copy_asks_for_nothing():
+    layer = make("peer")
+    RowSparseAdam([layer.experts], fused=True)
+    with torch.no_grad():
+        layer(torch.randn(5, 40))
+    assert asked_for(layer.experts) == []
+    twin = copy.deepcopy(layer)
+    twin(torch.randn(5, 40)).sum().backward()
+    assert twin.experts.grad is not None
+
+
+def test_tables_that_can_not_be_fused_are_told():
+    with pytest.raises(InputError, match=r"in fp32 or fp64, got torch.bfloat16 on cpu"):
+        RowSparseAdam([make("peer", torch.bfloat16).experts], fused=True)
