@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers.feed_forward import FeedForward
+from tinyexperts.ops.row_adam.fused import can_fuse
 from tinyexperts.optim.row_sparse_adam import RowSparseAdam
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
@@ -74,8 +75,9 @@ def build_optimizers(
     table_betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    table_second_moment: str = "element",
 ) -> list[Optimizer]:
-    """Build one AdamW and, for tables with sparse gradients, one RowSparseAdam.
+    """Build one AdamW and, for tables with sparse gradients, one RowSparseAdam: fused where all tables allow it.
 
     Every group carries "name" (tables, matrices, embedding, head or vectors) and "peak_lr", which
     `scale_learning_rates` multiplies. Kinds that the model has none of make no group.
@@ -84,6 +86,7 @@ def build_optimizers(
     *_lr: peak learning rates
     betas, table_betas: (beta1, beta2) of Adam, for the tables and for everything else
     weight_decay: decoupled decay of the matrices, a step: learning rate x weight_decay
+    table_second_moment: "element" or "row", of the RowSparseAdam
     """
     kinds = split_parameters(model)
 
@@ -105,7 +108,8 @@ def build_optimizers(
         fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
         optimizers.append(AdamW(dense, betas=betas, eps=eps, weight_decay=0.0, fused=fused))
     if sparse_tables and tables:
-        optimizers.append(RowSparseAdam(tables, eps=eps))
+        fused = all(can_fuse(table) for table in kinds.tables.values())
+        optimizers.append(RowSparseAdam(tables, eps=eps, second_moment=table_second_moment, fused=fused))
     return optimizers
 
 

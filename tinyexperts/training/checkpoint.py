@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,8 +30,8 @@ from tinyexperts.optim import RowSparseAdam
 from tinyexperts.training.device import out_of_memory_told
 from tinyexperts.training.run_folder import read_config, write_whole
 
-# A tensor above this has a file of its own: the writer holds a file's bytes in memory.
-_OWN_FILE_BYTES = 1 << 26
+# A tensor above this is cut into files of this size along its first dimension: a writer holds a file's bytes in memory.
+_FILE_BYTES = 1 << 28
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -87,7 +89,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[Opt
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
         raise InputError(f"{checkpoint} does not fit the model: {_reason(error)}") from error
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise InputError(f"{checkpoint} holds weights that are not finite: {name.removeprefix('model.')}")
     by_name = dict(model.named_parameters())
     for optimizer in optimizers:
@@ -134,13 +136,39 @@ def _tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Ten
     return tensors
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all elements are; unlike torch.isfinite it makes no mask of the size of a table."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    least, largest = tensor.detach().aminmax()  # NaN where there is one
+    return math.isfinite(least) and math.isfinite(largest)
+
+
 def _write(tensors: dict[str, Tensor], folder: Path) -> None:
-    files = dict.fromkeys(tensors, 1)
-    large = [name for name, tensor in tensors.items() if tensor.numel() * tensor.element_size() > _OWN_FILE_BYTES]
-    files |= {name: number for number, name in enumerate(large, start=2)}
-    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files)
+    large = {name: t for name, t in tensors.items() if t.numel() * t.element_size() > _FILE_BYTES}
+    small = {name: t for name, t in tensors.items() if name not in large}
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=dict.fromkeys(small, 1))
     with _one_process():
-        dcp.save(tensors, storage_writer=writer, no_dist=True)
+        dcp.save(small, storage_writer=writer, no_dist=True)
+    for name, tensor in large.items():
+        _write_in_parts(name, tensor, folder)
+
+
+def _write_in_parts(name: str, tensor: Tensor, folder: Path) -> None:
+    """The form in which DCP's safetensors hold a sharded tensor: each file says where its part lies in the whole.
+
+    Their names and keys are those that dcp.HuggingFaceStorageReader reads.
+    """
+    rows = max(1, _FILE_BYTES * len(tensor) // (tensor.numel() * tensor.element_size()))
+    for number, part in enumerate(tensor.detach().split(rows)):
+        offsets = [number * rows] + [0] * (tensor.dim() - 1)
+        sharding = {name: {"saved_offsets": offsets}}
+        # A copy, since safetensors looks at the whole storage behind a view.
+        save_file(
+            {name: part.clone(memory_format=torch.contiguous_format)},
+            folder / f"{name}-{number:05d}.safetensors",
+            metadata={"DCP_SHARDING_INFO": json.dumps(sharding), "format": "pt"},
+        )
 
 
 @contextmanager

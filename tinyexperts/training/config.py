@@ -53,8 +53,11 @@ class TrainConfig:
     gradient_clip: float | None = 1.0
     """Largest global gradient norm, tables included; None does not clip."""
     table_gradients: Literal["auto", "sparse", "dense"] = "auto"
-    """sparse trains the touched rows alone (RowSparseAdam), dense the whole table (AdamW); auto takes sparse where a
-    step is expected to touch less than a quarter of the rows."""
+    """sparse trains the touched rows alone (RowSparseAdam), dense the whole table (AdamW); auto takes sparse on
+    CPUs, and elsewhere where a step is expected to touch less than a quarter of the rows."""
+    table_second_moment: Literal["element", "row"] = "element"
+    """element: a second moment for each number, as in Adam; row: one for each vector, which nearly halves the state of
+    the tables. For sparse table gradients."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 computes under autocast; auto takes it on GPUs that have it, and fp32 on CPUs, where bf16 is slower."""
     device: str = "auto"

@@ -36,13 +36,13 @@ from tinyexperts.optim import (
     warmup_stable_decay,
 )
 from tinyexperts.training import run_folder
-from tinyexperts.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from tinyexperts.training.checkpoint import checkpoints, is_finite, load_checkpoint, save_checkpoint
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.device import autocast, choose_device, choose_precision, out_of_memory_told
 from tinyexperts.training.progress import TrainingBar
 
-# Sparse table gradients where a step is expected to touch a smaller share of the rows: below it they win, more so the
-# fewer rows are touched; above it the dense gradient with a fused AdamW does.
+# On devices without a fused step of their own: sparse table gradients where a step is expected to touch a smaller share
+# of the rows; above it the dense gradient with a fused AdamW wins. On the CPU the fused step wins at any share.
 SPARSE_BELOW_SHARE = 0.25
 
 
@@ -112,7 +112,7 @@ def _prepare(config: TrainConfig) -> _Run:
         seed=config.seed,
     )
     device = choose_device(config.device)
-    sparse_tables, table_choice = _choose_table_gradients(config)
+    sparse_tables, table_choice = _choose_table_gradients(config, device)
     torch.manual_seed(config.seed)
     with out_of_memory_told(device):
         model = Transformer(config.model, sparse_tables=sparse_tables).to(device)
@@ -186,7 +186,7 @@ def _validation_loss(run: _Run) -> float:
 def _check_weights(run: _Run, step: int) -> None:
     """A checkpoint that holds a weight that is not finite must not push out a good one."""
     for name, parameter in run.model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not is_finite(parameter):
             raise InputError(f"step {step} left weights that are not finite in {name}; {_last_good_checkpoint(run)}")
 
 
@@ -234,13 +234,15 @@ def _schedule(config: TrainConfig, step: int, num_steps: int) -> float:
     return warmup_stable_decay(step, num_steps=num_steps, warmup_steps=warmup_steps, decay_steps=decay_steps)
 
 
-def _choose_table_gradients(config: TrainConfig) -> tuple[bool, str]:
+def _choose_table_gradients(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
     """Whether tables get sparse gradients, and a sentence that says why."""
     layer = config.model.sparse_layer.build(config.model.d_model, device="meta")
     if not isinstance(layer, ProductKeyLayer):
         return False, "no tables"
     share = expected_touched_share(config.tokens_per_step, layer.retrieved_per_token, len(layer.experts))
-    sparse = share < SPARSE_BELOW_SHARE if config.table_gradients == "auto" else config.table_gradients == "sparse"
+    sparse = config.table_gradients == "sparse"
+    if config.table_gradients == "auto":
+        sparse = device.type == "cpu" or share < SPARSE_BELOW_SHARE
     kind = "sparse (RowSparseAdam)" if sparse else "dense (AdamW)"
     return sparse, f"table gradients {kind}: a step touches up to {share:.0%} of {len(layer.experts):,} rows"
 
@@ -257,6 +259,7 @@ def _optimizers(config: TrainConfig, model: Transformer, sparse_tables: bool) ->
         betas=config.betas,
         table_betas=config.table_betas,
         weight_decay=config.weight_decay,
+        table_second_moment=config.table_second_moment,
     )
 
 

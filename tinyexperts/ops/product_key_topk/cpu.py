@@ -165,7 +165,7 @@ def _num_crowded(num_best: int) -> int:
     return 4 * num_best + 64
 
 
-@exact_inlined
+@exact_kernel
 def _best_of_row(
     scores: Any, row: int, columns: Any, maxima: Any, values: Any, positions: Any, counts: Any, best: Any, index: Any
 ) -> None:
@@ -217,7 +217,7 @@ def _nth_largest(values: Any, n: int, counts: Any) -> Any:
     return threshold
 
 
-@exact_inlined
+@exact_kernel
 def _count_larger(values: Any, count: int, counts: Any) -> None:
     """counts[a] = how many of the first `count` values exceed values[a]; compares all pairs, without a branch."""
     for a in range(count):
