@@ -5,6 +5,8 @@ Must match reference.py; a chunk of tokens at a time, so that the gathered rows 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.expert_mlp import reference
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
+from tinyexperts.ops.huge_pages import prefer_huge_pages
 
 # Elements of gathered rows [m, P, E, D] that one chunk of tokens may hold. 4 MiB of fp32 stay in the cache and in
 # memory that the allocator keeps: 3 times faster than chunks of 64 MiB on a CPU.
@@ -93,15 +96,26 @@ def expert_mlp_backward(
 def _sum_by_expert(ids_MP: Tensor, factors_EMP: Tensor, operands_MD: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Touched ids [R], ascending, and for each vector e the sum over an expert's pairs of factor * operand's token.
 
-    Pairs are sorted stably by expert, so that a row is one bag, summed by one thread in the order of the tokens.
+    Pairs are sorted stably by expert, so that a row is one bag, summed by one thread in the order of the tokens. The
+    bags come in chunks, since the memory of one large result would be new each time, and cost more than the sums.
     """
+    num_pairs, model_dim = ids_MP.numel(), operands_MD[0].shape[1]
     sorted_ids, order = ids_MP.flatten().sort(stable=True)
     rows, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+    starts = counts.cumsum(0) - counts
     tokens = order // max(1, ids_MP.shape[1])
-    sums_RED = factors_EMP.new_empty((len(rows), len(operands_MD), operands_MD[0].shape[1]))
-    for vector, operand_MD in enumerate(operands_MD if len(rows) else ()):
+    sums_RED = prefer_huge_pages(factors_EMP.new_empty((len(rows), len(operands_MD), model_dim)))
+    chunk = max(1, _CHUNK_ELEMENTS // model_dim)
+    first_pairs = [*starts[::chunk].tolist(), num_pairs]
+    for vector, operand_MD in enumerate(operands_MD):
         factors = factors_EMP[vector].flatten()[order]
-        sums_RED[:, vector] = F.embedding_bag(
-            tokens, operand_MD, counts.cumsum(0) - counts, mode="sum", per_sample_weights=factors
-        )
+        for number, (first, last) in enumerate(pairwise(first_pairs)):
+            bags = slice(number * chunk, (number + 1) * chunk)
+            sums_RED[bags, vector] = F.embedding_bag(
+                tokens[first:last],
+                operand_MD,
+                starts[bags] - first,
+                mode="sum",
+                per_sample_weights=factors[first:last],
+            )
     return rows, sums_RED
