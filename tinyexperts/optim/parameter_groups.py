@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers.feed_forward import FeedForward
-from tinyexperts.ops.row_adam.fused import can_fuse
+from tinyexperts.ops.expert_mlp.table_gradient import can_be_left
 from tinyexperts.optim.row_sparse_adam import RowSparseAdam
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
@@ -108,7 +108,7 @@ def build_optimizers(
         fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
         optimizers.append(AdamW(dense, betas=betas, eps=eps, weight_decay=0.0, fused=fused))
     if sparse_tables and tables:
-        fused = all(can_fuse(table) for table in kinds.tables.values())
+        fused = all(can_be_left(table) for table in kinds.tables.values())
         optimizers.append(RowSparseAdam(tables, eps=eps, second_moment=table_second_moment, fused=fused))
     return optimizers
 

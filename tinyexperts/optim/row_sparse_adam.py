@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.expert_mlp.table_gradient import ask_for, asked_for
+from tinyexperts.ops.expert_mlp.table_gradient import ask_for, asked_for, can_be_left
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 from tinyexperts.ops.row_adam import row_adam_
-from tinyexperts.ops.row_adam.fused import can_fuse, row_adam_fused_
+from tinyexperts.ops.row_adam.fused import row_adam_fused_
 from tinyexperts.optim.sparse_gradients import rows_and_values, unwritten
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,7 +40,7 @@ class RowSparseAdam(torch.optim.Optimizer):
     fused: backward passes of PEER and ProductKeyMemory layers leave each table's gradient here, as the pairs that it is
         made of, and not in `.grad`; a row's gradient is summed when the row is updated, and never written out. For the
         optimiser's tables on the CPU in fp32 or fp64. `step` equals the one without it to the bit;
-        clip_gradient_norm_ understands it, torch's own clipping doesn't. Tables with hooks keep their `.grad`.
+        clip_gradient_norm_ understands it, torch's own clipping and DistributedDataParallel don't. Tables with hooks keep their `.grad`.
 
     The state of a parameter [N, ..., D] is `step` (int64 scalar on the CPU, number of steps), `exp_avg` (of the
     parameter's shape) and `exp_avg_sq` (of the parameter's shape; with "row" [N, ...], without D), both fp32 where the
@@ -83,7 +83,7 @@ class RowSparseAdam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for table in group["params"] if group["fused"] else ():
-            if not can_fuse(table):
+            if not can_be_left(table):
                 raise InputError(
                     "fused is for contiguous tables on the CPU in fp32 or fp64, got "
                     f"{table.dtype} on {table.device.type}"

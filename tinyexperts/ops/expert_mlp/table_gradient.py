@@ -91,6 +91,11 @@ def _sum_squares(
         sums[part] = total
 
 
+def can_be_left(table: Tensor) -> bool:
+    """For contiguous tables on the CPU, in fp32 or fp64."""
+    return table.device.type == "cpu" and table.dtype in (torch.float32, torch.float64) and table.is_contiguous()
+
+
 def ask_for(table: Tensor) -> None:
     """From now on backward passes leave the table's gradient in `asked_for(table)`, and its `.grad` as it is.
 
@@ -109,6 +114,7 @@ def is_deferred(table: Tensor) -> bool:
     """Whether the next forward pass is to leave its gradient for the optimiser."""
     return (
         asked_for(table) is not None
+        and can_be_left(table)
         and table.requires_grad
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

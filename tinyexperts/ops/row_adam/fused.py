@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tinyexperts.ops.cpu_threads import in_parts
@@ -20,11 +19,6 @@ from tinyexperts.ops.row_adam.cpu import constants, update_elements, update_vect
 
 _AHEAD = 4
 _MIN_ROWS = 64
-
-
-def can_fuse(table: Tensor) -> bool:
-    """For contiguous tables on the CPU, in fp32 or fp64."""
-    return table.device.type == "cpu" and table.dtype in (torch.float32, torch.float64) and table.is_contiguous()
 
 
 def row_adam_fused_(
@@ -40,7 +34,7 @@ def row_adam_fused_(
     weight_decay: float = 0.0,
     step: int,
 ) -> None:
-    """As tinyexperts.ops.row_adam_, with rows and gradients from `gradient`; tables [N, E, D] that `can_fuse`."""
+    """As tinyexperts.ops.row_adam_, with rows and gradients from `gradient`; tables [N, E, D] whose gradient `can_be_left`."""
     rows, _, _ = gradient.touched
     num_experts, num_vectors, dim = experts.shape
     one_a_vector = exp_avg_sq.dim() < experts.dim()
