@@ -38,9 +38,9 @@ class RowSparseAdam(torch.optim.Optimizer):
         mean over steps of the mean over D of the squared gradient: nearly halves the state
 
     fused: backward passes of PEER and ProductKeyMemory layers leave each table's gradient here, as the pairs that it is
-        made of, and not in `.grad`; a row's gradient is summed when the row is updated, and never written out. For the
-        optimiser's tables on the CPU in fp32 or fp64. `step` equals the one without it to the bit;
-        clip_gradient_norm_ understands it, torch's own clipping and DistributedDataParallel don't. Tables with hooks keep their `.grad`.
+        made of, and not in `.grad`; a row's gradient is summed when the row is updated, and never written out. For
+        tables on the CPU in fp32 or fp64. `step` equals the one without it to the bit. clip_gradient_norm_ understands
+        it; torch's own clipping and DistributedDataParallel don't. Tables with hooks keep their `.grad`.
 
     The state of a parameter [N, ..., D] is `step` (int64 scalar on the CPU, number of steps), `exp_avg` (of the
     parameter's shape) and `exp_avg_sq` (of the parameter's shape; with "row" [N, ...], without D), both fp32 where the
