@@ -32,3 +32,4 @@ test-all: lint
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find tinyexperts -name '*.nb[ci]' -delete

@@ -130,7 +130,8 @@ class _DeferredExpertMLP(torch.autograd.Function):
     ) -> Tensor:
         y, pre_activations = cpu.expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation)
         ctx.save_for_backward(x_MD, experts_NED, ids_MP, weights_MP, pre_activations)
-        ctx.activation = activation
+        # Noted here: activation checkpointing gives the backward pass another tensor for the table.
+        ctx.activation, ctx.gradients = activation, asked_for(experts_NED)
         return y
 
     @staticmethod
@@ -139,9 +140,7 @@ class _DeferredExpertMLP(torch.autograd.Function):
         grad_x, grad_weights, factors = cpu.backward_of_tokens(
             grads[0], x_MD, experts_NED, ids_MP, weights_MP, pre_activations, ctx.activation
         )
-        gradients = asked_for(experts_NED)
-        assert gradients is not None
-        gradients.append(TableGradient(ids_MP, factors, x_MD, grads[0]))
+        ctx.gradients.append(TableGradient(ids_MP, factors, x_MD, grads[0]))
         return grad_x, None, None, grad_weights, None
 
 
