@@ -41,7 +41,7 @@ class DemoConfig:
 
     output: Path = Path("runs/demo")
     """Folder of the corpus, the runs and report.html."""
-    training_flops: float = 3.2e12
+    training_flops: float = 2.4e12
     """Training FLOPs of each run, router counted."""
     seeds: tuple[int, ...] = (0, 1)
     """Each method is trained once for each seed."""
