@@ -19,6 +19,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from tinyexperts import data, evaluation, study, training
 from tinyexperts.errors import InputError
 from tinyexperts.model import generate as generate_tokens
+from tinyexperts.study import layer_benchmark
 from tinyexperts.training import recipes, run_folder
 
 
@@ -222,9 +223,17 @@ def report(
     print(output)
 
 
+def bench_layer(config: Annotated[layer_benchmark.LayerBenchmarkConfig, tyro.conf.arg(name="")]) -> None:
+    """Measure PEER on this machine: its operator against the memory's limit, its parts, and what stands beside it."""
+    layer_benchmark.run_layer_benchmark(config)
+
+
 def _group(description: str, commands: dict[str, Callable[..., None]]) -> Callable[..., None]:
     """A verb with verbs of its own."""
-    verbs = [Annotated[Any, tyro.conf.subcommand(name=name, constructor=verb)] for name, verb in commands.items()]
+    verbs: list[Any] = [
+        Annotated[Any, tyro.conf.subcommand(name=name, constructor=verb)] for name, verb in commands.items()
+    ]
+    verbs.append(Annotated[None, tyro.conf.Suppress])  # a union of one would be no choice, and ask for no verb
 
     def group(command: Any) -> None:
         """The chosen verb has run when this is called."""
@@ -245,6 +254,7 @@ VERBS = {
     "evaluate": evaluate,
     "generate": generate,
     "study": _group("Train and compare several models, and write reports.", {"demo": demo, "report": report}),
+    "bench": _group("Measure the layers on this machine.", {"layer": bench_layer}),
 }
 
 

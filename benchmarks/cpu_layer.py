@@ -1,0 +1,233 @@
+"""The README's claims about the layer on a CPU, measured: each goal with the ratio that this machine gives.
+
+One thread, M = 1024 tokens, D = 256 and N = 2^20 where a goal doesn't say otherwise; ratios to PEER-pytorch
+(pip install PEER-pytorch). Run: python benchmarks/cpu_layer.py
+About 20 GiB of memory; what does not fit is left out, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tinyexperts import PEER
+from tinyexperts.ops import expert_mlp, huge_pages
+from tinyexperts.study.layer_benchmark import memory
+from tinyexperts.study.layer_benchmark.kernel_check import check_experts, check_kernels
+from tinyexperts.study.layer_benchmark.measurement import Inputs, measure_setting, pool_size, torch_threads
+from tinyexperts.study.layer_benchmark.run import describe_machine
+from tinyexperts.study.layer_benchmark.subjects import make_layer, our_subject, settle
+from tinyexperts.study.layer_benchmark.timing import Spread, interleaved, timed
+
+PEER_PYTORCH = "peer_pytorch_adam"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of the layers that are measured; a layer's ids are those that its router chooses."""
+
+    d_model: int = 256
+    num_experts: int = 2**20
+    wide_d_model: int = 1024
+    wide_num_experts: int = 2**18
+    few_experts: int = 2**14
+    many_experts: int = 2**22
+    num_tokens: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What must be reached and what is aimed at, and how to write it; at most that much, or else at least."""
+
+    name: str
+    must: float
+    aim: float
+    at_most: bool = False
+    write: Callable[[float], str] = "{:.3g}x".format
+
+    def reached(self, value: float) -> str:
+        sign = -1 if self.at_most else 1
+        return "aim" if sign * value >= sign * self.aim else "must" if sign * value >= sign * self.must else "missed"
+
+
+def _fraction(value: float) -> str:
+    return f"1/{1 / value:.3g}"
+
+
+GOALS = {
+    "share": Goal(name="experts forward, share of the random-row limit", must=0.80, aim=0.95, write="{:.1%}".format),
+    "forward": Goal(name="layer forward", must=5, aim=8),
+    "one_token": Goal(name="layer forward, 1 token", must=6, aim=15),
+    "step": Goal(name="training step, against dense fused Adam", must=12, aim=25),
+    "wide_step": Goal(name="training step, D = 1024, N = 2^18", must=9, aim=15),
+    "many_experts": Goal(name="training step, N = 2^22 over 2^14, 2nd moment a row", must=4, aim=2, at_most=True),
+    "activations": Goal(
+        name="activation memory a token, over PEER-pytorch's", must=1 / 20, aim=1 / 60, at_most=True, write=_fraction
+    ),
+    "bf16": Goal(name="experts forward, D = 1024, bf16 table against fp32", must=1.7, aim=2),
+}
+
+
+def measure_goals(
+    sizes: Sizes, *, repeats: int, on_stage: Callable[[str], None]
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+    """Median and quartiles of every goal that could be measured, and the settings' results in full."""
+    results = []
+    layer = make_layer(sizes.d_model, sizes.num_experts)
+    for num_tokens in (sizes.num_tokens, 1):
+        results.append(_beside_peer_pytorch(layer, num_tokens, repeats, on_stage))
+    del layer
+    gc.collect()
+    layer = make_layer(sizes.wide_d_model, sizes.wide_num_experts)
+    results.append(_beside_peer_pytorch(layer, sizes.num_tokens, repeats, on_stage))
+    on_stage("experts, bf16 and fp32")
+    bf16 = _bf16_ratio(layer, sizes.num_tokens, repeats)
+    del layer
+    gc.collect()
+    batch, one_token, wide = results
+    theirs, theirs_wide = (result["rivals"].get(PEER_PYTORCH, {}) for result in (batch, wide))
+    measured = {
+        "share": batch["operator"]["uniform"]["share_of_limit"],
+        "forward": theirs.get("forward_ratio"),
+        "one_token": one_token["rivals"].get(PEER_PYTORCH, {}).get("forward_ratio"),
+        "step": theirs.get("step_ratio"),
+        "wide_step": theirs_wide.get("step_ratio"),
+        "bf16": bf16,
+    }
+    if "activation_bytes_per_token" in theirs:
+        ratio = batch["layer"]["activation_bytes_per_token"] / theirs["activation_bytes_per_token"]
+        measured["activations"] = asdict(Spread(median=ratio, lower_quartile=ratio, upper_quartile=ratio))
+    if memory.needed_bytes("row", memory.table_bytes(sizes.d_model, sizes.many_experts)) < available_bytes():
+        on_stage("many experts and few")
+        measured["many_experts"] = _many_experts_ratio(sizes, repeats)
+    return {name: spread for name, spread in measured.items() if spread is not None}, results
+
+
+def _beside_peer_pytorch(layer: PEER, num_tokens: int, repeats: int, on_stage: Callable[[str], None]) -> dict[str, Any]:
+    num_experts, _, d_model = layer.experts.shape
+    return measure_setting(
+        layer,
+        num_tokens=num_tokens,
+        threads=1,
+        ids=("uniform",),
+        repeats=repeats,
+        max_bytes=memory.table_bytes(d_model, num_experts) + available_bytes(),
+        rivals=(PEER_PYTORCH,),
+        on_stage=lambda stage: on_stage(f"D = {d_model}, N = {num_experts:,}, M = {num_tokens}: {stage}"),
+    )
+
+
+def _bf16_ratio(layer: PEER, num_tokens: int, repeats: int) -> dict[str, float]:
+    """Time of the experts' forward pass with a table in fp32 over that in bf16; tokens and weights are fp32."""
+    generator = torch.Generator().manual_seed(0)
+    fp32 = layer.experts.detach()
+    tables = {"fp32": fp32, "bf16": huge_pages.empty(*fp32.shape, dtype=torch.bfloat16).copy_(fp32)}
+    shape = (pool_size(num_tokens), num_tokens, layer.retrieved_per_token)
+    x = torch.randn(*shape[:2], fp32.shape[2], generator=generator)
+    ids = torch.randint(len(fp32), shape, generator=generator)
+    weights = torch.rand(shape, generator=generator)
+    batches = cycle(list(zip(x, ids, weights, strict=True)))
+
+    def experts(table: Tensor) -> Callable[[], tuple[float]]:
+        def call() -> Tensor:
+            x_MD, ids_MP, weights_MP = next(batches)
+            return expert_mlp(x_MD, table, ids_MP, weights_MP, layer.activation)
+
+        return timed(call)
+
+    with torch_threads(1):
+        check_experts(x[0, :64], tables["bf16"], ids[0, :64], weights[0, :64], layer.activation, generator)
+        with torch.no_grad():
+            times = interleaved({name: experts(table) for name, table in tables.items()}, repeats)
+    return asdict(Spread.of(times["fp32"][:, 0] / times["bf16"][:, 0]))
+
+
+def _many_experts_ratio(sizes: Sizes, repeats: int) -> dict[str, float]:
+    """Time of our training step with many experts over that with few."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = Inputs(sizes.num_tokens, sizes.d_model, trains=True, generator=generator)
+    calls = {}
+    with torch_threads(1):
+        for num_experts in (sizes.few_experts, sizes.many_experts):
+            layer = make_layer(sizes.d_model, num_experts)
+            check_kernels(layer, sizes.num_tokens, ("row",), generator)
+            subject = our_subject(layer, "row")
+            settle(subject, inputs.next(), inputs.grad_y_MD)
+            calls[str(num_experts)] = lambda subject=subject: subject.step(inputs.next(), inputs.grad_y_MD)
+        few, many = interleaved(calls, repeats).values()
+    return asdict(Spread.of(many.sum(1) / few.sum(1)))
+
+
+def available_bytes() -> float:
+    """Memory that can be taken without swapping, less a reserve; infinite where the system doesn't say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")) - memory.GIB
+
+
+def report_of(measured: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """The goals with what was measured, as JSON wants them; `reached` is aim, must, missed or not measured."""
+    return [
+        {
+            "goal": goal.name,
+            "must": goal.must,
+            "aim": goal.aim,
+            "at_most": goal.at_most,
+            "measured": measured.get(name),
+            "reached": goal.reached(measured[name]["median"]) if name in measured else "not measured",
+        }
+        for name, goal in GOALS.items()
+    ]
+
+
+def table_of(measured: dict[str, dict[str, float]]) -> Table:
+    """The goals for the terminal."""
+    table = Table("goal", title="The layer on a CPU: median (quartiles); ratios to PEER-pytorch", title_justify="left")
+    for heading in ("must", "aim", "measured", "reached"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for (name, goal), line in zip(GOALS.items(), report_of(measured), strict=True):
+        text = "-"
+        if name in measured:
+            median, lower, upper = (goal.write(measured[name][key]) for key in Spread.__dataclass_fields__)
+            text = median if lower == upper else f"{median} ({lower} to {upper})"
+        sign = "<=" if goal.at_most else ">="
+        table.add_row(goal.name, f"{sign} {goal.write(goal.must)}", goal.write(goal.aim), text, line["reached"])
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="rounds that a median is taken over")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_layer.json"))
+    arguments = parser.parse_args()
+    with Console(stderr=True).status("making the table") as status:
+        measured, results = measure_goals(Sizes(), repeats=arguments.repeats, on_stage=status.update)
+    report = {
+        "machine": describe_machine(),
+        "repeats": arguments.repeats,
+        "goals": report_of(measured),
+        "results": results,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    console = Console()
+    console.print(table_of(measured))
+    for reason in dict.fromkeys(reason for result in results for reason in result["left_out"]):
+        console.print(f"left out: {reason}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
