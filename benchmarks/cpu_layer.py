@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 from tinyexperts import PEER
-from tinyexperts.ops import expert_mlp, huge_pages
+from tinyexperts.ops import expert_mlp, huge_pages, quantise_vectors
 from tinyexperts.study.layer_benchmark import memory
-from tinyexperts.study.layer_benchmark.kernel_check import check_experts, check_kernels
+from tinyexperts.study.layer_benchmark.kernel_check import check_experts, check_int8_experts, check_kernels
 from tinyexperts.study.layer_benchmark.measurement import Inputs, measure_setting, pool_size, torch_threads
 from tinyexperts.study.layer_benchmark.run import describe_machine
 from tinyexperts.study.layer_benchmark.subjects import make_layer, our_subject, settle
@@ -75,6 +75,7 @@ GOALS = {
     "activations": Goal(
         name="activation memory a token, over PEER-pytorch's", must=1 / 20, aim=1 / 60, at_most=True, write=_fraction
     ),
+    "int8": Goal(name="experts forward, D = 1024, int8 table against fp32", must=2, aim=3),
     "bf16": Goal(name="experts forward, D = 1024, bf16 table against fp32", must=1.7, aim=2),
 }
 
@@ -91,8 +92,8 @@ def measure_goals(
     gc.collect()
     layer = make_layer(sizes.wide_d_model, sizes.wide_num_experts)
     results.append(_beside_peer_pytorch(layer, sizes.num_tokens, repeats, on_stage))
-    on_stage("experts, bf16 and fp32")
-    bf16 = _bf16_ratio(layer, sizes.num_tokens, repeats)
+    on_stage("experts, int8, bf16 and fp32")
+    narrow = _narrow_ratios(layer, sizes.num_tokens, repeats)
     del layer
     gc.collect()
     batch, one_token, wide = results
@@ -103,7 +104,7 @@ def measure_goals(
         "one_token": one_token["rivals"].get(PEER_PYTORCH, {}).get("forward_ratio"),
         "step": theirs.get("step_ratio"),
         "wide_step": theirs_wide.get("step_ratio"),
-        "bf16": bf16,
+        **narrow,
     }
     if "activation_bytes_per_token" in theirs:
         ratio = batch["layer"]["activation_bytes_per_token"] / theirs["activation_bytes_per_token"]
@@ -128,29 +129,36 @@ def _beside_peer_pytorch(layer: PEER, num_tokens: int, repeats: int, on_stage: C
     )
 
 
-def _bf16_ratio(layer: PEER, num_tokens: int, repeats: int) -> dict[str, float]:
-    """Time of the experts' forward pass with a table in fp32 over that in bf16; tokens and weights are fp32."""
+def _narrow_ratios(layer: PEER, num_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Time of the experts' forward pass with fp32 tables over that with int8 and bf16; tokens are fp32."""
     generator = torch.Generator().manual_seed(0)
     fp32 = layer.experts.detach()
-    tables = {"fp32": fp32, "bf16": huge_pages.empty(*fp32.shape, dtype=torch.bfloat16).copy_(fp32)}
+    table, scales = quantise_vectors(fp32)
+    tables = {
+        "fp32": (fp32, None),
+        "int8": (huge_pages.empty(*fp32.shape, dtype=torch.int8).copy_(table), scales),
+        "bf16": (huge_pages.empty(*fp32.shape, dtype=torch.bfloat16).copy_(fp32), None),
+    }
     shape = (pool_size(num_tokens), num_tokens, layer.retrieved_per_token)
     x = torch.randn(*shape[:2], fp32.shape[2], generator=generator)
     ids = torch.randint(len(fp32), shape, generator=generator)
     weights = torch.rand(shape, generator=generator)
     batches = cycle(list(zip(x, ids, weights, strict=True)))
 
-    def experts(table: Tensor) -> Callable[[], tuple[float]]:
+    def experts(table: Tensor, scales: Tensor | None) -> Callable[[], tuple[float]]:
         def call() -> Tensor:
             x_MD, ids_MP, weights_MP = next(batches)
-            return expert_mlp(x_MD, table, ids_MP, weights_MP, layer.activation)
+            return expert_mlp(x_MD, table, ids_MP, weights_MP, layer.activation, scales_NE=scales)
 
         return timed(call)
 
     with torch_threads(1):
-        check_experts(x[0, :64], tables["bf16"], ids[0, :64], weights[0, :64], layer.activation, generator)
+        few = x[0, :64], ids[0, :64], weights[0, :64]
+        check_experts(few[0], tables["bf16"][0], *few[1:], layer.activation, generator)
+        check_int8_experts(few[0], *tables["int8"], *few[1:], layer.activation)
         with torch.no_grad():
-            times = interleaved({name: experts(table) for name, table in tables.items()}, repeats)
-    return asdict(Spread.of(times["fp32"][:, 0] / times["bf16"][:, 0]))
+            times = interleaved({name: experts(*table) for name, table in tables.items()}, repeats)
+    return {name: asdict(Spread.of(times["fp32"][:, 0] / times[name][:, 0])) for name in ("int8", "bf16")}
 
 
 def _many_experts_ratio(sizes: Sizes, repeats: int) -> dict[str, float]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops import expert_mlp
-from tinyexperts.ops.expert_mlp import _KERNELS, cpu, portable, reference
+from tinyexperts.ops import expert_mlp, quantise_vectors
+from tinyexperts.ops.expert_mlp import _KERNELS, cpu, int8, portable, reference
 
 CASES = [
     (1, None),
@@ -159,7 +159,7 @@ def test_opcheck(sparse):
     for num_vectors, activation in ((1, None), (2, "gelu"), (3, "silu")):
         x, experts, ids, weights = problem(num_vectors)
         leaves = [t.requires_grad_() for t in (x, experts)], weights.requires_grad_()
-        torch.library.opcheck(torch.ops.tinyexperts.expert_mlp, (*leaves[0], ids, leaves[1], activation, sparse))
+        torch.library.opcheck(torch.ops.tinyexperts.expert_mlp, (*leaves[0], ids, leaves[1], activation, None, sparse))
 
 
 def test_saves_no_gathered_rows():
@@ -193,9 +193,9 @@ def test_bad_input_is_told(change, message):
 def test_no_more_rows_are_gathered_than_a_chunk_holds(monkeypatch, kernels):
     if kernels == "cpu":
         pytest.skip("gathers nothing")
-    gathered, gather = [], portable._gather
+    gathered, gather = [], portable.gather
     monkeypatch.setattr(portable, "_CHUNK_ELEMENTS", 4000)
-    monkeypatch.setattr(portable, "_gather", lambda *a: gathered.append(gather(*a).numel()) or gather(*a))
+    monkeypatch.setattr(portable, "gather", lambda *a: gathered.append(gather(*a).numel()) or gather(*a))
     x, experts, ids, weights = problem(2, num_tokens=100, model_dim=16, retrieved=8)
     expert_mlp(x, experts.requires_grad_(), ids, weights, "gelu").sum().backward()
     assert sum(gathered) == 2 * 100 * 8 * 2 * 16  # once forward, once backward
@@ -226,7 +226,7 @@ def test_pre_activations_of_narrow_tables_are_fp32(dtype, num_vectors, activatio
     experts[:, 0, 1] = torch.arange(8).to(dtype) / 1024
     x = torch.ones(1, 2, dtype=dtype)
     ids, weights = torch.arange(8)[None], torch.ones(1, 8)
-    _, pre_activations = torch.ops.tinyexperts.expert_mlp(x, experts, ids, weights, activation, False)
+    _, pre_activations = torch.ops.tinyexperts.expert_mlp(x, experts, ids, weights, activation, None, False)
     assert pre_activations.dtype == torch.float32
     assert torch.equal(pre_activations[0, 0], 1 + torch.arange(8) / 1024)
 
@@ -246,3 +246,65 @@ def test_a_frozen_table_costs_no_gradient(sparse, monkeypatch):
         assert (leaves[1].grad is None) == frozen
     assert torch.equal(expected[0][0], expected[1][0])
     assert torch.equal(expected[0][1], expected[1][1])
+
+
+@pytest.mark.parametrize(("num_vectors", "activation"), CASES)
+@pytest.mark.parametrize(("num_tokens", "model_dim", "retrieved"), [(5, 7, 6), (0, 5, 3), (9, 200, 11), (3, 64, 4)])
+def test_int8_tables_equal_their_scaled_values(num_vectors, activation, num_tokens, model_dim, retrieved):
+    sizes = {"num_tokens": num_tokens, "model_dim": model_dim, "retrieved": retrieved}
+    x, experts, ids, weights = problem(num_vectors, num_experts=300, **sizes)
+    table, scales = quantise_vectors(experts)
+    results = []
+    for values, options in ((table, {"scales_NE": scales}), (table.double() * scales.double().unsqueeze(-1), {})):
+        wide = values.dtype == torch.float64
+        leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in (x, weights)]
+        function = (lambda *a: reference.expert_mlp(*a)[0]) if wide else expert_mlp
+        y = function(leaves[0], values, ids, leaves[1], activation, **options)
+        gradients = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True, materialize_grads=True)
+        results.append([t.double() for t in (y, *gradients)])
+    for got, expected in zip(*results, strict=True):
+        atol = 1e-5 * max(1, expected.abs().max().item() if expected.numel() else 1)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=atol)
+
+
+def test_int8_opcheck():
+    x, experts, ids, weights = problem(2)
+    leaves = x.requires_grad_(), weights.requires_grad_()
+    table, scales = quantise_vectors(experts)
+    torch.library.opcheck(torch.ops.tinyexperts.expert_mlp, (leaves[0], table, ids, leaves[1], "gelu", scales, False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_quantised_vectors_are_within_half_a_level(dtype, monkeypatch):
+    monkeypatch.setattr(int8, "_CHUNK_ELEMENTS", 100)
+    experts = (torch.randn(50, 2, 33, generator=torch.Generator().manual_seed(0)) ** 3).to(dtype)
+    experts[3, 1] = 0
+    experts[4, 0] = 1e-44  # fp32's smallest numbers: divided by 127 nothing is left
+    table, scales = quantise_vectors(experts)
+    assert (table.dtype, scales.dtype, scales.shape) == (torch.int8, torch.float32, (50, 2))
+    difference = (table.double() * scales.double().unsqueeze(-1) - experts.double()).abs()
+    assert (difference <= scales.double().unsqueeze(-1) * 0.501 + 1e-44).all()
+    largest = table.abs().amax(-1)
+    assert largest[3, 1] == 0
+    assert (largest[5:] == 127).all()
+
+
+def test_a_table_of_no_experts_is_quantised():
+    table, scales = quantise_vectors(torch.empty(0, 2, 5))
+    assert (table.shape, scales.shape) == ((0, 2, 5), (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales", "message"),
+    [
+        (torch.int8, None, "scales are for int8 tables and only there, got torch.int8 without scales"),
+        (torch.float32, torch.ones(23, 2), "scales are for int8 tables and only there, got torch.float32 with scales"),
+        (torch.int8, torch.ones(23, 1), r"floats \[N, E\] = \[23, 2\], got torch.float32 \[23, 1\]"),
+        (torch.int8, torch.ones(23, 2, dtype=torch.int8), r"floats \[N, E\] = \[23, 2\], got torch.int8 \[23, 2\]"),
+        (torch.int32, None, "floating-point type or int8, got torch.int32"),
+    ],
+)
+def test_scales_are_for_int8_tables(dtype, scales, message):
+    x, experts, ids, weights = problem(2)
+    with pytest.raises(InputError, match=message):
+        expert_mlp(x, experts.to(dtype), ids, weights, "gelu", scales_NE=scales)

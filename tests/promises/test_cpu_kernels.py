@@ -470,6 +470,24 @@ def test_a_second_process_finds_the_kernels_compiled(tmp_path):
     assert told[0]["ids"] == told[1]["ids"]
 
 
+COMPILED_OR_FOUND = """
+import json, torch
+from tinyexperts.ops.expert_mlp import touched_rows
+starts = touched_rows.touched_rows(torch.tensor([[3, 1, 3]]))[2].tolist()
+print(json.dumps([starts, sum(touched_rows._find_starts.stats.cache_hits.values())]))
+"""
+
+
+def test_a_kernel_is_compiled_anew_when_a_function_of_another_file_has_changed(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "tinyexperts", ignore=shutil.ignore_patterns("__pycache__"))
+    other_file = tmp_path / "tinyexperts" / "ops" / "cpu_threads.py"
+    told = []
+    for addition in ("", "", "# changed\n"):
+        other_file.write_text(other_file.read_text() + addition)
+        told.append(run_python(COMPILED_OR_FOUND, tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache")))
+    assert told == [[[0, 1, 3], 0], [[0, 1, 3], 1], [[0, 1, 3], 0]]
+
+
 @pytest.mark.parametrize("kernels", ["cpu", "portable"])
 @pytest.mark.parametrize(("num_vectors", "activation"), ACTIVATIONS)
 def test_autocast_changes_no_bit_of_expert_mlp_and_its_gradients(kernels, num_vectors, activation, monkeypatch):

@@ -7,7 +7,10 @@ kernel has none of it.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -35,7 +38,19 @@ def exact_kernel(function: _Function) -> _Function:
     return _compiled(function, _EXACT)
 
 
+@functools.cache
+def _digest_of_operators() -> str:
+    """Of the sources of tinyexperts.ops, where the functions are that kernels take in."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _compiled(function: _Function, options: dict[str, Any]) -> _Function:
+    # numba names what it keeps by the function and compiles again when that function's own file changes, not when a
+    # function that it takes in from another file does: so the name tells the state of all of them.
+    function.__qualname__ += f"_{_digest_of_operators()}"
     try:
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
@@ -83,6 +98,20 @@ def _prefetch(typing_context: Any, address: Any) -> Any:
 prefetch: Callable[[Any], None] = cast(Any, _prefetch)
 
 
+def _bytes_of_element(array):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("for kernels only")
+
+
+@overload(_bytes_of_element)
+def _overload_of_bytes_of_element(array):  # type: ignore[no-untyped-def]
+    num_bytes = array.dtype.bitwidth // 8
+    return lambda array: num_bytes
+
+
+# What numba's `itemsize` is, known to the compiler: loops over an element's bytes are unrolled. For kernels only.
+bytes_of_element: Callable[[Any], int] = _bytes_of_element
+
+
 @intrinsic
 def _bitcast(typing_context: Any, bits: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -104,6 +133,8 @@ def _overload_of_element(value):  # type: ignore[no-untyped-def]
         return lambda value: _float_of_bits(np.uint32(value) << np.uint32(16))
     if value == types.int16:
         return _widen_half
+    if value == types.int8:
+        return lambda value: np.float32(value)
     return lambda value: value
 
 

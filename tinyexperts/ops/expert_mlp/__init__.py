@@ -14,9 +14,10 @@ from tinyexperts.errors import InputError
 from tinyexperts.ops.activation import check_activation
 from tinyexperts.ops.autocast import outside_autocast
 from tinyexperts.ops.expert_mlp import cpu, portable
+from tinyexperts.ops.expert_mlp.int8 import quantise_vectors
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype
 
-__all__ = ["expert_mlp"]
+__all__ = ["expert_mlp", "quantise_vectors"]
 
 # By the type of device; the others have the portable one.
 _KERNELS: dict[str, Any] = {"cpu": cpu}
@@ -29,16 +30,20 @@ def expert_mlp(
     weights_MP: Tensor,
     activation: str | None,
     *,
+    scales_NE: Tensor | None = None,
     sparse: bool = False,
 ) -> Tensor:
     """Sum the retrieved experts of each token: y = sum over p of weights[p] * e_ids[p](x) (paper, section 2).
 
     Args:
         x_MD (float, [M, D]): the tokens.
-        experts_NED (float, [N, E, D]): the table. E = 1: values (v); E = 2: neurons (u, v); E = 3: gated (u, w, v).
+        experts_NED (float or int8, [N, E, D]): the table. E = 1: values (v); E = 2: neurons (u, v); E = 3: gated
+            (u, w, v).
         ids_MP (int64, [M, P]): the experts of each token, 0 <= id < N; one may repeat.
         weights_MP (float, [M, P]): their router weights.
         activation: "gelu", "relu", "relu2" or "silu"; None for E = 1, whose experts don't look at x, and only there.
+        scales_NE (float, [N, E]): for an int8 table, and only there: what each vector is to be multiplied by
+            (`quantise_vectors` makes both). It takes no gradient.
         sparse: give the table's gradient as a sparse_coo tensor of the touched rows, as nn.Embedding(sparse=True) does.
 
     Returns:
@@ -46,7 +51,7 @@ def expert_mlp(
 
     Raises:
         InputError: shapes that don't fit each other, ids that are not int64, an unknown activation, an id outside
-            0..N - 1.
+            0..N - 1, an int8 table without scales or another with them.
 
     Differentiable once and in reverse mode only: forward-mode derivatives (torch.func.jvp) come out as zero.
     """
@@ -67,7 +72,19 @@ def expert_mlp(
         )
     if activation is not None:
         check_activation(activation)
-    y: Tensor = _expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, sparse)[0]
+    if not experts_NED.is_floating_point() and experts_NED.dtype != torch.int8:
+        raise InputError(f"experts must be of a floating-point type or int8, got {experts_NED.dtype}")
+    if (experts_NED.dtype == torch.int8) != (scales_NE is not None):
+        raise InputError(
+            f"scales are for int8 tables and only there, got {experts_NED.dtype} "
+            f"{'without' if scales_NE is None else 'with'} scales"
+        )
+    if scales_NE is not None and (scales_NE.shape != experts_NED.shape[:2] or not scales_NE.is_floating_point()):
+        raise InputError(
+            f"scales must be floats [N, E] = {list(experts_NED.shape[:2])}, "
+            f"got {scales_NE.dtype} {list(scales_NE.shape)}"
+        )
+    y: Tensor = _expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, scales_NE, sparse)[0]
     return y
 
 
@@ -81,18 +98,30 @@ def _check_ids(ids_MP: Tensor, num_experts: int) -> None:
 
 @torch.library.custom_op("tinyexperts::expert_mlp", mutates_args=())
 def _expert_mlp(
-    x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None, sparse: bool
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    activation: str | None,
+    scales_NE: Tensor | None,
+    sparse: bool,
 ) -> tuple[Tensor, Tensor]:
     _check_ids(ids_MP, experts_NED.shape[0])
     with outside_autocast(x_MD.device.type):
         kernels = _KERNELS.get(x_MD.device.type, portable)
-        result: tuple[Tensor, Tensor] = kernels.expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation)
+        result: tuple[Tensor, Tensor] = kernels.expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, scales_NE)
         return result
 
 
 @_expert_mlp.register_fake
 def _(
-    x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None, sparse: bool
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    activation: str | None,
+    scales_NE: Tensor | None,
+    sparse: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = (experts_NED.shape[1] - 1, *ids_MP.shape)
     pre_activations = x_MD.new_empty(shape, dtype=accumulation_dtype(x_MD, experts_NED))
@@ -108,6 +137,7 @@ def _expert_mlp_backward(
     weights_MP: Tensor,
     pre_activations_FMP: Tensor,
     activation: str | None,
+    scales_NE: Tensor | None,
     table_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with outside_autocast(x_MD.device.type):
@@ -120,6 +150,7 @@ def _expert_mlp_backward(
             weights_MP,
             pre_activations_FMP,
             activation,
+            scales_NE,
             table_gradient=table_gradient,
         )
         return gradients
@@ -134,6 +165,7 @@ def _(
     weights_MP: Tensor,
     pre_activations_FMP: Tensor,
     activation: str | None,
+    scales_NE: Tensor | None,
     table_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows = torch.library.get_ctx().new_dynamic_size()
@@ -146,18 +178,20 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_MD, experts_NED, ids_MP, weights_MP, ctx.activation, ctx.sparse = inputs
-    ctx.save_for_backward(x_MD, experts_NED, ids_MP, weights_MP, output[1])
+    x_MD, experts_NED, ids_MP, weights_MP, ctx.activation, scales_NE, ctx.sparse = inputs
+    ctx.save_for_backward(x_MD, experts_NED, ids_MP, weights_MP, output[1], scales_NE)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad_y_MD: Tensor, _grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # activation checkpointing lets them be unpacked once
+    *saved, scales_NE = ctx.saved_tensors  # activation checkpointing lets them be unpacked once
     experts_NED = saved[1]
     table_gradient = ctx.needs_input_grad[1]
-    grad_x, rows, grad_rows, grad_weights = _expert_mlp_backward(grad_y_MD, *saved, ctx.activation, table_gradient)
+    grad_x, rows, grad_rows, grad_weights = _expert_mlp_backward(
+        grad_y_MD, *saved, ctx.activation, scales_NE, table_gradient
+    )
     if not table_gradient:
-        return grad_x, None, None, grad_weights, None, None
+        return grad_x, None, None, grad_weights, None, None, None
     if ctx.sparse:
         # The rows ascend and don't repeat; torch loses the flag on the way into .grad.
         grad_experts = torch.sparse_coo_tensor(
@@ -165,7 +199,7 @@ def _backward(ctx: Any, grad_y_MD: Tensor, _grad_pre: Tensor | None) -> tuple[Te
         )
     else:
         grad_experts = grad_rows.new_zeros(experts_NED.shape).index_copy_(0, rows, grad_rows)
-    return grad_x, grad_experts, None, grad_weights, None, None
+    return grad_x, grad_experts, None, grad_weights, None, None, None
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)

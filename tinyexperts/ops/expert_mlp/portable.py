@@ -13,17 +13,12 @@ from torch import Tensor
 
 from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.expert_mlp import reference
-from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
+from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients, gather
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 
 # Elements of gathered rows [m, P, E, D] that one chunk of tokens may hold. 4 MiB of fp32 stay in the cache and in
 # memory that the allocator keeps: 3 times faster than chunks of 64 MiB on a CPU.
 _CHUNK_ELEMENTS = 1 << 20
-
-
-def _gather(experts_NED: Tensor, ids_MP: Tensor) -> Tensor:
-    """Rows [M, P, E, D]; index_select is the faster way on a CPU."""
-    return experts_NED.index_select(0, ids_MP.flatten()).view(*ids_MP.shape, *experts_NED.shape[1:])
 
 
 def _chunks(num_tokens: int, elements_per_token: int) -> list[slice]:
@@ -32,17 +27,21 @@ def _chunks(num_tokens: int, elements_per_token: int) -> list[slice]:
 
 
 def expert_mlp(
-    x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    activation: str | None,
+    scales_NE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y [M, D] and the pre-activations [E - 1, M, P]."""
     num_tokens, num_retrieved = ids_MP.shape
     num_vectors, model_dim = experts_NED.shape[1:]
     y = torch.empty_like(x_MD, memory_format=torch.contiguous_format)
-    pre_activations = x_MD.new_empty(
-        (num_vectors - 1, num_tokens, num_retrieved), dtype=accumulation_dtype(x_MD, experts_NED)
-    )
+    dtype = accumulation_dtype(x_MD, experts_NED)
+    pre_activations = x_MD.new_empty((num_vectors - 1, num_tokens, num_retrieved), dtype=dtype)
     for tokens in _chunks(num_tokens, num_retrieved * num_vectors * model_dim):
-        rows_MPED = _gather(experts_NED, ids_MP[tokens])
+        rows_MPED = gather(experts_NED, ids_MP[tokens], scales_NE, dtype)
         y[tokens], pre_activations[:, tokens] = reference.sum_of_rows(
             x_MD[tokens], rows_MPED, weights_MP[tokens], activation
         )
@@ -57,6 +56,7 @@ def expert_mlp_backward(
     weights_MP: Tensor,
     pre_activations_FMP: Tensor,
     activation: str | None,
+    scales_NE: Tensor | None = None,
     *,
     table_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,7 +71,7 @@ def expert_mlp_backward(
     # What multiplies x (for u and w) or grad_y (for v) in the gradient of an expert, one number a pair and vector.
     factors_EMP = pre_activations_FMP.new_empty((num_vectors, *ids_MP.shape), dtype=dtype)
     for tokens in _chunks(len(ids_MP), ids_MP.shape[1] * num_vectors * model_dim):
-        rows_MPED = _gather(experts_NED, ids_MP[tokens]).to(dtype)
+        rows_MPED = gather(experts_NED, ids_MP[tokens], scales_NE, dtype)
         weights = weights_MP[tokens].to(dtype)
         grad_scaled_MP = torch.einsum("mpd,md->mp", rows_MPED[:, :, -1], grad_y_MD[tokens].to(dtype))
         if activation is None:

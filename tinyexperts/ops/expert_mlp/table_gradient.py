@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu_threads import in_parts
 from tinyexperts.ops.expert_mlp import cpu
+from tinyexperts.ops.expert_mlp.touched_rows import sum_row, sum_touched_rows, touched_rows
 from tinyexperts.ops.numba_kernel import array_of, kernel
 
 # Parts of the rows whose squares are summed apart: so many always, that the sum doesn't depend on the threads.
@@ -38,10 +39,10 @@ class TableGradient:
     @cached_property
     def touched(self) -> tuple[Tensor, Tensor, Tensor]:
         """Touched ids [R], ascending; the pairs sorted by id; where each row's pairs start, and their end."""
-        return cpu.touched_rows(self._ids_MP)
+        return touched_rows(self._ids_MP)
 
     def kernel_arguments(self) -> tuple[Any, ...]:
-        """What `cpu.sum_row` wants first."""
+        """What `sum_row` wants first."""
         _, order, starts = self.touched
         tensors = (order, starts, self.factors_EMP.flatten(1), self.x_MD, self.grad_y_MD)
         return *(array_of(tensor) for tensor in tensors), self.factors_EMP.shape[2]
@@ -49,7 +50,7 @@ class TableGradient:
     def rows_and_values(self) -> tuple[Tensor, Tensor]:
         """The touched rows [R], ascending, and their gradients [R, E, D], written out."""
         rows, order, starts = self.touched
-        return rows, cpu.sum_touched_rows(order, starts, self.factors_EMP, self.x_MD, self.grad_y_MD)
+        return rows, sum_touched_rows(order, starts, self.factors_EMP, self.x_MD, self.grad_y_MD)
 
     def squared_norm(self) -> Tensor:
         """The sum of all squares (fp64, scalar), without writing the gradient out."""
@@ -82,7 +83,7 @@ def _sum_squares(
     for part in range(start, stop):
         total = 0.0
         for r in range(part * num_rows // len(sums), (part + 1) * num_rows // len(sums)):
-            cpu.sum_row(order, starts, factors, x, grad_y, num_retrieved, r, row, 0)
+            sum_row(order, starts, factors, x, grad_y, num_retrieved, r, row, 0)
             squares = x.dtype.type(0)
             for vector in range(shape[1]):
                 for d in range(shape[2]):

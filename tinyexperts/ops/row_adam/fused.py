@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from tinyexperts.ops.cpu_threads import in_parts
-from tinyexperts.ops.expert_mlp.cpu import sum_row
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.expert_mlp.touched_rows import sum_row
 from tinyexperts.ops.numba_kernel import array_of, kernel
 from tinyexperts.ops.row_adam.cpu import constants, update_elements, update_vectors
 

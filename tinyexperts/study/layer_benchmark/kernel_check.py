@@ -80,6 +80,18 @@ def check_experts(
     _compare(f"gradient of the table {where}", grad_table._values(), expected_rows, tolerance)
 
 
+@torch.no_grad()
+def check_int8_experts(
+    x_MD: Tensor, table_NED: Tensor, scales_NE: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None
+) -> None:
+    """The forward pass of an int8 table against the reference on its scaled values."""
+    rows, positions_MP = ids_MP.unique(return_inverse=True)
+    compact = table_NED[rows].float() * scales_NE[rows].unsqueeze(-1)
+    y = expert_mlp(x_MD, table_NED, ids_MP, weights_MP, activation, scales_NE=scales_NE)
+    expected_y, _ = expert_reference.expert_mlp(x_MD, compact, positions_MP, weights_MP, activation)
+    _compare(f"output of {list(table_NED.shape)} experts in int8", y, expected_y)
+
+
 def _check_update(
     x_MD: Tensor,
     table_NED: Tensor,

@@ -1,0 +1,92 @@
+"""The gradients of the rows that a batch touched, from the factors that the backward pass leaves (cpu.py).
+
+Each row is summed by one thread in the order of its tokens: the bits don't depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyexperts.ops import huge_pages
+from tinyexperts.ops.cpu_threads import in_parts
+from tinyexperts.ops.numba_kernel import array_of, inlined, kernel
+
+# Elements of rows that are worth a part of their own.
+_MIN_ELEMENTS = 1 << 16
+
+
+def touched_rows(ids_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Touched ids [R], ascending; the pairs sorted stably by id [M*P]; where each row's pairs start, and their end."""
+    sorted_ids, order = ids_MP.flatten().sort(stable=True)
+    rows, starts = torch.empty_like(order), order.new_empty(len(order) + 1)
+    num_rows = _find_starts(array_of(sorted_ids), array_of(rows), array_of(starts))
+    return rows[:num_rows].clone(), order, starts[: num_rows + 1]
+
+
+def sum_touched_rows(order: Tensor, starts: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> Tensor:
+    """The gradients of the touched rows [R, E, D], in the factors' type."""
+    num_vectors, _, num_retrieved = factors_EMP.shape
+    dtype = factors_EMP.dtype
+    grad_rows = huge_pages.empty(len(starts) - 1, num_vectors, x_MD.shape[1], dtype=dtype)
+    in_parts(
+        _sum_touched_rows,
+        len(grad_rows),
+        array_of(order),
+        array_of(starts),
+        array_of(factors_EMP.flatten(1)),
+        array_of(x_MD.to(dtype)),
+        array_of(grad_y_MD.to(dtype)),
+        num_retrieved,
+        array_of(grad_rows),
+        min_items=max(1, _MIN_ELEMENTS // (num_vectors * x_MD.shape[1])),
+    )
+    return grad_rows
+
+
+@kernel
+def _find_starts(sorted_ids: Any, rows: Any, starts: Any) -> int:
+    num_rows = 0
+    for pair in range(len(sorted_ids)):
+        if pair == 0 or sorted_ids[pair] != sorted_ids[pair - 1]:
+            rows[num_rows], starts[num_rows] = sorted_ids[pair], pair
+            num_rows += 1
+    starts[num_rows] = len(sorted_ids)
+    return num_rows
+
+
+@inlined
+def sum_row(
+    order: Any, starts: Any, factors: Any, x: Any, grad_y: Any, num_retrieved: int, r: int, out: Any, out_row: int
+) -> None:
+    """out[out_row] = for each vector the sum over row r's pairs, as their tokens come, of factor * operand's token."""
+    num_vectors, dim = out.shape[1:]
+    for vector in range(num_vectors):
+        operand = grad_y if vector == num_vectors - 1 else x
+        for position in range(starts[r], starts[r + 1]):
+            pair = order[position]
+            factor, token = factors[vector, pair], pair // num_retrieved
+            if position == starts[r]:
+                for d in range(dim):
+                    out[out_row, vector, d] = factor * operand[token, d]
+            else:
+                for d in range(dim):
+                    out[out_row, vector, d] += factor * operand[token, d]
+
+
+@kernel
+def _sum_touched_rows(
+    order: Any,
+    starts: Any,
+    factors: Any,
+    x: Any,
+    grad_y: Any,
+    num_retrieved: int,
+    grad_rows: Any,
+    start: int,
+    stop: int,
+) -> None:
+    for r in range(start, stop):
+        sum_row(order, starts, factors, x, grad_y, num_retrieved, r, grad_rows, r)
