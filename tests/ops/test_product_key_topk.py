@@ -66,7 +66,20 @@ def test_equals_brute_force_over_all_scores(problem):
 
 
 @pytest.mark.parametrize(
-    ("num_sub_keys", "k"), [(256, 1), (257, 16), (300, 16), (300, 33), (1000, 8), (1000, 100), (1024, 16), (1024, 1024)]
+    ("num_sub_keys", "k"),
+    [
+        *(
+            (24, 16),
+            (64, 16),
+            (65, 40),
+            (110, 1),
+            (128, 16),
+            (130, 31),
+            (192, 16),
+            (255, 20),
+        ),  # columns of few elements
+        *((256, 1), (257, 16), (300, 16), (300, 33), (1000, 8), (1000, 100), (1024, 16), (1024, 1024)),
+    ],
 )
 @pytest.mark.parametrize(
     "kind", ["normal", "quarters", "two values", "equal", "ascending", "one half huge", "infinite"]
@@ -86,7 +99,7 @@ def test_equals_brute_force_in_long_rows(num_sub_keys, k, kind):
     elif kind == "one half huge":
         query[:, :, 0] *= 2.0**25
     elif kind == "infinite":
-        keys[1, 200], keys[1, 100], query = float("inf"), float("-inf"), query[:1]
+        keys[1, num_sub_keys * 3 // 4], keys[1, num_sub_keys // 3], query = float("inf"), float("-inf"), query[:1]
     scores, ids = product_key_topk(query, keys, k)
     expected_scores, expected_ids = brute_force(query, keys, k)
     assert torch.equal(ids, expected_ids)
@@ -220,7 +233,7 @@ def test_nan_query_gives_nan_scores_and_valid_ids():
     assert ((ids >= 0) & (ids < 25)).all()
 
 
-@pytest.mark.parametrize("num_sub_keys", [5, 300, 1024])
+@pytest.mark.parametrize("num_sub_keys", [5, 24, 64, 128, 130, 300, 1024])
 def test_a_sub_key_that_is_nan_is_told_by_nan_scores(num_sub_keys):
     generator = torch.Generator().manual_seed(11)
     query, keys = torch.ones(3, 1, 2), torch.randn(2, num_sub_keys, 1, generator=generator)

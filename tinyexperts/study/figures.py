@@ -92,7 +92,7 @@ def loss_curves(runs: Sequence[RunResult], x: str) -> Drawing | None:
             x
         ]
         reading = ", ".join(text for *_, text, _ in ends)
-        svg = _svg(figure, f"loss-{x}", f"Line chart: held-out loss against {words}. It ends at {reading}.")
+        svg = svg_of(figure, f"loss-{x}", f"Line chart: held-out loss against {words}. It ends at {reading}.")
     return Drawing(caption=f"Held-out loss against {words}", svg=svg)
 
 
@@ -125,7 +125,7 @@ def difference_curves(comparison: Comparison) -> Drawing | None:
         _label_ends(axes, ends)
         reading = ", ".join(text for *_, text, _ in ends)
         text = f"Line chart: held-out loss of {method} minus {baseline} at equal training FLOPs. It ends at {reading}."
-        svg = _svg(figure, f"difference-{comparison.method}", text)
+        svg = svg_of(figure, f"difference-{comparison.method}", text)
     return Drawing(caption=f"{method} minus {baseline} at equal training FLOPs: below zero, {method} leads", svg=svg)
 
 
@@ -158,7 +158,7 @@ def usage_histogram(run: RunResult, layer: ExpertUsage) -> Drawing | None:
             f"Histogram of {relative_N.size:,} experts by router weight: {height:.1f} percent unused, "
             f"the rest from {relative_N[relative_N > 0].min():.2g} to {relative_N.max():.3g} even shares."
         )
-        svg = _svg(figure, f"usage-{run.name}-layer{layer.layer}", text)
+        svg = svg_of(figure, f"usage-{run.name}-layer{layer.layer}", text)
     return Drawing(caption=f"{run.label}, seed {run.seed}, layer {layer.layer}", svg=svg)
 
 
@@ -245,7 +245,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
         axes.annotate(text, (right, height - shift), (9, 0), textcoords="offset points", va="center", color=color)
 
 
-def _svg(figure: Figure, name: str, description: str) -> Markup:
+def svg_of(figure: Figure, name: str, description: str) -> Markup:
     """The figure as an SVG element that scales with the page, its ids its own among other figures on the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -107,11 +107,16 @@ def _candidate_ranks(k: int, num_ranks: int) -> tuple[Any, Any]:
 
 
 def _num_columns(num_ranks: int, num_sub_keys: int) -> int:
-    """Columns whose maxima give the threshold: some times as many as are wanted; 0 where that is most of the row."""
+    """Columns whose maxima give the threshold: at best some times as many as are wanted, of at least four elements.
+
+    0 where the row is too short for as many columns as are wanted.
+    """
     columns = 64
     while columns < 3 * num_ranks:
         columns *= 2
-    return columns if 4 * columns <= num_sub_keys else 0
+    while 4 * columns > num_sub_keys:
+        columns //= 2
+    return columns if columns >= num_ranks else 0
 
 
 @exact_kernel
@@ -195,12 +200,17 @@ def _best_of_row(
                 num_nan += np.int32(score0 != score0)
         threshold = _nth_largest(maxima, len(best), counts)
         num_found = _find_above(scores, row, maxima, threshold, columns, values, positions)
+    elif scores.shape[1] <= _num_crowded(len(best)):  # short enough to rank all of it
+        num_found = scores.shape[1]
+        for position in range(np.uintp(num_found)):
+            values[position], positions[position] = scores[row, position], position
+            num_nan += np.int32(values[position] != values[position])
     if (
         num_nan
         or not len(best) <= num_found <= _num_crowded(len(best))
         or not _rank_distinct(values, positions, num_found, counts, best, index)
     ):
-        # NaN, a short row, or equal scores.
+        # NaN, too many to rank so, or equal scores.
         num_kept = 0
         for position in range(scores.shape[1]):
             num_kept = _insert(scores[row, position], position, num_kept, best, index)

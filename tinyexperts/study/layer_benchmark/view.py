@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich import box
 from rich.table import Table
 
-from tinyexperts.study.figures import HEIGHT, STYLE, WIDTH, _svg
+from tinyexperts.study.figures import HEIGHT, STYLE, WIDTH, svg_of
 from tinyexperts.study.layer_benchmark.measurement import RIVALS
 from tinyexperts.study.layer_benchmark.memory import GIB
 
@@ -74,7 +74,7 @@ def figure(results: Sequence[_Result]) -> Markup:
             f"Line charts: milliseconds against the number of experts, {num_tokens} tokens, CPU threads: {threads}. "
             f"At the most experts: {'; '.join(readings)}."
         )
-        return _svg(drawing, "layer-benchmark", description)
+        return svg_of(drawing, "layer-benchmark", description)
 
 
 def _log_axes(axes: Axes, sizes: Sequence[int]) -> None:
