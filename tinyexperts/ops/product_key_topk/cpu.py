@@ -17,7 +17,17 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu_threads import in_parts
 from tinyexperts.ops.numba_kernel import array_of, exact_inlined, exact_kernel, kernel
+from tinyexperts.ops.product_key_topk.lanes import (
+    COLUMN_LANES,
+    MASK_LANES,
+    RANK_LANES,
+    count_larger,
+    lowest_bit,
+    mask_of_reaching,
+    maxima_of_columns,
+)
 from tinyexperts.ops.product_key_topk.reference import candidate_ranks
+from tinyexperts.ops.product_key_topk.ties import top_k_of_sums_with_ties
 
 # Elements of both halves' scores in one chunk: 2 MiB of fp32.
 _CHUNK_ELEMENTS = 1 << 19
@@ -31,47 +41,42 @@ _MIN_TOKENS = 32
 
 def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores and ids of the top k experts of each query, both [M, H, K]."""
-    num_tokens, num_heads, query_dim = query_MHQ.shape
+    num_tokens, num_heads, _ = query_MHQ.shape
     num_sub_keys, half_dim = sub_keys.shape[-2:]
     dtype = torch.promote_types(query_MHQ.dtype, torch.float32)
-    query = query_MHQ.to(dtype).contiguous()
-    keys = sub_keys.to(dtype)
+    query = query_MHQ.to(dtype).contiguous().view(num_tokens, num_heads, 2, half_dim)
+    keys = sub_keys.to(dtype).transpose(-1, -2)
     # Shared keys serve the queries of all heads in one product; otherwise each head has products of its own.
     groups = (
-        [(query.view(num_tokens * num_heads, query_dim), keys)]
+        [(query.view(-1, 2, half_dim), keys)]
         if keys.dim() == 3
         else [(query[:, head], keys[head]) for head in range(num_heads)]
     )
-    scores = torch.empty((num_tokens, num_heads, k), dtype=dtype)
-    ids = torch.empty((num_tokens, num_heads, k), dtype=torch.int64)
-    num_ranks = min(k + 1, num_sub_keys)
-    candidates, frontier = _candidate_ranks(k, num_ranks)
     num_rows = len(groups[0][0])
-    chunk = max(1, min(num_rows, _CHUNK_ELEMENTS // (2 * num_sub_keys)))
-    halves = torch.empty((2, chunk, num_sub_keys), dtype=dtype)
+    num_ranks = min(k + 1, num_sub_keys)
+    num_columns = _num_columns(num_ranks, num_sub_keys)
+    candidates, frontier = _candidate_ranks(k, num_ranks)
+    lanes = MASK_LANES if num_columns else RANK_LANES
+    padded = -(-num_sub_keys // lanes) * lanes
+    chunk = max(1, min(num_rows, _CHUNK_ELEMENTS // (2 * padded)))
+    halves = torch.empty((2, chunk, padded), dtype=dtype)
+    if padded > num_sub_keys:
+        halves[:, :, num_sub_keys:] = -torch.inf
+    unsettled = np.empty(chunk, dtype=np.bool_)
+    top_scores = torch.empty((num_tokens, num_heads, k), dtype=dtype)
+    ids = torch.empty((num_tokens, num_heads, k), dtype=torch.int64)
+    scores, out_scores, out_ids = array_of(halves), array_of(top_scores.view(-1, k)), array_of(ids.view(-1, k))
     for group, (rows, group_keys) in enumerate(groups):
         for first in range(0, num_rows, chunk):
-            queries = rows[first : first + chunk]
-            both = halves[:, : len(queries)]
-            for half in (0, 1):
-                part = queries[:, half * half_dim : (half + 1) * half_dim]
-                torch.mm(part, group_keys[half].T, out=both[half])
-            in_parts(
-                _top_k_of_sums,
-                len(queries),
-                array_of(both[0]),
-                array_of(both[1]),
-                candidates,
-                frontier,
-                num_ranks,
-                _num_columns(num_ranks, num_sub_keys),
-                first * len(groups) + group,
-                len(groups),
-                array_of(scores.view(-1, k)),
-                array_of(ids.view(-1, k)),
-                min_items=_MIN_ROWS,
-            )
-    return scores, ids
+            queries = rows[first : first + chunk].transpose(0, 1)
+            torch.bmm(queries, group_keys, out=halves[:, : queries.shape[1], :num_sub_keys])
+            ranks = scores, num_sub_keys, num_ranks, candidates, frontier
+            out = first * len(groups) + group, len(groups), out_scores, out_ids
+            in_parts(_top_k_of_sums, queries.shape[1], *ranks, num_columns, *out, unsettled, min_items=_MIN_ROWS)
+            tied_rows = unsettled[: queries.shape[1]].nonzero()[0]
+            if len(tied_rows):
+                in_parts(top_k_of_sums_with_ties, len(tied_rows), *ranks, tied_rows, *out, min_items=_MIN_ROWS)
+    return top_scores, ids
 
 
 def product_key_topk_backward(
@@ -103,231 +108,121 @@ def product_key_topk_backward(
 @functools.cache
 def _candidate_ranks(k: int, num_ranks: int) -> tuple[Any, Any]:
     candidates, frontier = candidate_ranks(k, num_ranks)
-    return np.array(candidates).reshape(-1, 2), np.array(frontier, dtype=np.int64).reshape(-1, 2)
+    return np.array(candidates, dtype=np.uintp).reshape(-1, 2), np.array(frontier, dtype=np.uintp).reshape(-1, 2)
 
 
 def _num_columns(num_ranks: int, num_sub_keys: int) -> int:
-    """Columns whose maxima give the threshold: at best some times as many as are wanted, of at least four elements.
-
-    0 where the row is too short for as many columns as are wanted.
-    """
-    columns = 64
-    while columns < 3 * num_ranks:
-        columns *= 2
-    while 4 * columns > num_sub_keys:
-        columns //= 2
-    return columns if columns >= num_ranks else 0
+    """Columns whose maxima give the threshold: half as many again as values are wanted; 0 for a row too short for two
+    elements a column."""
+    columns = -(-3 * num_ranks // (2 * COLUMN_LANES)) * COLUMN_LANES
+    return columns if 2 * columns <= num_sub_keys else 0
 
 
 @exact_kernel
 def _top_k_of_sums(
-    scores_1: Any,
-    scores_2: Any,
+    scores: Any,
+    num_sub_keys: int,
+    num_ranks: int,
     candidates: Any,
     frontier: Any,
-    num_ranks: int,
     num_columns: int,
     first_out: int,
     out_stride: int,
     out_scores: Any,
     out_ids: Any,
+    unsettled: Any,
     start: int,
     stop: int,
 ) -> None:
-    num_sub_keys, num_candidates = scores_1.shape[1], len(candidates)
+    """Scores [2, C, S], padded with -inf; unsettled[row] says that the row has been left to ties.py."""
+    scores_1, scores_2 = scores[0], scores[1]
+    num_candidates, k = np.uintp(len(candidates)), out_scores.shape[1]
     dtype, zero = scores_1.dtype, scores_1.dtype.type(0)
-    columns, maxima = np.empty(num_columns + 1, dtype=np.uintp), np.empty(num_columns, dtype=dtype)
-    values, positions = np.empty(num_sub_keys + 1, dtype=dtype), np.empty(num_sub_keys + 1, dtype=np.int64)
-    counts = np.empty(max(num_columns, num_candidates, _num_crowded(num_ranks)), dtype=np.int32)
-    best_1, index_1 = np.empty(num_ranks, dtype=dtype), np.empty(num_ranks, dtype=np.int64)
-    best_2, index_2 = np.empty(num_ranks, dtype=dtype), np.empty(num_ranks, dtype=np.int64)
-    sums, sum_ids = np.empty(num_candidates, dtype=dtype), np.empty(num_candidates, dtype=np.int64)
-    top, top_ids = np.empty(out_scores.shape[1], dtype=dtype), np.empty(out_scores.shape[1], dtype=np.int64)
+    found = max(scores_1.shape[1], len(candidates)) + MASK_LANES
+    maxima, counts = np.empty(found, dtype=dtype), np.empty(found, dtype=np.int32)
+    values, positions = np.empty(found, dtype=dtype), np.empty(found, dtype=np.uintp)
+    # One place more: what isn't among the best goes there.
+    best_1, index_1 = np.empty(num_ranks + 1, dtype=dtype), np.empty(num_ranks + 1, dtype=np.uintp)
+    best_2, index_2 = np.empty(num_ranks + 1, dtype=dtype), np.empty(num_ranks + 1, dtype=np.uintp)
+    top, top_ids = np.empty(k + 1, dtype=dtype), np.empty(k + 1, dtype=np.uintp)
     for row in range(start, stop):
-        _best_of_row(scores_1, row, columns, maxima, values, positions, counts, best_1, index_1)
-        _best_of_row(scores_2, row, columns, maxima, values, positions, counts, best_2, index_2)
-        total = zero
-        for c in range(num_candidates):
-            i, j = candidates[c, 0], candidates[c, 1]
-            sums[c] = best_1[i] + best_2[j]
-            sum_ids[c] = index_1[i] * num_sub_keys + index_2[j]
-            total += sums[c] * zero
-        # A total that is not zero: an infinity or NaN.
-        if total != zero or not _rank_distinct(sums, sum_ids, num_candidates, counts, top, top_ids):
-            _rank_one_by_one(sums, sum_ids, num_candidates, top, top_ids)
-        for f in range(len(frontier)):
-            if best_1[frontier[f, 0]] + best_2[frontier[f, 1]] == top[-1]:
-                _settle_ties(scores_1, scores_2, row, best_2[0], top, top_ids)
-                break
-        out = first_out + row * out_stride
-        for rank in range(len(top)):
-            out_scores[out, rank], out_ids[out, rank] = top[rank], top_ids[rank]
-
-
-@exact_inlined
-def _num_crowded(num_best: int) -> int:
-    """So many values that reach the threshold and no more are ranked by counting: it takes their square."""
-    return 4 * num_best + 64
+        settled = _best_of_row(scores_1, row, num_columns, maxima, values, positions, counts, best_1, index_1)
+        settled &= _best_of_row(scores_2, row, num_columns, maxima, values, positions, counts, best_2, index_2)
+        if settled:
+            total = zero
+            for c in range(num_candidates):
+                i, j = candidates[c, 0], candidates[c, 1]
+                values[c] = best_1[i] + best_2[j]
+                positions[c] = index_1[i] * np.uintp(num_sub_keys) + index_2[j]
+                total += values[c] * zero
+            # A total that is not zero: an infinity.
+            settled = total == zero and _rank(values, positions, num_candidates, counts, top, top_ids)
+            for f in range(len(frontier)):
+                settled &= best_1[frontier[f, 0]] + best_2[frontier[f, 1]] != top[k - 1]
+            out = first_out + row * out_stride
+            for rank in range(k):
+                out_scores[out, rank], out_ids[out, rank] = top[rank], top_ids[rank]
+        unsettled[row] = not settled
 
 
 @exact_kernel
 def _best_of_row(
-    scores: Any, row: int, columns: Any, maxima: Any, values: Any, positions: Any, counts: Any, best: Any, index: Any
-) -> None:
-    """The len(best) best of a row, by (score descending, position ascending)."""
-    num_found, num_nan = 0, np.int32(0)
-    if len(maxima):
-        # Unsigned, since numba lets signed indices count from the end, and then nothing vectorises.
-        size, width = np.uintp(scores.shape[1]), np.uintp(len(maxima))
-        maxima[:] = -np.inf
-        grouped = size // (np.uintp(4) * width) * (np.uintp(4) * width)
-        for first in range(np.uintp(0), grouped, np.uintp(4) * width):
-            second, third, fourth = first + width, first + np.uintp(2) * width, first + np.uintp(3) * width
-            for c in range(width):
-                score0, score1 = scores[row, first + c], scores[row, second + c]
-                score2, score3 = scores[row, third + c], scores[row, fourth + c]
-                largest = maxima[c]
-                largest = score0 if score0 > largest else largest
-                largest = score1 if score1 > largest else largest
-                largest = score2 if score2 > largest else largest
-                maxima[c] = score3 if score3 > largest else largest
-                num_nan += np.int32((score0 != score0) | (score1 != score1))
-                num_nan += np.int32((score2 != score2) | (score3 != score3))
-        for first in range(grouped, size, width):
-            for c in range(min(width, size - first)):
-                score0 = scores[row, first + c]
-                maxima[c] = score0 if score0 > maxima[c] else maxima[c]
-                num_nan += np.int32(score0 != score0)
-        threshold = _nth_largest(maxima, len(best), counts)
-        num_found = _find_above(scores, row, maxima, threshold, columns, values, positions)
-    elif scores.shape[1] <= _num_crowded(len(best)):  # short enough to rank all of it
-        num_found = scores.shape[1]
-        for position in range(np.uintp(num_found)):
-            values[position], positions[position] = scores[row, position], position
-            num_nan += np.int32(values[position] != values[position])
-    if (
-        num_nan
-        or not len(best) <= num_found <= _num_crowded(len(best))
-        or not _rank_distinct(values, positions, num_found, counts, best, index)
-    ):
-        # NaN, too many to rank so, or equal scores.
-        num_kept = 0
-        for position in range(scores.shape[1]):
-            num_kept = _insert(scores[row, position], position, num_kept, best, index)
+    scores: Any,
+    row: int,
+    num_columns: int,
+    maxima: Any,
+    values: Any,
+    positions: Any,
+    counts: Any,
+    best: Any,
+    index: Any,
+) -> bool:
+    """The best of a row in descending order; False where they aren't found or have equals (NaN equals all)."""
+    # Unsigned, since numba lets signed indices count from the end, which takes longer than what is done here.
+    size, num_best, found = np.uintp(scores.shape[1]), len(best) - 1, np.uintp(0)
+    first, stop = row * scores.shape[1], (row + 1) * scores.shape[1]
+    if num_columns > 0:
+        for column in range(0, num_columns, COLUMN_LANES):
+            maxima_of_columns(scores, first + column, stop, num_columns, maxima, column)
+        for column in range(0, num_columns, RANK_LANES):
+            count_larger(maxima, num_columns, column, counts)
+        threshold = -scores.dtype.type(np.inf)
+        for column in range(num_columns):
+            threshold = maxima[column] if counts[column] == num_best - 1 else threshold
+        for block in range(np.uintp(0), size, np.uintp(MASK_LANES)):
+            mask = mask_of_reaching(scores, first + block, threshold)
+            for _ in range(3):  # seldom more: without a branch, since a wrong guess would cost more than the work
+                positions[found] = block + lowest_bit(mask)
+                found += np.uintp(mask != 0)
+                mask &= mask - np.uint64(1)
+            while mask != 0:
+                positions[found] = block + lowest_bit(mask)
+                found += np.uintp(1)
+                mask &= mask - np.uint64(1)
+        if found > 4 * num_best + 64:  # too many to count all pairs
+            return False
+        for a in range(found):
+            values[a] = scores[row, positions[a]]
+    else:  # short enough to rank all of it
+        found = size
+        for a in range(size):
+            values[a], positions[a] = scores[row, a], a
+    return _rank(values, positions, found, counts, best, index)
 
 
 @exact_inlined
-def _nth_largest(values: Any, n: int, counts: Any) -> Any:
-    """The n-th largest: the least of those that fewer than n exceed."""
-    _count_larger(values, len(values), counts)
-    threshold = values.dtype.type(np.inf)
-    for a in range(len(values)):
-        value = values[a] if counts[a] < n else threshold
-        threshold = value if value < threshold else threshold
-    return threshold
-
-
-@exact_kernel
-def _count_larger(values: Any, count: int, counts: Any) -> None:
-    """counts[a] = how many of the first `count` values exceed values[a]; compares all pairs, without a branch."""
-    for a in range(count):
-        counts[a] = 0
-    for b in range(0, count - 3, 4):  # four at a time: a counter is loaded and stored once for them
-        value0, value1, value2, value3 = values[b], values[b + 1], values[b + 2], values[b + 3]
-        for a in range(count):
-            value = values[a]
-            counts[a] += (np.int32(value0 > value) + np.int32(value1 > value)) + (
-                np.int32(value2 > value) + np.int32(value3 > value)
-            )
-    for b in range(count // 4 * 4, count):
-        value0 = values[b]
-        for a in range(count):
-            counts[a] += np.int32(value0 > values[a])
-
-
-@exact_inlined
-def _find_above(scores: Any, row: int, maxima: Any, threshold: Any, columns: Any, values: Any, positions: Any) -> int:
-    """Gather the scores that reach the threshold, positions ascending; only columns whose maximum does are read.
-
-    Without a branch: each score is written to the next place, which moves on where the score is to stay.
-    """
-    num_columns = np.uintp(0)
-    for c in range(len(maxima)):
-        columns[num_columns] = c
-        num_columns += np.uintp(maxima[c] >= threshold)
-    found = np.uintp(0)
-    size, width = np.uintp(scores.shape[1]), np.uintp(len(maxima))
-    whole = size // width * width
-    for first in range(np.uintp(0), whole, width):
-        for c in range(num_columns):
-            position = first + columns[c]
-            positions[found] = position
-            found += np.uintp(scores[row, position] >= threshold)
-    for c in range(num_columns):
-        position = whole + columns[c]
-        if position < size and scores[row, position] >= threshold:
-            positions[found] = position
-            found += np.uintp(1)
-    for a in range(found):
-        values[a] = scores[row, positions[a]]
-    return int(found)
-
-
-@exact_inlined
-def _rank_distinct(values: Any, ids: Any, count: int, counts: Any, best: Any, best_ids: Any) -> bool:
-    """Put each value at the place that the number of larger ones says; False where two want the same place."""
-    _count_larger(values, count, counts)
-    for place in range(len(best)):
-        best_ids[place] = -1
-    for a in range(count):
-        place = counts[a]
-        if place < len(best):
-            if best_ids[place] >= 0:
-                return False
-            best[place], best_ids[place] = values[a], ids[a]
-    return True
-
-
-@exact_kernel
-def _insert(value: Any, id_: int, num_kept: int, best: Any, best_ids: Any) -> int:
-    """Insert into the best so far, NaN above all as torch sorts it; returns how many there are now."""
-    place = num_kept
-    while place > 0:
-        other = best[place - 1]
-        is_better = value > other or (value != value and other == other)
-        is_equal = value == other or (value != value and other != other)
-        if not (is_better or (is_equal and id_ < best_ids[place - 1])):
-            break
-        if place < len(best):
-            best[place], best_ids[place] = other, best_ids[place - 1]
-        place -= 1
-    if place < len(best):
-        best[place], best_ids[place] = value, id_
-    return min(num_kept + 1, len(best))
-
-
-@exact_kernel
-def _rank_one_by_one(values: Any, ids: Any, count: int, best: Any, best_ids: Any) -> None:
-    num_kept = 0
-    for a in range(count):
-        num_kept = _insert(values[a], ids[a], num_kept, best, best_ids)
-
-
-@exact_kernel
-def _settle_ties(scores_1: Any, scores_2: Any, row: int, largest_2: Any, best: Any, best_ids: Any) -> None:
-    """Pairs outside the candidates equal the K-th score: of all that do, those of lowest ids come in."""
-    threshold, num_sub_keys, k = best[-1], scores_1.shape[1], len(best)
-    place = 0
-    while place < k and best[place] > threshold:
-        place += 1
-    for i in range(num_sub_keys):
-        if scores_1[row, i] + largest_2 >= threshold:
-            for j in range(num_sub_keys):
-                if scores_1[row, i] + scores_2[row, j] == threshold:
-                    best[place], best_ids[place] = threshold, i * num_sub_keys + j
-                    place += 1
-                    if place == k:
-                        return
+def _rank(values: Any, ids: Any, num_values: Any, counts: Any, best: Any, best_ids: Any) -> bool:
+    """Put each value at the place that the number of larger ones says; False where equal values want one place."""
+    num_best, sum_of_places = np.uintp(len(best) - 1), np.uintp(0)
+    for first in range(np.uintp(0), num_values, np.uintp(RANK_LANES)):
+        count_larger(values, num_values, first, counts)
+    for a in range(num_values):
+        place = min(np.uintp(counts[a]), num_best)
+        best[place], best_ids[place] = values[a], ids[a]
+        sum_of_places += place
+    # Equal values all want the lowest of their places, which lowers the sum.
+    sum_if_distinct = num_best * (num_best - np.uintp(1)) // np.uintp(2) + (num_values - num_best) * num_best
+    return bool(sum_of_places == sum_if_distinct)
 
 
 @kernel
