@@ -20,7 +20,14 @@ from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.cpu_threads import in_parts
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
 from tinyexperts.ops.expert_mlp.touched_rows import sum_touched_rows, touched_rows
-from tinyexperts.ops.expert_mlp.vectors import add_1, add_4, prefetch_scales_of_4, product, products_of_4
+from tinyexperts.ops.expert_mlp.vectors import (
+    add_1,
+    add_4,
+    pairs_ahead,
+    prefetch_scales_of_4,
+    products_of_1,
+    products_of_4,
+)
 from tinyexperts.ops.numba_kernel import array_of, inlined, kernel
 
 # Elements of gathered rows that are worth a part of their own.
@@ -188,17 +195,17 @@ def _forward(
     stop: int,
 ) -> None:
     ids, num_retrieved = ids_MP.reshape(-1), ids_MP.shape[1]
-    last, zero, one = experts.shape[1] - 1, constants[0], constants[1] + constants[1]
+    last, zero, one, ahead = experts.shape[1] - 1, constants[0], constants[1] + constants[1], pairs_ahead(experts)
     for m in range(start, stop):
         y[m] = zero
         for p in range(0, num_retrieved - 3, 4):
             pair = m * num_retrieved + p
             i0, i1, i2, i3 = ids[pair], ids[pair + 1], ids[pair + 2], ids[pair + 3]
-            prefetch_scales_of_4(scales, experts, ids, pair)
+            prefetch_scales_of_4(scales, ids, pair + ahead)
             # In variables: read back from `pre`, the products would cost a fifth of the arithmetic.
             factor0, factor1, factor2, factor3 = weights[m, p], weights[m, p + 1], weights[m, p + 2], weights[m, p + 3]
             for vector in range(last):
-                h0, h1, h2, h3 = products_of_4(experts, ids, pair, vector, x, m, zero)
+                h0, h1, h2, h3 = products_of_4(experts, ids, pair, pair + ahead, vector, x, m)
                 h0, h1 = h0 * _scale(scales, i0, vector, one), h1 * _scale(scales, i1, vector, one)
                 h2, h3 = h2 * _scale(scales, i2, vector, one), h3 * _scale(scales, i3, vector, one)
                 pre[vector, m, p], pre[vector, m, p + 1], pre[vector, m, p + 2], pre[vector, m, p + 3] = h0, h1, h2, h3
@@ -208,15 +215,16 @@ def _forward(
                 factor3 *= _coefficient(h3, vector, activation, constants)
             factor0, factor1 = factor0 * _scale(scales, i0, last, one), factor1 * _scale(scales, i1, last, one)
             factor2, factor3 = factor2 * _scale(scales, i2, last, one), factor3 * _scale(scales, i3, last, one)
-            add_4(experts, ids, pair, last, factor0, factor1, factor2, factor3, y, m)
+            add_4(experts, ids, pair, pair + ahead, last, (factor0, factor1, factor2, factor3), y, m)
         for p in range(num_retrieved // 4 * 4, num_retrieved):
             pair = m * num_retrieved + p
             factor0 = weights[m, p]
             for vector in range(last):
-                h0 = product(experts, ids, pair, vector, x, m, zero) * _scale(scales, ids[pair], vector, one)
+                h0 = products_of_1(experts, ids, pair, pair + ahead, vector, x, m)[0]
+                h0 *= _scale(scales, ids[pair], vector, one)
                 pre[vector, m, p] = h0
                 factor0 *= _coefficient(h0, vector, activation, constants)
-            add_1(experts, ids, pair, last, factor0 * _scale(scales, ids[pair], last, one), y, m)
+            add_1(experts, ids, pair, pair + ahead, last, (factor0 * _scale(scales, ids[pair], last, one),), y, m)
 
 
 @inlined
@@ -255,14 +263,14 @@ def _backward(
     stop: int,
 ) -> None:
     ids, num_retrieved = ids_MP.reshape(-1), ids_MP.shape[1]
-    last, zero, one = experts.shape[1] - 1, constants[0], constants[1] + constants[1]
+    last, zero, one, ahead = experts.shape[1] - 1, constants[0], constants[1] + constants[1], pairs_ahead(experts)
     for m in range(start, stop):
         grad_x[m] = zero
         for p in range(0, num_retrieved - 3, 4):
             pair = m * num_retrieved + p
             i0, i1, i2, i3 = ids[pair], ids[pair + 1], ids[pair + 2], ids[pair + 3]
-            prefetch_scales_of_4(scales, experts, ids, pair)
-            h0, h1, h2, h3 = products_of_4(experts, ids, pair, last, grad_y, m, zero)
+            prefetch_scales_of_4(scales, ids, pair + ahead)
+            h0, h1, h2, h3 = products_of_4(experts, ids, pair, pair + ahead, last, grad_y, m)
             h0, h1 = h0 * _scale(scales, i0, last, one), h1 * _scale(scales, i1, last, one)
             h2, h3 = h2 * _scale(scales, i2, last, one), h3 * _scale(scales, i3, last, one)
             _leave(h0, m, p, weights, coefficient, derivatives, grad_weights, factors)
@@ -270,22 +278,18 @@ def _backward(
             _leave(h2, m, p + 2, weights, coefficient, derivatives, grad_weights, factors)
             _leave(h3, m, p + 3, weights, coefficient, derivatives, grad_weights, factors)
             for vector in range(last):
-                add_4(
-                    experts,
-                    ids,
-                    pair,
-                    vector,
+                scaled = (
                     factors[vector, m, p] * _scale(scales, i0, vector, one),
                     factors[vector, m, p + 1] * _scale(scales, i1, vector, one),
                     factors[vector, m, p + 2] * _scale(scales, i2, vector, one),
                     factors[vector, m, p + 3] * _scale(scales, i3, vector, one),
-                    grad_x,
-                    m,
                 )
+                add_4(experts, ids, pair, pair + ahead, vector, scaled, grad_x, m)
         for p in range(num_retrieved // 4 * 4, num_retrieved):
             pair = m * num_retrieved + p
-            h0 = product(experts, ids, pair, last, grad_y, m, zero) * _scale(scales, ids[pair], last, one)
+            h0 = products_of_1(experts, ids, pair, pair + ahead, last, grad_y, m)[0]
+            h0 *= _scale(scales, ids[pair], last, one)
             _leave(h0, m, p, weights, coefficient, derivatives, grad_weights, factors)
             for vector in range(last):
                 factor = factors[vector, m, p] * _scale(scales, ids[pair], vector, one)
-                add_1(experts, ids, pair, vector, factor, grad_x, m)
+                add_1(experts, ids, pair, pair + ahead, vector, (factor,), grad_x, m)

@@ -2,146 +2,167 @@
 
 The limit is the memory: the rows of a token lie anywhere in the table. So each vector is read once, those of four
 experts side by side, and meanwhile the same vectors of the experts further on (in the next token, too) are prefetched,
-a few cache lines at a time. Asked for at once they would fill the queue to the memory and hold up the arithmetic; asked
+a cache line at a time. Asked for at once they would fill the queue to the memory and hold up the arithmetic; asked
 for in one of the two passes only, the memory would rest in the other (1.6 and 1.2 times the time at D = 256).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
-import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
-from tinyexperts.ops.numba_kernel import CACHE_LINE_BYTES, bytes_of_element, inlined, prefetch, widen
+from tinyexperts.ops import llvm_vectors
+from tinyexperts.ops.numba_kernel import CACHE_LINE_BYTES, inlined, prefetch
 
-# Elements between two rounds of prefetching.
-_CHUNK = 64
+_tuple_of: Callable[[Any, int], Any] = cast(Any, types.UniTuple)
+_LANES = 16
 # How far ahead to prefetch: far enough to cover the memory's latency, and little enough for a core's second cache.
 _AHEAD_BYTES = 1 << 14
 _LEAST_AHEAD = 8
 
 
 @inlined
-def _rows_ahead(experts: Any) -> Any:
-    row_bytes = max(1, experts.shape[1] * experts.shape[2] * bytes_of_element(experts))
-    return max(_LEAST_AHEAD, _AHEAD_BYTES // row_bytes)
+def pairs_ahead(experts: Any) -> int:
+    """How many pairs further on the rows are that are prefetched."""
+    row_bytes = max(1, experts.shape[1] * experts.shape[2] * experts.itemsize)
+    return int(max(_LEAST_AHEAD, _AHEAD_BYTES // row_bytes))
 
 
 @inlined
-def _address(experts: Any, ids: Any, pair: int, vector: int) -> Any:
-    """Of a pair's vector; of the last pair's beyond the end."""
-    row = ids[min(pair, len(ids) - 1)] * experts.shape[1] + vector
-    return np.uintp(experts.ctypes.data + row * experts.shape[2] * bytes_of_element(experts))
-
-
-@inlined
-def products_of_4(experts: Any, ids: Any, pair: int, vector: int, x: Any, m: int, zero: Any) -> Any:
-    """experts[id, vector] . x[m] for the four pairs from `pair` on; ids [M*P]."""
-    i0, i1, i2, i3 = ids[pair], ids[pair + 1], ids[pair + 2], ids[pair + 3]
-    later = pair + _rows_ahead(experts)
-    ahead0, ahead1 = _address(experts, ids, later, vector), _address(experts, ids, later + 1, vector)
-    ahead2, ahead3 = _address(experts, ids, later + 2, vector), _address(experts, ids, later + 3, vector)
-    # Unsigned, since numba lets signed indices count from the end, and then not everything vectorises.
-    dim, chunk, itemsize = np.uintp(x.shape[1]), np.uintp(_CHUNK), np.uintp(bytes_of_element(experts))
-    whole = dim // chunk * chunk
-    sum0 = sum1 = sum2 = sum3 = zero
-    for first in range(np.uintp(0), whole, chunk):
-        for offset in range(first * itemsize, (first + chunk) * itemsize, np.uintp(CACHE_LINE_BYTES)):
-            prefetch(ahead0 + offset)
-            prefetch(ahead1 + offset)
-            prefetch(ahead2 + offset)
-            prefetch(ahead3 + offset)
-        for d in range(first, first + chunk):
-            sum0 += widen(experts[i0, vector, d]) * x[m, d]
-            sum1 += widen(experts[i1, vector, d]) * x[m, d]
-            sum2 += widen(experts[i2, vector, d]) * x[m, d]
-            sum3 += widen(experts[i3, vector, d]) * x[m, d]
-    for offset in range(whole * itemsize, dim * itemsize, np.uintp(CACHE_LINE_BYTES)):
-        prefetch(ahead0 + offset)
-        prefetch(ahead1 + offset)
-        prefetch(ahead2 + offset)
-        prefetch(ahead3 + offset)
-    for d in range(whole, dim):
-        sum0 += widen(experts[i0, vector, d]) * x[m, d]
-        sum1 += widen(experts[i1, vector, d]) * x[m, d]
-        sum2 += widen(experts[i2, vector, d]) * x[m, d]
-        sum3 += widen(experts[i3, vector, d]) * x[m, d]
-    return sum0, sum1, sum2, sum3
-
-
-@inlined
-def add_4(
-    experts: Any,
-    ids: Any,
-    pair: int,
-    vector: int,
-    factor0: Any,
-    factor1: Any,
-    factor2: Any,
-    factor3: Any,
-    y: Any,
-    m: int,
-) -> None:
-    """y[m] += the sum of factor * experts[id, vector] over the four pairs from `pair` on."""
-    i0, i1, i2, i3 = ids[pair], ids[pair + 1], ids[pair + 2], ids[pair + 3]
-    later = pair + _rows_ahead(experts)
-    ahead0, ahead1 = _address(experts, ids, later, vector), _address(experts, ids, later + 1, vector)
-    ahead2, ahead3 = _address(experts, ids, later + 2, vector), _address(experts, ids, later + 3, vector)
-    dim, chunk, itemsize = np.uintp(y.shape[1]), np.uintp(_CHUNK), np.uintp(bytes_of_element(experts))
-    whole = dim // chunk * chunk
-    for first in range(np.uintp(0), whole, chunk):
-        for offset in range(first * itemsize, (first + chunk) * itemsize, np.uintp(CACHE_LINE_BYTES)):
-            prefetch(ahead0 + offset)
-            prefetch(ahead1 + offset)
-            prefetch(ahead2 + offset)
-            prefetch(ahead3 + offset)
-        for d in range(first, first + chunk):
-            y[m, d] += (factor0 * widen(experts[i0, vector, d]) + factor1 * widen(experts[i1, vector, d])) + (
-                factor2 * widen(experts[i2, vector, d]) + factor3 * widen(experts[i3, vector, d])
-            )
-    for offset in range(whole * itemsize, dim * itemsize, np.uintp(CACHE_LINE_BYTES)):
-        prefetch(ahead0 + offset)
-        prefetch(ahead1 + offset)
-        prefetch(ahead2 + offset)
-        prefetch(ahead3 + offset)
-    for d in range(whole, dim):
-        y[m, d] += (factor0 * widen(experts[i0, vector, d]) + factor1 * widen(experts[i1, vector, d])) + (
-            factor2 * widen(experts[i2, vector, d]) + factor3 * widen(experts[i3, vector, d])
-        )
-
-
-@inlined
-def _prefetch_ahead(experts: Any, ids: Any, pair: int, vector: int) -> None:
-    ahead = _address(experts, ids, pair + _rows_ahead(experts), vector)
-    for offset in range(
-        np.uintp(0), np.uintp(experts.shape[2] * bytes_of_element(experts)), np.uintp(CACHE_LINE_BYTES)
-    ):
-        prefetch(ahead + offset)
-
-
-@inlined
-def product(experts: Any, ids: Any, pair: int, vector: int, x: Any, m: int, zero: Any) -> Any:
-    """experts[id, vector] . x[m] for one pair."""
-    _prefetch_ahead(experts, ids, pair, vector)
-    i, total = ids[pair], zero
-    for d in range(np.uintp(x.shape[1])):
-        total += widen(experts[i, vector, d]) * x[m, d]
-    return total
-
-
-@inlined
-def add_1(experts: Any, ids: Any, pair: int, vector: int, factor: Any, y: Any, m: int) -> None:
-    """y[m] += factor * experts[id, vector] for one pair."""
-    _prefetch_ahead(experts, ids, pair, vector)
-    i = ids[pair]
-    for d in range(np.uintp(y.shape[1])):
-        y[m, d] += factor * widen(experts[i, vector, d])
-
-
-@inlined
-def prefetch_scales_of_4(scales: Any, experts: Any, ids: Any, pair: int) -> None:
-    """The scales [N, E] (or none) of the experts whose vectors are prefetched at `pair`."""
+def prefetch_scales_of_4(scales: Any, ids: Any, pair: int) -> None:
+    """The scales [N, E] (or none) of four pairs' experts."""
     if len(scales) > 0:
-        row_bytes = scales.shape[1] * bytes_of_element(scales)
-        for later in range(pair + _rows_ahead(experts), pair + _rows_ahead(experts) + 4):
-            prefetch(scales.ctypes.data + ids[min(later, len(ids) - 1)] * row_bytes)
+        for later in range(pair, pair + 4):
+            prefetch(scales.ctypes.data + ids[min(later, len(ids) - 1)] * scales.shape[1] * scales.itemsize)
+
+
+class _Vectors:
+    """The same vector of `count` experts, and of as many to prefetch, while code is made."""
+
+    def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, count: int) -> None:
+        experts, ids, pair, pair_ahead, vector = arguments[:5]
+        self._builder, self._dtype = builder, signature.args[0].dtype
+        self._bytes = self._dtype.bitwidth // 8
+        data = llvm_vectors.array_data(context, builder, signature.args[0], experts)
+        id_data = llvm_vectors.array_data(context, builder, signature.args[1], ids)
+        _, num_vectors, self.dim = llvm_vectors.array_shape(context, builder, signature.args[0], experts)
+        (num_ids,) = llvm_vectors.array_shape(context, builder, signature.args[1], ids)
+
+        def start(position: Any) -> Any:
+            row = builder.load(builder.gep(id_data, [position]))
+            return builder.gep(data, [builder.mul(builder.add(builder.mul(row, num_vectors), vector), self.dim)])
+
+        last = builder.sub(num_ids, pair.type(1))
+        self._now = [start(builder.add(pair, pair.type(i))) for i in range(count)]
+        self._ahead = []
+        for i in range(count):
+            position = builder.add(pair_ahead, pair.type(i))
+            # Beyond the end the last one.
+            self._ahead.append(start(builder.select(builder.icmp_signed("<", position, last), position, last)))
+
+    def load(self, i: int, d: Any, lanes: int, number: Any) -> Any:
+        """Elements of the i-th from d on, as numbers of LLVM's type `number`."""
+        vector = llvm_vectors.load(self._builder, self._now[i], d, lanes)
+        return llvm_vectors.widened(self._builder, vector, self._dtype, number)
+
+    def visit(self, use: Callable[[Any, int], None]) -> None:
+        """Make the code that calls use(d, lanes) over all D elements, in cache lines, and prefetches as many lines."""
+        builder, dim = self._builder, self.dim
+        elements = CACHE_LINE_BYTES // self._bytes
+        step = max(_LANES, elements)
+        whole = builder.sub(dim, builder.and_(dim, dim.type(step - 1)))
+        with cgutils.for_range_slice(builder, dim.type(0), whole, dim.type(step), dim.type) as (first, _):
+            for offset in range(0, step, elements):
+                self._prefetch(builder.add(first, dim.type(offset)))
+            for offset in range(0, step, _LANES):
+                use(builder.add(first, dim.type(offset)), _LANES)
+        with builder.if_then(builder.icmp_signed("<", whole, dim)):
+            self._prefetch(whole)
+            with cgutils.for_range_slice(builder, whole, dim, dim.type(1), dim.type) as (d, _):
+                use(d, 1)
+
+    def _prefetch(self, d: Any) -> None:
+        for pointer in self._ahead:
+            llvm_vectors.prefetch(self._builder, self._builder.gep(pointer, [d]))
+
+
+def _products(count: int) -> Any:
+    @intrinsic
+    def products(
+        typing_context: Any, experts: Any, ids: Any, pair: Any, pair_ahead: Any, vector: Any, x: Any, m: Any
+    ) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            vectors = _Vectors(context, builder, signature, arguments, count)
+            data = llvm_vectors.array_data(context, builder, signature.args[5], arguments[5])
+            number = data.type.pointee
+            token = builder.gep(data, [builder.mul(arguments[6], vectors.dim)])
+            sums = {
+                lanes: [llvm_vectors.variable(builder, llvm_vectors.constant(number, lanes, 0.0)) for _ in range(count)]
+                for lanes in (_LANES, 1)
+            }
+
+            def use(d: Any, lanes: int) -> None:
+                x_lanes = llvm_vectors.load(builder, token, d, lanes)
+                for i, sum_ in enumerate(sums[lanes]):
+                    product = builder.fmul(vectors.load(i, d, lanes, number), x_lanes, flags=["contract"])
+                    builder.store(builder.fadd(builder.load(sum_), product, flags=["contract"]), sum_)
+
+            vectors.visit(use)
+            totals = [
+                builder.fadd(*(llvm_vectors.total(builder, builder.load(sums[lanes][i])) for lanes in (_LANES, 1)))
+                for i in range(count)
+            ]
+            return context.make_tuple(builder, signature.return_type, totals)
+
+        intp = types.intp
+        return _tuple_of(x.dtype, count)(experts, ids, intp, intp, intp, x, intp), code
+
+    return products
+
+
+def _add(count: int) -> Any:
+    @intrinsic
+    def add(
+        typing_context: Any,
+        experts: Any,
+        ids: Any,
+        pair: Any,
+        pair_ahead: Any,
+        vector: Any,
+        factors: Any,
+        y: Any,
+        m: Any,
+    ) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            vectors = _Vectors(context, builder, signature, arguments, count)
+            factors = [builder.extract_value(arguments[5], i) for i in range(count)]
+            data = llvm_vectors.array_data(context, builder, signature.args[6], arguments[6])
+            number = data.type.pointee
+            token = builder.gep(data, [builder.mul(arguments[7], vectors.dim)])
+
+            def use(d: Any, lanes: int) -> None:
+                y_lanes = llvm_vectors.load(builder, token, d, lanes)
+                for i, factor in enumerate(factors):
+                    factor_lanes = llvm_vectors.splat(builder, factor, lanes)
+                    product = builder.fmul(vectors.load(i, d, lanes, number), factor_lanes, flags=["contract"])
+                    y_lanes = builder.fadd(y_lanes, product, flags=["contract"])
+                llvm_vectors.store(builder, y_lanes, token, d)
+
+            vectors.visit(use)
+            return context.get_dummy_value()
+
+        intp = types.intp
+        return types.void(experts, ids, intp, intp, intp, _tuple_of(y.dtype, count), y, intp), code
+
+    return add
+
+
+# products(experts, ids [M*P], pair, pair_ahead, vector, x, m): experts[ids[pair + i], vector] . x[m], a tuple.
+products_of_4: Callable[..., Any] = cast(Any, _products(4))
+products_of_1: Callable[..., Any] = cast(Any, _products(1))
+# add(experts, ids, pair, pair_ahead, vector, factors, y, m): y[m] += the sum of factors[i] * experts[.., vector].
+add_4: Callable[..., None] = cast(Any, _add(4))
+add_1: Callable[..., None] = cast(Any, _add(1))
