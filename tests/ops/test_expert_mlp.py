@@ -218,6 +218,16 @@ def test_sums_of_narrow_tables_are_kept_in_fp32(dtype):
     assert table.grad[1].item() == pytest.approx(999, rel=8e-3)
 
 
+@pytest.mark.parametrize("model_dim", [1, 16], ids=["alone", "in vectors"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_read_exactly(dtype, model_dim):
+    # Subnormals, infinities and NaN among them. No second expert: 0 * infinity would be NaN.
+    experts = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 1, model_dim)
+    ids = torch.arange(len(experts))[:, None]
+    y = expert_mlp(torch.zeros(len(ids), model_dim), experts, ids, torch.ones(len(ids), 1), None)
+    torch.testing.assert_close(y, experts[:, 0].float(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_vectors", "activation"), [(2, "relu"), (3, "silu")])
 def test_pre_activations_of_narrow_tables_are_fp32(dtype, num_vectors, activation):

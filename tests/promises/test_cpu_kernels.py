@@ -8,6 +8,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -468,6 +469,24 @@ def test_a_second_process_finds_the_kernels_compiled(tmp_path):
     assert told[1]["hits and misses"] == {"_top_k_of_sums": [1, 0], "_forward": [1, 0]}
     assert told[0]["y"] == told[1]["y"]
     assert told[0]["ids"] == told[1]["ids"]
+
+
+EVERY_HALF = """
+import json, torch
+from tinyexperts.ops.expert_mlp import cpu
+experts = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).view(-1, 1, 16)
+ids = torch.arange(len(experts))[:, None]
+y, _ = cpu.expert_mlp(torch.zeros(len(ids), 16), experts, ids, torch.ones(len(ids), 1), None)
+print(json.dumps(torch.equal(y.nan_to_num(9e9), experts[:, 0].float().nan_to_num(9e9))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    platform.machine() not in {"x86_64", "AMD64"}, reason="other processors all convert fp16 themselves"
+)
+def test_fp16_is_read_exactly_by_a_processor_that_does_not_know_it(tmp_path):
+    assert run_python(EVERY_HALF, PACKAGE.parent, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_FEATURES="+avx,+avx2,+fma")
 
 
 COMPILED_OR_FOUND = """

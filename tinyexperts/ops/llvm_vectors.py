@@ -70,35 +70,41 @@ def prefetch(builder: Any, pointer: Any) -> None:
     builder.call(function, [pointer, _INT32(0), _INT32(2), _INT32(1)])
 
 
-def widened(builder: Any, vector: Any, dtype: Any, number: Any) -> Any:
+def widened(context: Any, builder: Any, vector: Any, dtype: Any, number: Any) -> Any:
     """A table's elements, of numba's type `dtype`, exactly as numbers of LLVM's type: uint16 is bf16, int16 fp16."""
-    lanes, single = vector.type.count, ir.FloatType()
-    singles, bits_type = ir.VectorType(single, lanes), ir.VectorType(_INT32, lanes)
+    lanes = vector.type.count
+    singles, bits_type = ir.VectorType(ir.FloatType(), lanes), ir.VectorType(_INT32, lanes)
     if dtype == types.uint16:  # bf16 is the upper half of fp32
         bits = builder.zext(vector, bits_type)
         vector = builder.bitcast(builder.shl(bits, constant(_INT32, lanes, 16)), singles)
+    elif dtype == types.int16 and _has_halves(context):
+        vector = builder.fpext(builder.bitcast(vector, ir.VectorType(ir.HalfType(), lanes)), singles)
     elif dtype == types.int16:
-        vector = builder.bitcast(_bits_of_half(builder, builder.zext(vector, bits_type)), singles)
+        vector = builder.bitcast(_bits_of_halves(builder, builder.sext(vector, bits_type)), singles)
     elif dtype == types.int8:
         vector = builder.sitofp(vector, singles)
     return vector if vector.type.element == number else builder.fpext(vector, ir.VectorType(number, lanes))
 
 
-def _bits_of_half(builder: Any, half: Any) -> Any:
-    """fp16 -> fp32: exponent and mantissa move up, and the product with 2^112 mends the bias, of subnormals too."""
-    lanes = half.type.count
+def _has_halves(context: Any) -> bool:
+    """Whether the processor converts fp16 by itself; otherwise LLVM would call a function that may not be there."""
+    triple, _, features = context.codegen().magic_tuple()
+    return triple.startswith(("aarch64", "arm64")) or "+f16c" in features
+
+
+def _bits_of_halves(builder: Any, halves: Any) -> Any:
+    """fp16, sign-extended -> fp32: the bits move up, and the product with 2^112 mends the bias, of subnormals too."""
+    lanes = halves.type.count
 
     def number(value: int) -> Any:
         return constant(_INT32, lanes, value)
 
-    moved = builder.shl(builder.and_(half, number(0x7FFF)), number(13))
-    scaled = builder.fmul(
-        builder.bitcast(moved, ir.VectorType(ir.FloatType(), lanes)), constant(ir.FloatType(), lanes, 2.0**112)
-    )
-    is_special = builder.icmp_unsigned("==", builder.and_(half, number(0x7C00)), number(0x7C00))
+    moved = builder.and_(builder.shl(halves, number(13)), number(0x8FFFE000))
+    singles = ir.VectorType(ir.FloatType(), lanes)
+    scaled = builder.fmul(builder.bitcast(moved, singles), constant(ir.FloatType(), lanes, 2.0**112))
+    is_special = builder.icmp_unsigned("==", builder.and_(moved, number(0x0F800000)), number(0x0F800000))
     special = builder.or_(moved, number(0x7F800000))  # infinity and NaN
-    magnitude = builder.select(is_special, special, builder.bitcast(scaled, half.type))
-    return builder.or_(magnitude, builder.shl(builder.and_(half, number(0x8000)), number(16)))
+    return builder.select(is_special, special, builder.bitcast(scaled, halves.type))
 
 
 def _vector_pointer(builder: Any, data: Any, index: Any, lanes: int) -> Any:

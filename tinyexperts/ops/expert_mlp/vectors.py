@@ -44,7 +44,7 @@ class _Vectors:
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, count: int) -> None:
         experts, ids, pair, pair_ahead, vector = arguments[:5]
-        self._builder, self._dtype = builder, signature.args[0].dtype
+        self._context, self._builder, self._dtype = context, builder, signature.args[0].dtype
         self._bytes = self._dtype.bitwidth // 8
         data = llvm_vectors.array_data(context, builder, signature.args[0], experts)
         id_data = llvm_vectors.array_data(context, builder, signature.args[1], ids)
@@ -66,7 +66,7 @@ class _Vectors:
     def load(self, i: int, d: Any, lanes: int, number: Any) -> Any:
         """Elements of the i-th from d on, as numbers of LLVM's type `number`."""
         vector = llvm_vectors.load(self._builder, self._now[i], d, lanes)
-        return llvm_vectors.widened(self._builder, vector, self._dtype, number)
+        return llvm_vectors.widened(self._context, self._builder, vector, self._dtype, number)
 
     def visit(self, use: Callable[[Any, int], None]) -> None:
         """Make the code that calls use(d, lanes) over all D elements, in cache lines, and prefetches as many lines."""
