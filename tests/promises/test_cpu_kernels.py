@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import mmap
 import multiprocessing
@@ -27,7 +28,7 @@ import tinyexperts
 from tinyexperts import PEER, ProductKeyMemory
 from tinyexperts.layers import product_key_layer, product_key_router
 from tinyexperts.ops import cpu_threads, expert_mlp, huge_pages, numba_kernel, product_key_topk
-from tinyexperts.ops.expert_mlp import _KERNELS, reference
+from tinyexperts.ops.expert_mlp import _KERNELS, reference, touched_rows
 from tinyexperts.ops.expert_mlp import cpu as expert_mlp_cpu
 from tinyexperts.ops.expert_mlp.table_gradient import asked_for, expert_mlp_deferred
 from tinyexperts.ops.product_key_topk import cpu as topk_cpu
@@ -664,6 +665,51 @@ def test_a_table_of_more_than_2_to_31_elements_is_read_and_trained_at_its_end(fu
     assert not table.detach()[neighbours].any()
     # A touched row may bring in a huge page of 2 MiB, in the table and its moments.
     assert resident_bytes() - before < 200 * 2**20
+
+
+@linux_only
+def test_the_last_of_more_than_2_to_31_retrieved_experts_are_summed():
+    # The kernels themselves, for the last two tokens: the other pages of these arrays are never touched.
+    num_retrieved, num_tokens = 2**16, 2**15 + 3
+    assert (num_tokens - 2) * num_retrieved > 2**31
+    shape = (num_tokens, num_retrieved)
+    try:
+        ids_MP, weights_MP = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+        pre_FMP, coefficient_MP = np.zeros((1, *shape), dtype=np.float32), np.zeros(shape, dtype=np.float32)
+        grad_weights_MP, factors_EMP = np.zeros(shape, dtype=np.float32), np.zeros((2, *shape), dtype=np.float32)
+    except MemoryError:
+        pytest.skip("no 64 GiB of addresses")
+    last = slice(num_tokens - 2, num_tokens)
+    x, grad_y, experts = randn(num_tokens, 5, seed=1), randn(num_tokens, 5, seed=2), randn(7, 2, 5, seed=3)
+    ids, weights = (
+        torch.randint(7, (2, num_retrieved), generator=torch.Generator().manual_seed(4)),
+        randn(2, num_retrieved, seed=5),
+    )
+    ids_MP[last], weights_MP[last] = ids, weights
+    y, grad_x = np.zeros(x.shape, dtype=np.float32), np.zeros(x.shape, dtype=np.float32)
+    no_scales, constants = np.zeros((0, 0), dtype=np.float32), expert_mlp_cpu._constants(torch.float32)
+    expert_mlp_cpu._forward(
+        x.numpy(), experts.numpy(), ids_MP, weights_MP, no_scales, 2, constants, y, pre_FMP, last.start, last.stop
+    )
+    leaves = [t.clone().requires_grad_() for t in (x[last], experts, weights)]
+    expected, _ = reference.expert_mlp(leaves[0], leaves[1], ids, leaves[2], "relu")
+    expected.backward(grad_y[last])
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-2)  # of sums of 65,536 numbers
+    close(torch.from_numpy(y[last]), expected.detach())
+    assert not y[: last.start].any()
+
+    coefficient_MP[last] = np.maximum(pre_FMP[0, last], 0)
+    pre_FMP[0, last] = pre_FMP[0, last] > 0  # the derivative of ReLU
+    expert_mlp_cpu._backward(
+        grad_y.numpy(), experts.numpy(), ids_MP, weights_MP, coefficient_MP, pre_FMP, no_scales, constants,
+        grad_x, grad_weights_MP, factors_EMP, last.start, last.stop,
+    )  # fmt: skip
+    close(torch.from_numpy(grad_x[last]), leaves[0].grad)
+    close(torch.from_numpy(grad_weights_MP[last]), leaves[2].grad)
+    rows, order, starts = touched_rows.touched_rows(ids)
+    order += last.start * num_retrieved
+    grad_rows = touched_rows.sum_touched_rows(order, starts, torch.from_numpy(factors_EMP), x, grad_y)
+    close(grad_rows, leaves[1].grad[rows])
 
 
 @pytest.mark.parametrize(("num_vectors", "activation"), ACTIVATIONS[1:])

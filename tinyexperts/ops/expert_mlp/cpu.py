@@ -9,6 +9,7 @@ Every token is summed by one thread in a fixed order: the bits don't depend on t
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -136,9 +137,15 @@ def _min_tokens(experts_NED: Tensor, num_retrieved: int) -> int:
 
 def _array_of_scales(scales_NE: Tensor | None, dtype: torch.dtype) -> Any:
     """[N, E], or none at all."""
-    return array_of(torch.empty((0, 0), dtype=dtype) if scales_NE is None else scales_NE.to(dtype))
+    return _no_scales(dtype) if scales_NE is None else array_of(scales_NE.to(dtype))
 
 
+@functools.cache
+def _no_scales(dtype: torch.dtype) -> Any:
+    return array_of(torch.empty((0, 0), dtype=dtype))
+
+
+@functools.cache
 def _constants(dtype: torch.dtype) -> Any:
     """0, 1/2 and sqrt(1/2) in the type that is computed in: Python's literals would widen fp32 to fp64."""
     return np.array([0.0, 0.5, math.sqrt(0.5)], dtype=np.float64 if dtype == torch.float64 else np.float32)
