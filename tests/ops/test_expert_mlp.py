@@ -193,13 +193,15 @@ def test_bad_input_is_told(change, message):
 def test_no_more_rows_are_gathered_than_a_chunk_holds(monkeypatch, kernels):
     if kernels == "cpu":
         pytest.skip("gathers nothing")
-    gathered, gather = [], portable.gather
+    gathered, gather = [], portable._gather
     monkeypatch.setattr(portable, "_CHUNK_ELEMENTS", 4000)
-    monkeypatch.setattr(portable, "gather", lambda *a: gathered.append(gather(*a).numel()) or gather(*a))
-    x, experts, ids, weights = problem(2, num_tokens=100, model_dim=16, retrieved=8)
-    expert_mlp(x, experts.requires_grad_(), ids, weights, "gelu").sum().backward()
-    assert sum(gathered) == 2 * 100 * 8 * 2 * 16  # once forward, once backward
-    assert max(gathered) <= 4000
+    monkeypatch.setattr(portable, "_gather", lambda *a: gathered.append(gather(*a).numel()) or gather(*a))
+    for dtype, num_vectors in ((torch.float32, 1), (torch.bfloat16, 2)):  # sums of fp32 vectors gather nothing
+        gathered.clear()
+        x, experts, ids, weights = problem(2, num_tokens=100, model_dim=16, retrieved=8, dtype=dtype)
+        expert_mlp(x, experts.requires_grad_(), ids, weights, "gelu").sum().backward()
+        assert sum(gathered) == 2 * 100 * 8 * num_vectors * 16  # once forward, once backward
+        assert max(gathered) <= 4000
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
