@@ -193,9 +193,9 @@ def test_bad_input_is_told(change, message):
 def test_no_more_rows_are_gathered_than_a_chunk_holds(monkeypatch, kernels):
     if kernels == "cpu":
         pytest.skip("gathers nothing")
-    gathered, gather = [], portable._gather
+    gathered, gather = [], portable._Vectors._gather
     monkeypatch.setattr(portable, "_CHUNK_ELEMENTS", 4000)
-    monkeypatch.setattr(portable, "_gather", lambda *a: gathered.append(gather(*a).numel()) or gather(*a))
+    monkeypatch.setattr(portable._Vectors, "_gather", lambda *a: gathered.append(gather(*a).numel()) or gather(*a))
     for dtype, num_vectors in ((torch.float32, 1), (torch.bfloat16, 2)):  # sums of fp32 vectors gather nothing
         gathered.clear()
         x, experts, ids, weights = problem(2, num_tokens=100, model_dim=16, retrieved=8, dtype=dtype)

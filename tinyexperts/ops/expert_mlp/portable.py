@@ -17,36 +17,46 @@ from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 
-# Elements of gathered vectors [m, P, D] that one chunk of tokens may hold. 2 MiB of fp32 stay in the cache and in
-# memory that the allocator keeps: 3 times faster than chunks of 64 MiB on a CPU.
+# Elements of gathered vectors [m, P, D] that one chunk of tokens may hold: 2 MiB of fp32 stay in the cache.
 _CHUNK_ELEMENTS = 1 << 19
 
 
-def _chunks(ids_MP: Tensor, model_dim: int) -> list[slice]:
-    num_tokens, num_retrieved = ids_MP.shape
-    chunk = max(1, _CHUNK_ELEMENTS // max(1, num_retrieved * model_dim))
-    return [slice(start, start + chunk) for start in range(0, num_tokens, chunk)]
+class _Vectors:
+    """The vectors of a table, in chunks of tokens, as numbers of type `dtype`.
 
+    They are gathered into memory that is used again: on a CPU, fresh pages would cost more than the gathering.
+    """
 
-def _gather(experts_NED: Tensor, vector: int, ids_MP: Tensor, scales_NE: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """One vector of each retrieved expert [M, P, D] as numbers to compute with."""
-    num_vectors, model_dim = experts_NED.shape[1:]
-    numbers = ids_MP.flatten() * num_vectors + vector
-    vectors = experts_NED.reshape(-1, model_dim).index_select(0, numbers).to(dtype)
-    if scales_NE is not None:
-        vectors = vectors * scales_NE.reshape(-1, 1).index_select(0, numbers).to(dtype)
-    return vectors.view(*ids_MP.shape, model_dim)
+    def __init__(self, experts_NED: Tensor, scales_NE: Tensor | None, ids_MP: Tensor, dtype: torch.dtype) -> None:
+        self._num_vectors, self._dim = experts_NED.shape[1:]
+        self._flat_experts, self._dtype = experts_NED.reshape(-1, self._dim), dtype
+        self._flat_scales = None if scales_NE is None else scales_NE.reshape(-1, 1).to(dtype)
+        num_tokens, num_retrieved = ids_MP.shape
+        chunk = max(1, min(num_tokens, _CHUNK_ELEMENTS // max(1, num_retrieved * self._dim)))
+        self.chunks = [slice(start, start + chunk) for start in range(0, num_tokens, chunk)]
+        self._stored = experts_NED.new_empty(chunk * num_retrieved, self._dim)
+        self._numbers = self._stored if experts_NED.dtype == dtype else torch.empty_like(self._stored, dtype=dtype)
 
+    def products(self, x_MD: Tensor, vector: int, ids_MP: Tensor) -> Tensor:
+        """Of the token with one vector of each of its experts, [M, P]."""
+        return torch.einsum("md,mpd->mp", x_MD, self._gather(vector, ids_MP))
 
-def _weighted_sum(
-    experts_NED: Tensor, vector: int, ids_MP: Tensor, factors_MP: Tensor, scales_NE: Tensor | None
-) -> Tensor:
-    """The sum of factor * vector over a token's experts [M, D], in the factors' type."""
-    if scales_NE is None and experts_NED.dtype == factors_MP.dtype:  # read where they are: 3 times faster on a CPU
-        num_vectors, model_dim = experts_NED.shape[1:]
-        numbers = ids_MP * num_vectors + vector
-        return F.embedding_bag(numbers, experts_NED.reshape(-1, model_dim), mode="sum", per_sample_weights=factors_MP)
-    return torch.einsum("mp,mpd->md", factors_MP, _gather(experts_NED, vector, ids_MP, scales_NE, factors_MP.dtype))
+    def weighted_sum(self, factors_MP: Tensor, vector: int, ids_MP: Tensor) -> Tensor:
+        """The sum of factor * vector over a token's experts, [M, D]."""
+        if self._stored is self._numbers and self._flat_scales is None:  # read where they are: 3 times faster on a CPU
+            numbers = ids_MP * self._num_vectors + vector
+            return F.embedding_bag(numbers, self._flat_experts, mode="sum", per_sample_weights=factors_MP)
+        return torch.einsum("mp,mpd->md", factors_MP, self._gather(vector, ids_MP))
+
+    def _gather(self, vector: int, ids_MP: Tensor) -> Tensor:
+        positions = ids_MP.flatten() * self._num_vectors + vector
+        stored, numbers = self._stored[: len(positions)], self._numbers[: len(positions)]
+        torch.index_select(self._flat_experts, 0, positions, out=stored)
+        if numbers.dtype != stored.dtype:
+            numbers.copy_(stored)
+        if self._flat_scales is not None:
+            numbers *= self._flat_scales.index_select(0, positions)
+        return numbers.view(*ids_MP.shape, self._dim)
 
 
 def expert_mlp(
@@ -58,18 +68,18 @@ def expert_mlp(
     scales_NE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y [M, D] and the pre-activations [E - 1, M, P]."""
-    num_vectors, model_dim = experts_NED.shape[1:]
+    last = experts_NED.shape[1] - 1
     y = torch.empty_like(x_MD, memory_format=torch.contiguous_format)
     dtype = accumulation_dtype(x_MD, experts_NED)
-    pre_activations = x_MD.new_empty((num_vectors - 1, *ids_MP.shape), dtype=dtype)
-    for tokens in _chunks(ids_MP, model_dim):
+    vectors = _Vectors(experts_NED, scales_NE, ids_MP, dtype)
+    pre_activations = x_MD.new_empty((last, *ids_MP.shape), dtype=dtype)
+    for tokens in vectors.chunks:
         x, ids, factor = x_MD[tokens].to(dtype), ids_MP[tokens], weights_MP[tokens].to(dtype)
-        for vector in range(num_vectors - 1):
-            u_MPD = _gather(experts_NED, vector, ids, scales_NE, dtype)
-            pre_activations[vector, tokens] = torch.einsum("md,mpd->mp", x, u_MPD)
+        for vector in range(last):
+            pre_activations[vector, tokens] = vectors.products(x, vector, ids)
         if activation is not None:
             factor = factor * coefficients(pre_activations[:, tokens], activation)
-        y[tokens] = _weighted_sum(experts_NED, num_vectors - 1, ids, factor, scales_NE).to(x_MD.dtype)
+        y[tokens] = vectors.weighted_sum(factor, last, ids).to(x_MD.dtype)
     return y, pre_activations
 
 
@@ -90,15 +100,16 @@ def expert_mlp_backward(
     R = 0 where the table's gradient is not asked for (a frozen table).
     """
     num_vectors, model_dim = experts_NED.shape[1:]
+    last = num_vectors - 1
     dtype = accumulation_dtype(x_MD, experts_NED)
     grad_x = torch.zeros_like(x_MD, memory_format=torch.contiguous_format)
     grad_weights = torch.empty_like(weights_MP, memory_format=torch.contiguous_format)
     # What multiplies x (for u and w) or grad_y (for v) in the gradient of an expert, one number a pair and vector.
     factors_EMP = pre_activations_FMP.new_empty((num_vectors, *ids_MP.shape), dtype=dtype)
-    for tokens in _chunks(ids_MP, model_dim):
+    vectors = _Vectors(experts_NED, scales_NE, ids_MP, dtype)
+    for tokens in vectors.chunks:
         ids, weights = ids_MP[tokens], weights_MP[tokens].to(dtype)
-        v_MPD = _gather(experts_NED, num_vectors - 1, ids, scales_NE, dtype)
-        grad_scaled_MP = torch.einsum("md,mpd->mp", grad_y_MD[tokens].to(dtype), v_MPD)
+        grad_scaled_MP = vectors.products(grad_y_MD[tokens].to(dtype), last, ids)
         if activation is None:
             grad_weights[tokens], factors_EMP[-1, tokens] = grad_scaled_MP, weights
             continue
@@ -111,12 +122,12 @@ def expert_mlp_backward(
             factors_EMP[0, tokens] *= pre[1]
             factors_EMP[1, tokens] = grad_scaled_MP * weights * activate(pre[0], activation)
         grad = torch.zeros_like(x_MD[tokens], dtype=dtype)
-        for vector in range(num_vectors - 1):
-            grad += _weighted_sum(experts_NED, vector, ids, factors_EMP[vector, tokens], scales_NE)
+        for vector in range(last):
+            grad += vectors.weighted_sum(factors_EMP[vector, tokens], vector, ids)
         grad_x[tokens] = grad.to(x_MD.dtype)
     if not table_gradient:
         return grad_x, ids_MP.new_empty(0), experts_NED.new_empty(0, num_vectors, model_dim), grad_weights
-    operands = [x_MD.to(dtype)] * (num_vectors - 1) + [grad_y_MD.to(dtype)]
+    operands = [x_MD.to(dtype)] * last + [grad_y_MD.to(dtype)]
     rows, grad_rows_RED = _sum_by_expert(ids_MP, factors_EMP, operands)
     return grad_x, rows, grad_rows_RED.to(experts_NED.dtype), grad_weights
 
