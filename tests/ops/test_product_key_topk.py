@@ -261,6 +261,18 @@ def test_scores_that_overflow_to_nan_give_valid_ids():
             assert torch.equal(scores.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
 
 
+def test_scores_that_are_nan_stay_above_infinite_ties():
+    keys = torch.zeros(2, 16, 1)
+    keys[0, :3] = torch.inf
+    keys[1, 5:7] = -torch.inf
+    keys[1, 8:] = torch.inf
+    query = torch.ones(1, 1, 2)
+    scores, ids = product_key_topk(query, keys, 16)
+    expected, _ = reference.product_key_topk(query, keys, 16)
+    assert torch.equal(scores.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
+    assert len(ids.unique()) == 16
+
+
 def test_many_tied_rows_in_chunks_equal_one_at_a_time(monkeypatch):
     generator = torch.Generator().manual_seed(10)
     query = torch.randn(12, 2, 8, generator=generator)

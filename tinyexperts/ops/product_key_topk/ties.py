@@ -41,7 +41,8 @@ def top_k_of_sums_with_ties(
             i, j = candidates[c, 0], candidates[c, 1]
             id_ = index_1[i] * num_sub_keys + index_2[j]
             num_kept = _insert(best_1[i] + best_2[j], id_, num_kept, top, top_ids)
-        for f in range(len(frontier)):
+        has_nan = top[0] != top[0]  # NaN is above all and equals nothing: what the candidates gave stays
+        for f in range(0 if has_nan else len(frontier)):
             if best_1[frontier[f, 0]] + best_2[frontier[f, 1]] == top[-1]:
                 _settle_ties(scores_1, scores_2, row, num_sub_keys, best_2[0], top, top_ids)
                 break
