@@ -19,7 +19,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from tinyexperts import data, evaluation, study, training
 from tinyexperts.errors import InputError
 from tinyexperts.model import generate as generate_tokens
-from tinyexperts.study import layer_benchmark
+from tinyexperts.study import layer_benchmark, scales, studies
 from tinyexperts.training import recipes, run_folder
 
 
@@ -223,6 +223,35 @@ def report(
     print(output)
 
 
+def _study(make: Callable[[scales.Scale], study.Study]) -> Callable[..., None]:
+    """The command that runs one of the studies."""
+
+    def run(config: Annotated[study.StudyConfig, tyro.conf.arg(name="")] = study.StudyConfig()) -> None:  # noqa: B008
+        study.run_study(make, config)
+
+    run.__doc__ = make.__doc__
+    return run
+
+
+def study_status(folder: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Show what of a study is done, begun, waiting or failed, and why.
+
+    Args:
+        folder: Folder of the study.
+    """
+    study.print_status(study.StudyFolder(folder))
+
+
+def run_of_study(folder: Annotated[Path, tyro.conf.Positional], name: Annotated[str, tyro.conf.Positional]) -> None:
+    """Do what is left of one planned run of a study: train or resume, and evaluate.
+
+    Args:
+        folder: Folder of the study.
+        name: Name of the run.
+    """
+    study.run_of_study(folder, name)
+
+
 def bench_layer(config: Annotated[layer_benchmark.LayerBenchmarkConfig, tyro.conf.arg(name="")]) -> None:
     """Measure PEER on this machine: its operator against the memory's limit, its parts, and what stands beside it."""
     layer_benchmark.run_layer_benchmark(config)
@@ -253,7 +282,16 @@ VERBS = {
     ),
     "evaluate": evaluate,
     "generate": generate,
-    "study": _group("Train and compare several models, and write reports.", {"demo": demo, "report": report}),
+    "study": _group(
+        "Train and compare several models, and write reports.",
+        {
+            "demo": demo,
+            "report": report,
+            **{make.__name__.replace("_", "-"): _study(make) for make in studies.STUDIES},
+            "status": study_status,
+            "run": run_of_study,
+        },
+    ),
     "bench": _group("Measure the layers on this machine.", {"layer": bench_layer}),
 }
 

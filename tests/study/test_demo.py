@@ -19,8 +19,10 @@ from tinyexperts.study.demo import DemoConfig, run_demo
 from tinyexperts.study.run_queue import last_metrics
 
 # Writes what the real commands write. `train` waits while the output folder has a file `hold`, and saves on SIGINT.
+# A shell's background job ignores Ctrl-C, and so would its children.
 STAND_IN = """
-import json, pathlib, sys, time
+import json, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 verb, rest = sys.argv[1], sys.argv[2:]
 folder = pathlib.Path(rest[rest.index("--run") + 1] if verb == "train" else rest[0])
 with (folder.parent / "calls.jsonl").open("a") as calls:
@@ -53,7 +55,8 @@ else:
     path.write_text(json.dumps(samples))
 """
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from tinyexperts.study import demo, run_queue
 output = Path(sys.argv[1])

@@ -1,6 +1,22 @@
-"""Sets of runs: the demo, and the report that compares runs."""
+"""Sets of runs: the demo, the studies of the paper, and the report that compares runs."""
 
 from tinyexperts.study.demo import DemoConfig, run_demo
+from tinyexperts.study.grid import GridRun, Study
 from tinyexperts.study.report import write_report
+from tinyexperts.study.study_folder import StudyFolder
+from tinyexperts.study.study_run import run_of_study
+from tinyexperts.study.study_runner import StudyConfig, run_study
+from tinyexperts.study.study_status import print_status
 
-__all__ = ["DemoConfig", "run_demo", "write_report"]
+__all__ = [
+    "DemoConfig",
+    "GridRun",
+    "Study",
+    "StudyConfig",
+    "StudyFolder",
+    "print_status",
+    "run_demo",
+    "run_of_study",
+    "run_study",
+    "write_report",
+]

@@ -6,6 +6,7 @@ The children are asked to stop where the user presses Ctrl-C; they save, so that
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,10 +20,12 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+from rich.table import Column
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 60.0  # for a checkpoint to be written after a request to stop
 TAIL_BYTES = 65536  # of metrics.jsonl, ample for its last lines
+MAX_BARS = 8  # of more runs than this only those under way have a bar, below one for all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,7 @@ class _Queue:
     environment: Mapping[str, str]
     progress: Progress
     tasks: dict[Path, TaskID]
+    overall: TaskID
     active: list[_Active] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -77,7 +81,7 @@ class _Queue:
             start_new_session=True,
         )
         task = self.tasks[job.folder]
-        self.progress.update(task, stage=job.stages[stage].name)
+        self.progress.update(task, stage=job.stages[stage].name, visible=True)
         active = _Active(job=job, task=task, process=process, log=log, stage=stage, log_start=log_start)
         self.active.append(active)
 
@@ -90,13 +94,15 @@ class _Queue:
                 continue
             run.log.close()
             self.active.remove(run)
+            if status == 0 and run.stage + 1 < len(run.job.stages):
+                self.start(run.job, run.stage + 1)
+                continue
             if status != 0:
                 self.failures[run.job.folder.name] = _failure(run, status)
-                self.progress.update(run.task, stage="[red]failed[/red]", left="")
-            elif run.stage + 1 < len(run.job.stages):
-                self.start(run.job, run.stage + 1)
-            else:
-                self.progress.update(run.task, stage="[green]done[/green]", left="")
+            word = "[green]done[/green]" if status == 0 else "[red]failed[/red]"
+            self.progress.update(run.task, stage=word, left="", visible=len(self.tasks) <= MAX_BARS)
+            failed = f"[red]{len(self.failures)} failed[/red]" if self.failures else ""
+            self.progress.update(self.overall, advance=1, loss=failed)
 
     def stop(self) -> None:
         """Ask the children to save and end; end those that don't, or all at once on a second Ctrl-C."""
@@ -116,30 +122,39 @@ class _Queue:
 
 
 def run_jobs(
-    jobs: Sequence[Job], *, num_parallel: int, environment: Mapping[str, str], console: Console
+    jobs: Sequence[Job],
+    *,
+    num_parallel: int,
+    environment: Mapping[str, str],
+    console: Console,
+    max_seconds: float = math.inf,
 ) -> dict[str, str]:
     """Run the jobs, `num_parallel` at a time in their order, and return the failures: the run's name and one sentence.
 
     A failed job doesn't stop the others. On Ctrl-C, SIGTERM or a closed terminal the children are asked to save and
-    end, then KeyboardInterrupt is raised.
+    end, then KeyboardInterrupt is raised; after max_seconds they are asked the same, and the failures so far returned.
     """
+    deadline = time.monotonic() + max_seconds
     columns = (
         TextColumn("{task.description}"),
-        TextColumn("{task.fields[stage]}"),
+        TextColumn("{task.fields[stage]}", table_column=Column(no_wrap=True, min_width=8)),
         BarColumn(bar_width=None),
-        TaskProgressColumn(),
+        TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
         TextColumn("{task.fields[loss]}"),
         TextColumn("{task.fields[speed]}"),
         TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=console, expand=True) as progress, _signals_as_interrupts():
+        few = len(jobs) <= MAX_BARS
+        empty = {"stage": "", "loss": "", "speed": "", "left": ""}
+        overall = progress.add_task(f"{len(jobs)} runs", total=len(jobs), visible=not few, **empty)
         tasks = {
             job.folder: progress.add_task(
-                job.folder.name, total=None, start=False, stage="waiting", loss="", speed="", left=""
+                job.folder.name, total=None, start=False, visible=few, **(empty | {"stage": "waiting"})
             )
             for job in jobs
         }
-        queue = _Queue(waiting=list(jobs), environment=environment, progress=progress, tasks=tasks)
+        queue = _Queue(waiting=list(jobs), environment=environment, progress=progress, tasks=tasks, overall=overall)
         try:
             while queue.waiting or queue.active:
                 while queue.waiting and len(queue.active) < num_parallel:
@@ -148,6 +163,9 @@ def run_jobs(
                     queue.start(job, 0)
                 time.sleep(POLL_SECONDS)
                 queue.advance()
+                if time.monotonic() > deadline:
+                    queue.stop()
+                    break
         except BaseException:
             queue.stop()
             raise

@@ -1,0 +1,302 @@
+"""The studies: their grids, what they cost, and how they are run, skipped, resumed, refused and told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from tinyexperts.errors import InputError
+from tinyexperts.model import Transformer
+from tinyexperts.study import grid, slurm, studies, study_runner
+from tinyexperts.study.accounting import account
+from tinyexperts.study.scales import METHODS, scale_named
+from tinyexperts.study.study_folder import StudyFolder
+from tinyexperts.study.study_run import run_of_study
+from tinyexperts.study.study_runner import StudyConfig, run_study
+from tinyexperts.study.study_status import print_status
+from tinyexperts.training import Interrupted
+
+SCALES = ("minute", "laptop", "gpu", "paper")
+
+
+def scale(name="minute", data=Path("data/none"), vocab_size=300):
+    return scale_named(name, data=data, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("make", studies.STUDIES, ids=lambda make: make.__name__)
+def test_every_study_can_be_planned_at_every_scale(make, name):
+    study = make(scale(name, vocab_size=4096))
+    assert study.question.endswith("?")
+    runs = [run for stage in study.stages for run in stage({})]
+    assert len({run.name for run in runs}) == len(runs)
+    # Untuned, a method's default is a point of the grid, too.
+    assert len({repr(run.config) for run in runs}) >= len(runs) - len(METHODS)
+    grid.check_grid(runs, num_train_tokens=10**15)
+    for run in runs:
+        assert run.config.seed == run.axes["seed"]
+        assert run.config.training_flops == run.axes["budget"]
+        assert run.config.model.d_model == run.axes["width"]
+
+
+def test_the_papers_own_settings():
+    runs = studies.isoflop(scale("paper", vocab_size=32000)).stages[1]({})
+    assert {run.config.training_flops for run in runs} == {6e18, 2e19}
+    assert {run.config.model.num_layers for run in runs} == {12}
+    assert {run.config.model.sparse_blocks for run in runs} == {(6,)}
+    assert {run.config.tokens_per_step for run in runs} == {128 * 2048}
+    layers = {run.method: run.config.model.sparse_layer for run in runs}
+    assert layers["moe"].num_experts == 128
+    assert layers["moe"].hidden_dim is None, "each the size of the dense MLP"
+    assert (layers["pkm"].num_values, layers["pkm"].num_heads, layers["pkm"].values_per_head) == (1024**2, 8, 32)
+    assert (layers["peer"].num_experts, layers["peer"].num_heads, layers["peer"].experts_per_head) == (1024**2, 8, 16)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_account_of_a_run_is_that_of_its_model(method):
+    config = studies.isoflop(scale("laptop", vocab_size=512)).stages[1]({})[0].config
+    layer = scale("laptop").layers[method]
+    config = replace(config, model=replace(config.model, d_model=64, num_heads=4, sparse_layer=layer))
+    cost, model = account(config), Transformer(config.model)
+    forward = model.flops_per_token(config.model.context_length)
+    assert cost.forward_flops.total == forward
+    assert cost.forward_flops.router == model.router_flops_per_token()
+    assert cost.num_steps == int(config.training_flops // (3 * forward * config.tokens_per_step))
+    assert (cost.parameters_total, cost.parameters_active) == (
+        model.num_parameters().total,
+        model.num_parameters().active,
+    )
+    sparse = model.blocks[2].feed_forward
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    num_matmul = sum(module.weight.numel() for module in linear)
+    if method in ("pkm", "peer"):
+        router, vectors = sparse.router, {"pkm": 1, "peer": 2}[method]
+        assert cost.forward_flops.sub_key_scores == 2 * 4 * 256 * 32
+        assert cost.forward_flops.query_network == 2 * router.query.weight.numel()
+        num_matmul += router.sub_keys.numel()
+        rows = {"pkm": 4 * 32, "peer": 4 * 16}[method] * vectors * 64 * 4
+    else:
+        assert cost.forward_flops.sub_key_scores == 0
+        rows = 0
+        num_matmul += sum(p.numel() for p in sparse.parameters() if p.dim() == 3)  # a mixture's experts
+    assert cost.parameters_matmul == num_matmul
+    assert cost.forward_bytes == rows + 4 * num_matmul / config.tokens_per_step
+
+
+def test_tuning_decides_the_settings_of_the_main_runs():
+    study = studies.isoflop(scale())
+    losses = {run.name: 5.0 for run in study.stages[0]({})}
+    losses["tune-peer-table-x2-seed0"] = 4.9
+    losses["tune-peer-table-x0.5-seed0"] = 4.95
+    losses["tune-peer-batch-x0.5-seed0"] = 4.99
+    losses["tune-dense-head-x0.5-seed0"] = 4.8
+    losses["tune-moe-head-x2-seed0"] = float("nan")
+    by_method = {run.method: run.config for run in study.stages[1](losses)}
+    base = scale().base
+    assert by_method["peer"].table_learning_rate == 2 * base.table_learning_rate
+    assert by_method["peer"].batch_size == base.batch_size // 2
+    assert by_method["peer"].head_learning_rate == base.head_learning_rate
+    assert by_method["dense"].head_learning_rate == base.head_learning_rate / 2
+    assert by_method["moe"].head_learning_rate == base.head_learning_rate
+    assert not [run for run in study.stages[0]({}) if run.method in ("dense", "moe") and "table" in run.name]
+
+
+def test_a_budget_without_a_step_and_a_small_corpus_are_refused():
+    run = studies.num_experts(scale()).stages[0]({})[0]
+    poor = replace(run, config=replace(run.config, training_flops=10.0))
+    with pytest.raises(InputError, match=rf"the budget of {run.name}, 10 FLOPs, affords no step: one costs "):
+        grid.check_grid([poor], 10**9)
+    tokens = account(run.config).num_tokens
+    with pytest.raises(InputError, match=rf"{run.name} trains on {tokens:,} tokens, and data/none holds 10: they"):
+        grid.check_grid([run], 10)
+    grid.check_grid([run], tokens // grid.MAX_EPOCHS + 1)
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """Runs happen in this process; `fail` names those that fail, `stop_after` how many are run before time is up."""
+
+    class Children:
+        fail = ()
+        stop_after = 10**9
+        started = ()
+
+        def run_jobs(self, jobs, **options):
+            failures = {}
+            for job in jobs:
+                if len(self.started) >= self.stop_after:
+                    break
+                *_, verb, folder, name = job.stages[0].command
+                assert verb == "run"
+                self.started = (*self.started, name)
+                if name in self.fail:
+                    failures[name] = f"running of {name} failed"
+                else:
+                    run_of_study(Path(folder), name)
+            return failures
+
+    stand_in = Children()
+    monkeypatch.setattr(study_runner, "run_jobs", stand_in.run_jobs)
+    return stand_in
+
+
+@pytest.fixture
+def config(tiny_data, tmp_path):
+    corpus = tmp_path / "poems"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("the red cat sees a blue dog " * 20)
+    return StudyConfig(scale="minute", data=tiny_data, output=tmp_path / "study", evaluation_corpora=(corpus,))
+
+
+def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
+    run_study(studies.num_experts, config)
+    assert len(children.started) == 8
+    folder = StudyFolder(config.output)
+    for run in folder.planned_runs():
+        assert folder.status(run).state == "done"
+        path = folder.run_path(run.name)
+        for name in ("evaluation.json", "evaluation-poems.json"):
+            assert json.loads((path / name).read_text())["loss"] > 0
+        assert (
+            json.loads((path / "config.json").read_text())["model"]["sparse_layer"]["num_experts"]
+            == (run.axes["num_experts"])
+        )
+        assert not (path / "checkpoints").exists()
+    assert "8 runs planned so far, 8 done, 0 begun, 0 waiting, 0 failed" in capsys.readouterr().out
+    run_study(studies.num_experts, config)
+    assert len(children.started) == 8
+
+
+def test_what_is_cut_off_is_resumed_and_only_that(config, children):
+    run_study(studies.num_experts, config)
+    folder = StudyFolder(config.output)
+    names = [run.name for run in folder.planned_runs()]
+    (folder.run_path(names[3]) / "evaluation-poems.json").unlink()  # cut off before: its checkpoint is there again
+    shutil.rmtree(folder.run_path(names[5]))
+    folder.run_path(names[3]).joinpath("evaluation.json").unlink()
+    children.started = ()
+    run_study(studies.num_experts, config)
+    assert sorted(children.started) == [names[3], names[5]]
+    assert all(folder.status(run).state == "done" for run in folder.planned_runs())
+
+
+def test_a_failed_run_stops_no_other_and_is_told_and_tried_again(config, children, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    name = studies.num_experts(scale()).stages[0]({})[2].name
+    children.fail = (name,)
+    run_study(studies.num_experts, config)
+    folder = StudyFolder(config.output)
+    states = {run.name: folder.status(run) for run in folder.planned_runs()}
+    assert states[name].state == "failed"
+    assert states[name].reason == f"running of {name} failed"
+    assert sum(status.state == "done" for status in states.values()) == 7
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "7 done, 0 begun, 0 waiting, 1 failed" in printed
+    assert f"running of {name} failed" in printed
+    children.fail, children.started = (), ()
+    run_study(studies.num_experts, config)
+    assert children.started == (name,)
+    assert folder.status(folder.planned_run(name)).state == "done"
+
+
+def test_the_minutes_end_a_slice_and_the_next_goes_on(config, children, monkeypatch, capsys):
+    children.stop_after = 3
+    clock = iter([0.0, 1.0, 1000.0])
+    monkeypatch.setattr(study_runner.time, "monotonic", lambda: next(clock))
+    with pytest.raises(Interrupted, match="the minutes are over"):
+        run_study(studies.num_experts, replace(config, minutes=8.0))
+    assert "3 done, 0 begun, 5 waiting" in capsys.readouterr().out
+    monkeypatch.undo()
+    done = children.started
+    children.stop_after, children.started = 10**9, ()
+    monkeypatch.setattr(study_runner, "run_jobs", children.run_jobs)
+    run_study(studies.num_experts, config)
+    assert len(children.started) == 5
+    assert not set(children.started) & set(done)
+
+
+def test_a_second_process_on_a_study_is_refused(config):
+    config.output.mkdir()
+    with FileLock(config.output / "lock"), pytest.raises(InputError, match="another process runs the study in"):
+        run_study(studies.num_experts, config)
+
+
+def test_another_study_in_the_same_folder_is_refused(config, children):
+    children.stop_after = 0
+    run_study(studies.num_experts, config)
+    with pytest.raises(InputError, match=r"study was 'num-experts', is 'usage'.*choose another --output"):
+        run_study(studies.usage, config)
+    (config.output / "study.json").unlink()
+    with pytest.raises(InputError, match="exists and is not the folder of a study"):
+        run_study(studies.num_experts, config)
+    with pytest.raises(InputError, match=r"it has no study\.json"):
+        print_status(StudyFolder(config.output))
+
+
+def test_a_half_deleted_run_is_told(config, children):
+    run_study(studies.num_experts, config)
+    folder = StudyFolder(config.output)
+    run = folder.planned_runs()[0]
+    (folder.run_path(run.name) / "config.json").unlink()
+    status = folder.status(run)
+    assert status.state == "failed"
+    assert "has results but no config.json: delete it, and it is run again" in status.reason
+
+
+def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    output = tmp_path / "study"
+    run_study(studies.isoflop, StudyConfig(scale="paper", data=tmp_path / "none", output=output, dry_run=True))
+    printed = capsys.readouterr().out
+    assert not output.exists()
+    assert "peer-d1024-c2e19-seed2" in printed
+    assert "hours on one H100 SXM at 40% of its 989 TFLOP/s, " in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_parallel": 0}, "num_parallel must be at least 1, got 0"),
+        ({"minutes": 0.0}, "minutes must be positive, got 0.0"),
+        ({"slurm_hours": -1.0}, "slurm_hours must be positive, got -1.0"),
+        ({"evaluation_corpora": (Path("no/such"),)}, "there is no evaluation corpus no/such"),
+        ({"evaluation_corpora": (Path("a/x.txt"), Path("b/x.md"))}, "must have different names, got x, x"),
+    ],
+)
+def test_bad_settings_are_told(changes, message):
+    with pytest.raises(InputError, match=message):
+        StudyConfig(**changes)
+
+
+def test_an_unknown_run_is_told(config, children):
+    children.stop_after = 0
+    run_study(studies.num_experts, config)
+    with pytest.raises(InputError, match="plans no run nonsense"):
+        run_of_study(config.output, "nonsense")
+
+
+@pytest.mark.slow
+def test_submitit_runs_what_is_left_and_tells_failures(config, children, monkeypatch):
+    children.stop_after = 6
+    run_study(studies.num_experts, config)
+    folder = StudyFolder(config.output)
+    waiting = [run for run in folder.planned_runs() if folder.status(run).state == "waiting"]
+    planned = config.output / "planned" / f"{waiting[1].name}.json"
+    planned.write_text("{}")
+    monkeypatch.setattr(slurm, "_POLL_SECONDS", 0.2)
+    failures = slurm.run_array(folder, waiting, num_parallel=2, cluster="local", timeout_min=5)
+    assert list(failures) == [waiting[1].name]
+    assert "does not hold a planned run" in failures[waiting[1].name]
+    assert folder.status(waiting[0]).state == "done"
+
+
+def test_slurm_is_refused_where_there_is_none(config, children, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="wants a machine of a Slurm cluster"):
+        run_study(studies.num_experts, replace(config, executor="slurm"))

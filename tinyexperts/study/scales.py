@@ -1,0 +1,173 @@
+"""The sizes at which the studies can be run: minute (tests), laptop (two cores), gpu (one of 80 GB), paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tinyexperts.errors import InputError
+from tinyexperts.model import (
+    DenseConfig,
+    ExpertChoiceMoEConfig,
+    PEERConfig,
+    ProductKeyMemoryConfig,
+    TransformerConfig,
+)
+from tinyexperts.model.config import SparseLayerConfig
+from tinyexperts.training.config import TrainConfig
+
+ScaleName = Literal["minute", "laptop", "gpu", "paper"]
+METHODS = ("dense", "moe", "pkm", "peer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Sizes and budgets of a scale.
+
+    budgets: training FLOPs of a run, router counted, ascending
+    widths: model widths D, ascending; heads are of `head_dim`
+    seeds: of every point of the isoFLOP study; the ablations take them too
+    layers: the sparse layer of each method
+    base: what all runs share; its model's width and sparse layer, its budget and seed are replaced
+    experts, active: values of N, and of (heads, experts a head), for the ablations
+    """
+
+    name: ScaleName
+    budgets: tuple[float, ...]
+    widths: tuple[int, ...]
+    head_dim: int
+    seeds: tuple[int, ...]
+    layers: Mapping[str, SparseLayerConfig]
+    base: TrainConfig
+    experts: tuple[int, ...]
+    active: tuple[tuple[int, int], ...]
+
+    @property
+    def middle_width(self) -> int:
+        return self.widths[len(self.widths) // 2]
+
+    def config(self, layer: SparseLayerConfig, *, width: int, budget: float, seed: int, **changes: Any) -> TrainConfig:
+        """A run of this scale; changes are settings of TrainConfig."""
+        model = replace(self.base.model, d_model=width, num_heads=width // self.head_dim, sparse_layer=layer)
+        return replace(self.base, **{"model": model, "training_flops": budget, "seed": seed, **changes})
+
+
+def scale_named(name: ScaleName, *, data: Path, vocab_size: int) -> Scale:
+    """The sizes of a scale, for a data set and its vocabulary.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in get_args(ScaleName):
+        raise InputError(f"the scale must be one of {', '.join(get_args(ScaleName))}, got {name!r}")
+    return {"minute": _minute, "laptop": _laptop, "gpu": _gpu, "paper": _paper}[name](data, vocab_size)
+
+
+def _base(
+    data: Path, vocab_size: int, *, context_length: int, num_layers: int, activation: str, **settings: Any
+) -> TrainConfig:
+    model = TransformerConfig(
+        vocab_size=vocab_size,
+        context_length=context_length,
+        d_model=64,
+        num_layers=num_layers,
+        num_heads=1,
+        dense=DenseConfig(activation=activation),  # type: ignore[arg-type]
+        sparse_layer=DenseConfig(),
+    )
+    return TrainConfig(run=Path(), data=data, model=model, training_flops=1.0, **settings)
+
+
+def _layers(num_experts: int, heads: int, query_dim: int, moe_experts: int, activation: str) -> dict[str, Any]:
+    """The paper's proportions: a memory retrieves twice as many values as PEER retrieves experts."""
+    shared: dict[str, Any] = {"num_heads": heads, "query_dim": query_dim}
+    return {
+        "dense": DenseConfig(activation=activation),  # type: ignore[arg-type]
+        "moe": ExpertChoiceMoEConfig(num_experts=moe_experts, activation=activation),  # type: ignore[arg-type]
+        "pkm": ProductKeyMemoryConfig(num_values=num_experts, values_per_head=32, **shared),
+        "peer": PEERConfig(num_experts=num_experts, experts_per_head=16, **shared),
+    }
+
+
+def _minute(data: Path, vocab_size: int) -> Scale:
+    """A few steps a run: that everything works, and nothing about the question."""
+    base = _base(
+        data, vocab_size, context_length=32, num_layers=2, activation="relu2",
+        batch_size=2, threads=1, validation_every=10, validation_tokens=256,
+    )  # fmt: skip
+    layers = _layers(32**2, 1, 8, 4, "relu2")
+    return Scale(
+        name="minute",
+        budgets=(1e8, 2e8),
+        widths=(8, 16, 24),
+        head_dim=8,
+        seeds=(0, 1),
+        layers=layers,
+        base=base,
+        experts=(16**2, 32**2),
+        active=((1, 8), (1, 16)),
+    )
+
+
+def _laptop(data: Path, vocab_size: int) -> Scale:
+    """Two cores and some hours; 5e10 training FLOPs a second a core."""
+    base = _base(
+        data, vocab_size, context_length=256, num_layers=4, activation="relu2",
+        batch_size=4, threads=1, validation_every=200, validation_tokens=8192, checkpoint_every=250,
+    )  # fmt: skip
+    return Scale(
+        name="laptop",
+        budgets=(3e12, 1e13, 3e13),
+        widths=(32, 48, 64, 96),
+        head_dim=16,
+        seeds=(0, 1, 2),
+        layers=_layers(256**2, 4, 32, 16, "relu2"),
+        base=base,
+        experts=(64**2, 128**2, 256**2, 512**2),
+        active=((2, 16), (4, 16), (8, 16), (8, 32), (16, 32)),
+    )
+
+
+def _gpu(data: Path, vocab_size: int) -> Scale:
+    """One GPU of 80 GB. Nothing of it has been run."""
+    base = _base(
+        data, vocab_size, context_length=512, num_layers=8, activation="relu2",
+        batch_size=32, validation_every=200, validation_tokens=65536, checkpoint_every=250,
+    )  # fmt: skip
+    return Scale(
+        name="gpu",
+        budgets=(3e14, 1e15, 3e15),
+        widths=(128, 192, 256, 384),
+        head_dim=32,
+        seeds=(0, 1, 2),
+        layers=_layers(512**2, 8, 64, 32, "relu2"),
+        base=base,
+        experts=(128**2, 256**2, 512**2, 1024**2),
+        active=((4, 8), (8, 8), (8, 16), (16, 16), (16, 32)),
+    )
+
+
+def _paper(data: Path, vocab_size: int) -> Scale:
+    """The paper's own settings: 12 blocks of which the middle one is replaced, 128 sequences of 2,048 tokens.
+
+    What the paper leaves open (optimiser, learning rates, widths, query width, activation) is ours.
+    """
+    base = _base(
+        data, vocab_size, context_length=2048, num_layers=12, activation="gelu",
+        batch_size=16, gradient_accumulation=8, matrix_learning_rate=2e-3, embedding_learning_rate=2e-2,
+        head_learning_rate=2e-3, table_learning_rate=1e-3, weight_decay=0.1, schedule="cosine",
+        table_gradients="dense", validation_every=500, validation_tokens=2**20, checkpoint_every=500,
+    )  # fmt: skip
+    return Scale(
+        name="paper",
+        budgets=(6e18, 2e19),
+        widths=(512, 640, 768, 1024, 1280, 1536),
+        head_dim=64,
+        seeds=(0, 1, 2),
+        layers=_layers(1024**2, 8, 128, 128, "gelu"),
+        base=base,
+        experts=(128**2, 256**2, 512**2, 1024**2),
+        active=((4, 8), (8, 8), (8, 16), (16, 16), (16, 32)),
+    )

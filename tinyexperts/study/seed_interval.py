@@ -1,0 +1,55 @@
+"""What a few seeds allow to be said of a mean: Student's interval."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from scipy import stats
+
+CONFIDENCE = 0.95
+Outcome = Literal["lower", "higher", "undecided"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedInterval:
+    """Values of the same quantity, one a seed; the interval holds their true mean with 95 % confidence.
+
+    With fewer than two values, or one that is not finite, there is nothing to judge chance by: the interval is
+    everything.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.values) / len(self.values)
+
+    @property
+    def standard_deviation(self) -> float | None:
+        """Over seeds; None for one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The 95 % interval of the mean."""
+        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+            return -math.inf, math.inf
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(self.values) - 1))
+        half = quantile * statistics.stdev(self.values) / math.sqrt(len(self.values))
+        return self.mean - half, self.mean + half
+
+    @property
+    def outcome(self) -> Outcome:
+        """Whether the mean is below or above zero; a difference inside the interval is neither."""
+        low, high = self.bounds
+        return "lower" if high < 0 else "higher" if low > 0 else "undecided"
+
+
+def paired_difference(method: Mapping[int, float], baseline: Mapping[int, float]) -> SeedInterval | None:
+    """Method minus baseline over the seeds that both have; None where they share none."""
+    seeds: Sequence[int] = sorted(method.keys() & baseline.keys())
+    return SeedInterval(values=tuple(method[seed] - baseline[seed] for seed in seeds)) if seeds else None

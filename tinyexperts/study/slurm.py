@@ -1,0 +1,51 @@
+"""The runs of a study as a Slurm job array, by submitit (pip install 'tinyexperts[slurm]')."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tinyexperts.errors import InputError
+from tinyexperts.study.grid import GridRun
+from tinyexperts.study.study_folder import StudyFolder
+from tinyexperts.study.study_run import run_of_study
+
+_POLL_SECONDS = 5.0
+
+
+def run_array(
+    folder: StudyFolder, runs: Sequence[GridRun], *, num_parallel: int, cluster: str = "slurm", **parameters: Any
+) -> dict[str, str]:
+    """Submit the runs, wait for them, and return the failures: the run's name and one sentence.
+
+    cluster: as submitit names its executors
+    parameters: of submitit's executor (timeout_min, slurm_partition, ...)
+
+    Raises:
+        InputError: submitit is not installed, or there is no Slurm.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise InputError("--executor slurm wants submitit: pip install 'tinyexperts[slurm]'") from None
+    try:
+        executor = submitit.AutoExecutor(folder=folder.path / "logs" / "submitit", cluster=cluster)
+    except RuntimeError as error:
+        raise InputError(f"--executor slurm wants a machine of a Slurm cluster: {error}") from None
+    executor.update_parameters(name=folder.settings().study, slurm_array_parallelism=num_parallel, **parameters)
+    with executor.batch():
+        submitted = [executor.submit(run_of_study, folder.path, run.name) for run in runs]
+    jobs = {run.name: job for run, job in zip(runs, submitted, strict=True)}
+    while not all(job.done() for job in jobs.values()):
+        time.sleep(_POLL_SECONDS)
+    failures = {}
+    for name, job in jobs.items():
+        error = job.exception()
+        if error is not None:
+            # submitit tells the traceback of the job and, below it, where its logs are.
+            raised = re.findall(r"^[\w.]*(?:Error|Exception|Interrupted): (.*)$", str(error), re.MULTILINE)
+            reason = raised[-1] if raised else f"{type(error).__name__}: {error}".splitlines()[0]
+            failures[name] = f"{reason} (all it printed: {job.paths.stderr})"
+    return failures

@@ -1,0 +1,43 @@
+"""One run of a study: trained or resumed, and evaluated on the held-out split and on every evaluation corpus."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from tinyexperts import data, evaluation, training
+from tinyexperts.study.study_folder import StudyFolder
+from tinyexperts.training import run_folder
+
+
+def run_of_study(folder: Path, name: str) -> None:
+    """Do what is left to do of a planned run. Its checkpoints are deleted when it is evaluated: a study has hundreds.
+
+    Raises:
+        InputError: as training does; no such run.
+    """
+    study = StudyFolder(folder)
+    config = study.planned_run(name).config
+    study.note_failure(name, None)
+    missing = {
+        corpus: path
+        for corpus, path in study.settings().corpora().items()
+        if not (config.run / f"evaluation-{corpus}.json").exists()
+    }
+    held_out = not (config.run / "evaluation.json").exists()
+    if not missing and not held_out:
+        return
+    training.train(config, resume=(config.run / "config.json").exists(), progress=False)
+    model = training.load_model(config.run, device=training.choose_device(config.device))
+    for corpus, path in missing.items():
+        text = data.EncodedText([path], data.Tokenizer.load(config.run / "tokenizer.json"))
+        summary = evaluation.evaluate(model, text, batch_size=config.batch_size).summary()
+        run_folder.write_whole(config.run / f"evaluation-{corpus}.json", json.dumps(summary, indent=2))
+    if held_out:
+        result = evaluation.evaluate(
+            model, data.TokenDataset.open(config.data).split("validation"), batch_size=config.batch_size
+        )
+        shares = {layer: usage.share for layer, usage in result.expert_usage.items()}
+        run_folder.write_evaluation(config.run, result.summary(), shares)
+    shutil.rmtree(config.run / "checkpoints")

@@ -1,0 +1,131 @@
+"""Runs a study from its plan to its last run: what is complete is skipped, what was cut off is resumed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from tinyexperts.data import TokenDataset
+from tinyexperts.errors import InputError
+from tinyexperts.study.demo import ENVIRONMENT, PROGRAM
+from tinyexperts.study.grid import GridRun, Study, check_grid
+from tinyexperts.study.run_queue import Job, Stage, run_jobs
+from tinyexperts.study.scales import Scale, ScaleName, scale_named
+from tinyexperts.study.study_folder import StudyFolder, StudySettings
+from tinyexperts.study.study_plan import print_plan
+from tinyexperts.study.study_status import print_status
+from tinyexperts.training import Interrupted
+
+# Of the data set that a dry run can do without.
+_VOCAB_SIZE_UNTIL_THERE_IS_DATA = 32_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """At which size a study is run, on what, and how."""
+
+    scale: ScaleName = "laptop"
+    """minute (a few steps a run), laptop (two cores, hours), gpu (one of 80 GB), paper (its own settings)."""
+    data: Path = Path("data/stdlib")
+    """Data set of all runs, made by `tinyexperts data prepare`."""
+    output: Path | None = None
+    """Folder of the study; default: runs/, its name and its scale."""
+    evaluation_corpora: tuple[Path, ...] = ()
+    """Files and folders that each model is measured on, beside the held-out split; called by their names."""
+    executor: Literal["local", "slurm"] = "local"
+    """local: processes on this machine; slurm: a job array, by submitit."""
+    slurm_partition: str | None = None
+    """Partition of the cluster; default: as the cluster chooses."""
+    slurm_hours: float = 24.0
+    """Longest time of one job."""
+    num_parallel: int = 2
+    """Runs side by side: one core each on a CPU."""
+    minutes: float | None = None
+    """Save and stop after so long; the same command goes on from there."""
+    dry_run: bool = False
+    """Show every run, its FLOPs, memory and hours, and run nothing."""
+
+    def __post_init__(self) -> None:
+        if self.num_parallel < 1:
+            raise InputError(f"num_parallel must be at least 1, got {self.num_parallel}")
+        if not self.slurm_hours > 0:
+            raise InputError(f"slurm_hours must be positive, got {self.slurm_hours}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"minutes must be positive, got {self.minutes}")
+        names = [path.stem for path in self.evaluation_corpora]
+        if len(set(names)) < len(names):
+            raise InputError(f"evaluation corpora must have different names, got {', '.join(names)}")
+        missing = [str(path) for path in self.evaluation_corpora if not path.exists()]
+        if missing:
+            raise InputError(f"there is no evaluation corpus {', '.join(missing)}")
+
+
+def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
+    """Plan, run and finish a study.
+
+    Raises:
+        InputError: bad input; another process in the same folder; runs that failed, after all others have ended.
+        Interrupted: on Ctrl-C and after the minutes that were given, when the runs are saved.
+    """
+    dataset = None if config.dry_run and not config.data.exists() else TokenDataset.open(config.data)
+    vocab_size = _VOCAB_SIZE_UNTIL_THERE_IS_DATA if dataset is None else dataset.index.vocab_size
+    study = make(scale_named(config.scale, data=config.data, vocab_size=vocab_size))
+    if config.dry_run or dataset is None:
+        print_plan(study)
+        return
+    folder = StudyFolder(config.output or Path("runs", f"{study.name}-{study.scale}"))
+    with folder.held():
+        corpora = tuple(str(path) for path in config.evaluation_corpora)
+        folder.begin(
+            StudySettings(study=study.name, scale=study.scale, data=str(config.data), evaluation_corpora=corpora)
+        )
+        deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
+        for stage in study.stages:
+            runs = stage(folder.losses())
+            check_grid(runs, dataset.split("train").num_tokens)
+            folder.plan(runs)
+            _run_stage(folder, runs, config, deadline)
+        print_status(folder)
+
+
+def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, deadline: float) -> None:
+    open_runs = [run for run in runs if folder.status(run).state != "done"]
+    if not open_runs:
+        return
+    if config.executor == "slurm":
+        from tinyexperts.study.slurm import run_array  # its package is an optional extra
+
+        parameters: dict[str, Any] = {"timeout_min": math.ceil(60 * config.slurm_hours)}
+        if config.slurm_partition is not None:
+            parameters["slurm_partition"] = config.slurm_partition
+        failures = run_array(folder, open_runs, num_parallel=config.num_parallel, **parameters)
+    else:
+        jobs = [
+            Job(
+                folder=folder.run_path(run.name),
+                stages=(Stage(name="running", command=(*PROGRAM, "study", "run", str(folder.path), run.name)),),
+                log=folder.log_path(run.name),
+            )
+            for run in open_runs
+        ]
+        try:
+            failures = run_jobs(
+                jobs,
+                num_parallel=config.num_parallel,
+                environment=ENVIRONMENT,
+                console=Console(stderr=True),
+                max_seconds=deadline - time.monotonic(),
+            )
+        except KeyboardInterrupt:
+            raise Interrupted("stopped; what was trained is saved, and the same command goes on from there") from None
+    for name, reason in failures.items():
+        folder.note_failure(name, reason)
+    if time.monotonic() > deadline:
+        print_status(folder)
+        raise Interrupted("the minutes are over; what was trained is saved, and the same command goes on from there")

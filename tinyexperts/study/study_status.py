@@ -1,0 +1,32 @@
+"""What of a study is done, running, waiting or failed, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tinyexperts.study.study_folder import StudyFolder
+
+
+def print_status(folder: StudyFolder) -> None:
+    """A line for the whole, and one for each run that is neither done nor waiting."""
+    settings, statuses = folder.settings(), [folder.status(run) for run in folder.planned_runs()]
+    counts = Counter(status.state for status in statuses)
+    console = Console()
+    console.print(
+        f"{settings.study} at {settings.scale} scale in {folder.path}: {len(statuses)} runs planned so far, "
+        f"{counts['done']} done, {counts['begun']} begun, {counts['waiting']} waiting, {counts['failed']} failed",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("run", "state", "steps done", "reason"):
+        table.add_column(column, justify="right" if column == "steps done" else "left", overflow="fold")
+    for status in statuses:
+        if status.state in ("begun", "failed"):
+            table.add_row(status.run.name, status.state, f"{status.progress:.0%}", status.reason or "")
+    if table.row_count:
+        console.print(table)
