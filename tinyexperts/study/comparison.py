@@ -1,7 +1,7 @@
 """What the numbers of two methods allow to be said: one method against a baseline, seed by seed, in plain sentences.
 
-The rule: a difference counts only where every seed agrees in sign and the seeds lie no further apart than the mean
-difference is large; with one seed there is nothing to judge chance by.
+The rule: a difference counts only where zero lies outside of its 95 % interval (Student's, paired by seed); with one
+seed there is nothing to judge chance by.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tinyexperts.study.run_results import RunResult, method_label
+from tinyexperts.study.seed_interval import SeedInterval
 
 EQUAL_FLOPS_TOLERANCE = 0.01  # a run ends on a whole step, so budgets agree only to about a step
 Outcome = Literal["lower", "higher", "undecided", "one seed", "no pair"]
@@ -50,10 +51,9 @@ class Comparison:
         return math.fsum(pair.difference for pair in self.seeds) / len(self.seeds)
 
     @property
-    def spread(self) -> float:
-        """Largest less smallest difference over seeds, nats a token."""
-        differences = [pair.difference for pair in self.seeds]
-        return max(differences) - min(differences)
+    def interval(self) -> SeedInterval:
+        """Of method minus baseline, held-out nats a token."""
+        return SeedInterval(values=tuple(pair.difference for pair in self.seeds))
 
     @property
     def outcome(self) -> Outcome:
@@ -62,11 +62,7 @@ class Comparison:
             return "no pair"
         if len(self.seeds) == 1:
             return "one seed"
-        same_sign = {np.sign(pair.difference) for pair in self.seeds} in ({-1.0}, {1.0})
-        # A mean that isn't finite compares false here, so a run that went NaN never decides anything.
-        if same_sign and self.spread <= abs(self.mean):
-            return "lower" if self.mean < 0 else "higher"
-        return "undecided"
+        return self.interval.outcome
 
     def mean_of(self, field: str) -> float | None:
         """Mean over seeds of one of the pairs' fields; None where a seed lacks it."""
@@ -92,12 +88,16 @@ class Comparison:
         if self.outcome == "undecided":
             return (
                 f"Can't tell at this scale: at {budget}, {method} minus {baseline} in held-out loss is "
-                f"{signed(self.mean)} nats a token in the mean, but the seeds differ by {self.spread:.3f} ({each})."
+                f"{signed(self.mean)} nats a token in the mean, and its 95 % interval {self._bounds()} ({each})."
             )
         return (
             f"At {budget}, {method}'s held-out loss is {abs(self.mean):.3f} nats a token {self.outcome} than "
             f"{baseline}'s in the mean of {len(self.seeds)} seeds ({each})."
         )
+
+    def _bounds(self) -> str:
+        low, high = self.interval.bounds
+        return f"goes from {signed(low)} to {signed(high)}" if math.isfinite(low) else "is not known"
 
     def _budget(self) -> str:
         ratios = [pair.flops_ratio for pair in self.seeds]

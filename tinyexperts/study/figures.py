@@ -75,7 +75,7 @@ def loss_curves(runs: Sequence[RunResult], x: str) -> Drawing | None:
         return None
     divisor, axis_label = _axis_scale(x, max(points[-1, 0] for points in curves.values()))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(axis_label, "held-out loss, nats a token")
+        figure, axes = new_axes(axis_label, "held-out loss, nats a token")
         ends = []
         for method in dict.fromkeys(run.method for run in curves):
             color, marker = METHOD_STYLES.get(method, OTHER_STYLE)
@@ -87,7 +87,7 @@ def loss_curves(runs: Sequence[RunResult], x: str) -> Drawing | None:
             axes.plot(mean[-1, 0] / divisor, mean[-1, 1], color=color, marker=marker, markersize=6)
             ends.append((mean[-1, 0] / divisor, mean[-1, 1], f"{method_label(method)} {mean[-1, 1]:.2f}", color))
         _frame(axes, [points / (divisor, 1) for points in curves.values()], room=1.22)
-        _label_ends(axes, ends)
+        label_ends(axes, ends)
         words = {"training_flops": "training FLOPs", "num_tokens": "training tokens", "seconds": "seconds of training"}[
             x
         ]
@@ -109,7 +109,7 @@ def difference_curves(comparison: Comparison) -> Drawing | None:
     color, marker = METHOD_STYLES.get(comparison.method, OTHER_STYLE)
     divisor, axis_label = _axis_scale("training_flops", max(points[-1, 0] for points in curves.values()))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(axis_label, f"{method} minus {baseline}, nats a token")
+        figure, axes = new_axes(axis_label, f"{method} minus {baseline}, nats a token")
         axes.axhline(0, color=GREY, linewidth=1.2)
         ends = []
         for seed, points in curves.items():
@@ -122,7 +122,7 @@ def difference_curves(comparison: Comparison) -> Drawing | None:
             ends.append((mean[-1, 0] / divisor, mean[-1, 1], f"mean {signed(mean[-1, 1])}", color))
         zero = np.array([[points[-1, 0] / divisor, 0.0] for points in curves.values()])
         _frame(axes, [*(points / (divisor, 1) for points in curves.values()), zero], room=1.32)
-        _label_ends(axes, ends)
+        label_ends(axes, ends)
         reading = ", ".join(text for *_, text, _ in ends)
         text = f"Line chart: held-out loss of {method} minus {baseline} at equal training FLOPs. It ends at {reading}."
         svg = svg_of(figure, f"difference-{comparison.method}", text)
@@ -140,7 +140,7 @@ def usage_histogram(run: RunResult, layer: ExpertUsage) -> Drawing | None:
     height = 100 * float((relative_N == 0).mean())
     color = method_color(run.method)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes("router weight of an expert, in even shares", "experts, %")
+        figure, axes = new_axes("router weight of an expert, in even shares", "experts, %")
         axes.bar(bins[:-1], 100 * counts / relative_N.size, width=0.25, align="edge", color=color, edgecolor="white")
         span = bins[-1] - bins[0]
         apart = bins[0] - 0.15 * span
@@ -162,7 +162,8 @@ def usage_histogram(run: RunResult, layer: ExpertUsage) -> Drawing | None:
     return Drawing(caption=f"{run.label}, seed {run.seed}, layer {layer.layer}", svg=svg)
 
 
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def new_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """A figure of the report's size with one frame."""
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
@@ -229,7 +230,7 @@ def _frame(axes: Axes, curves: Sequence[np.ndarray], *, room: float) -> None:
     axes.spines["bottom"].set_bounds(0, end)
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """A label at the end of each curve, moved apart where they would overlap, and back as a group into the frame."""
     bottom, top = axes.get_ylim()
     gap = 0.065 * (top - bottom)

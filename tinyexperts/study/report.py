@@ -49,7 +49,7 @@ def write_report(
     results = [read_run(folder) for folder in runs]
     comparisons = compare_methods(results, baseline)
     page = (
-        _environment()
+        template_environment()
         .get_template("report.html.j2")
         .render(
             title=title,
@@ -77,7 +77,8 @@ def _drawn(*drawings: Drawing | None) -> list[Drawing]:
     return [drawing for drawing in drawings if drawing is not None]
 
 
-def _environment() -> jinja2.Environment:
+def template_environment() -> jinja2.Environment:
+    """Templates of this folder: everything is escaped, and what HTML forbids replaced."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tinyexperts.study", "."),
         autoescape=True,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from tinyexperts.study.run_queue import Job, Stage, run_jobs
 from tinyexperts.study.scales import Scale, ScaleName, scale_named
 from tinyexperts.study.study_folder import StudyFolder, StudySettings
 from tinyexperts.study.study_plan import print_plan
+from tinyexperts.study.study_report import write_study_report
 from tinyexperts.study.study_status import print_status
 from tinyexperts.training import Interrupted
 
@@ -92,6 +95,14 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
             folder.plan(runs)
             _run_stage(folder, runs, config, deadline)
         print_status(folder)
+        _report(folder)
+
+
+def _report(folder: StudyFolder) -> None:
+    """The report of what is done so far, told where it lies; nothing where nothing is done."""
+    if folder.losses():
+        command = shlex.join(["tinyexperts", *sys.argv[1:]])
+        print(f"Report: {write_study_report(folder, command=command)}")
 
 
 def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, deadline: float) -> None:
@@ -128,4 +139,5 @@ def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, de
         folder.note_failure(name, reason)
     if time.monotonic() > deadline:
         print_status(folder)
+        _report(folder)
         raise Interrupted("the minutes are over; what was trained is saved, and the same command goes on from there")

@@ -1,0 +1,231 @@
+"""A study's report: verdicts, tables and figures from run folders with losses that are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyexperts.errors import InputError
+from tinyexperts.study import studies
+from tinyexperts.study.ablation_analysis import AblationAnalysis
+from tinyexperts.study.accounting import account
+from tinyexperts.study.isoflop_analysis import IsoFlopAnalysis
+from tinyexperts.study.scales import scale_named
+from tinyexperts.study.study_folder import StudyFolder, StudySettings
+from tinyexperts.study.study_points import read_points
+from tinyexperts.study.study_report import write_study_report
+from tinyexperts.study.table import Table
+
+# Per method: by how much it is better than dense at any budget, in nats, and how far its seeds lie apart.
+ADVANTAGE = {"dense": 0.0, "moe": 0.03, "pkm": 0.05, "peer": 0.05}
+NOISE = {0: -0.004, 1: 0.001, 2: 0.003}
+
+
+def isoflop_loss(run):
+    """A parabola in the width's logarithm, falling with the budget; wobbling seeds."""
+    budget, seed = run.axes["budget"], run.axes["seed"]
+    optimum = 55 * (budget / 1e13) ** 0.05
+    own = 0.2 * (-1) ** seed if run.method == "moe" else 0.0  # so uneven that nothing can be said
+    curve = 0.3 * math.log(run.axes["width"] / optimum) ** 2
+    return 6 - 0.2 * math.log10(budget) + curve - ADVANTAGE[run.method] + NOISE[seed] + own
+
+
+def fill(path, make, loss, *, corpora=(), skip=()):
+    """A study folder at laptop scale whose runs ended with the given losses."""
+    folder, study = StudyFolder(path), make(scale_named("laptop", data=Path("data/none"), vocab_size=512))
+    folder.begin(StudySettings(study=study.name, scale="laptop", data="data/none", evaluation_corpora=corpora))
+    known = {}
+    for stage in study.stages:
+        runs = stage(known)
+        folder.plan(runs)
+        for run in runs:
+            if run.name in skip:
+                continue
+            known[run.name] = value = loss(run)
+            where, cost = folder.run_path(run.name), account(run.config)
+            where.mkdir(parents=True)
+            spent = {"step": cost.num_steps, "num_tokens": cost.num_tokens}
+            end = 100.0 if run.method == "dense" else 125.0
+            lines = [
+                {
+                    "split": "validation",
+                    **spent,
+                    "seconds": seconds,
+                    "loss": value + (end - seconds) / 100,
+                    "training_flops": cost.training_flops * seconds / end,
+                }
+                for seconds in (50.0, end)
+            ]
+            (where / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (where / "config.json").write_text("{}")
+            (where / "run.json").write_text(json.dumps({"num_steps": cost.num_steps, "versions": {"torch": "2.13.0"}}))
+            usage = []
+            if run.method == "peer":
+                np.save(where / "usage.npy", np.full(4, 0.25))
+                usage = [
+                    {"layer": 2, "num_experts": 4, "usage": 0.75, "unevenness": 0.5, "gini": 0.1, "num_dead": 1,
+                     "file": "usage.npy"}
+                ]  # fmt: skip
+            split = {"new": value + 0.5, "stood_earlier": value - 0.5}
+            evaluation = {"loss": value, "loss_by_copy": split, "expert_usage": usage}
+            (where / "evaluation.json").write_text(json.dumps(evaluation))
+            for corpus in corpora:
+                (where / f"evaluation-{Path(corpus).stem}.json").write_text(json.dumps({"loss": value + 0.25}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def isoflop(tmp_path_factory):
+    """With one run that failed, told in words that HTML must escape."""
+    failed = "peer-d96-c3e13-seed2"
+    folder = fill(
+        tmp_path_factory.mktemp("isoflop") / "study", studies.isoflop, isoflop_loss, corpora=("texts/poems",),
+        skip=(failed,),
+    )  # fmt: skip
+    folder.note_failure(failed, "<script>alert(1)</script> & more")
+    return folder
+
+
+def rows_of(folder, name):
+    with (folder.path / "tables" / f"{name}.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_verdicts_follow_the_intervals(isoflop):
+    points, _ = read_points(isoflop)
+    claims = {claim.claim: claim for claim in IsoFlopAnalysis(points).claims()}
+    for budget in ("3e+12", "1e+13", "3e+13"):
+        against_dense = claims[f"At {budget} FLOPs PEER reaches a lower loss than dense"]
+        assert against_dense.verdict == "reproduced"
+        assert "\N{MINUS SIGN}0.050 nats, 95 % interval" in against_dense.evidence
+        assert claims[f"At {budget} FLOPs PEER reaches a lower loss than MoE"].verdict == "can't tell"
+        assert claims[f"At {budget} FLOPs PEER reaches a lower loss than PKM"].verdict == "can't tell"
+
+
+def test_each_method_stands_at_its_own_best_size(isoflop):
+    points, _ = read_points(isoflop)
+    analysis = IsoFlopAnalysis(points)
+    for budget in analysis.budgets:
+        for method in ADVANTAGE:
+            best, means = analysis.best(method, budget), [g.mean_loss() for g in analysis.of(method, budget)]
+            assert best.mean_loss() == min(means)
+            assert best.first.run.axes["width"] in (48, 64)
+            sizes = [group.first.cost.parameters_active for group in analysis.of(method, budget)]
+            if method != "moe":
+                assert sizes[1] < analysis.fit(method, budget, "active").optimum < sizes[2]
+    # A size that lacks a seed is never the best: its mean would be of other seeds.
+    lacking = analysis.of("peer", 3e13)[-1]
+    assert len(lacking.points) == 2
+    assert analysis.best("peer", 3e13) is not lacking
+
+
+def test_the_report_is_whole_and_escaped(isoflop):
+    page = write_study_report(isoflop, command="tinyexperts study isoflop").read_text(encoding="utf-8")
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
+    assert "How often data was repeated is not known" in page
+    assert page.count("<figure>") == 9
+    markdown = (isoflop.path / "report.md").read_text(encoding="utf-8")
+    assert "PEER reaches a lower loss than dense: **reproduced**" in markdown
+    assert "### Perplexity of each method at its own best size" in markdown
+
+
+def test_the_tables_hold_what_was_measured(isoflop):
+    write_study_report(isoflop, command="x")
+    points, _ = read_points(isoflop)
+    analysis = IsoFlopAnalysis(points)
+    row = next(row for row in rows_of(isoflop, "perplexity") if (row["FLOPs"], row["method"]) == ("1e+13", "PEER"))
+    best = analysis.best("peer", 1e13).mean_loss()
+    assert float(row["held out"]) == pytest.approx(math.exp(best), abs=0.01)
+    assert float(row["poems"]) == pytest.approx(math.exp(best + 0.25), abs=0.01)
+    paper = [row for row in rows_of(isoflop, "perplexity") if row["FLOPs"] == "paper, 2e+19"]
+    assert [row["C4"] for row in paper] == ["18.31", "17.12", "17.36", "16.45"]
+    differences = {(row["FLOPs"], row["baseline"]): row for row in rows_of(isoflop, "differences")}
+    dense = differences["1e+13", "dense"]
+    assert (dense["mean"], dense["outcome"]) == ("\N{MINUS SIGN}0.050", "PEER lower")
+    assert dense["on new tokens"] == "\N{MINUS SIGN}0.050"
+    # Dense ends after 100 s, and PEER's curve is 0.25 nats above its end there.
+    assert dense["at equal time"] == "+0.200"
+    # Dense falls by 0.2 nats from 1e12 to 1e13: 0.05 nats are a factor of 10^(1/4), less what its sizes cost.
+    multiplier = next(
+        row for row in rows_of(isoflop, "compute-multiplier") if (row["FLOPs"], row["method"]) == ("3e+12", "PEER")
+    )
+    assert float(multiplier["multiplier"]) == pytest.approx(10**0.25, rel=0.1)
+    top = next(
+        row for row in rows_of(isoflop, "compute-multiplier") if (row["FLOPs"], row["method"]) == ("3e+13", "PEER")
+    )
+    assert "no budget of the baseline reaches the loss" in top["why none"]
+    assert len(rows_of(isoflop, "tuning")) == 40
+    without = next(row for row in rows_of(isoflop, "points") if row["method"] == "PEER")
+    assert float(without["without router"]) < float(without["training FLOPs"])
+    assert len(rows_of(isoflop, "scaling-law")) == 4
+
+
+def test_an_ablation_is_judged_by_the_ends_of_its_axis(tmp_path):
+    def loss(run):
+        return 4 - 0.02 * math.log2(run.axes["num_experts"]) + NOISE[run.axes["seed"]]
+
+    folder = fill(tmp_path / "study", studies.num_experts, loss)
+    points, _ = read_points(folder)
+    claims = AblationAnalysis("num-experts", points).claims()
+    assert [claim.verdict for claim in claims] == ["reproduced", "reproduced"]
+    assert "(262144 against 4096)" in claims[0].claim
+    page = write_study_report(folder, command="x").read_text(encoding="utf-8")
+    assert page.count("<figure>") == 1
+    rows = rows_of(folder, "points")
+    assert len(rows) == 8
+    assert {(row["usage, %"], row["unevenness, nats"]) for row in rows} == {("75.0", "0.50")}
+    assert rows[3]["against the first of its series, 95 % interval"].startswith("\N{MINUS SIGN}0.120 (")
+
+
+@pytest.mark.parametrize("make", studies.STUDIES[1:], ids=lambda make: make.__name__)
+def test_every_ablation_has_a_report(make, tmp_path):
+    folder = fill(tmp_path / "study", make, lambda run: 4 + NOISE[run.axes["seed"]])
+    page = write_study_report(folder, command="x").read_text(encoding="utf-8")
+    assert "Every point of the grid" in page
+    assert "reproduced</strong>" not in page, "equal losses decide nothing"
+
+
+def test_without_a_finished_run_there_is_no_report(tmp_path):
+    study = studies.Study(name="usage", scale="laptop", question="?", stages=())
+    folder = fill(tmp_path / "study", lambda scale: study, None)
+    (folder.path / "planned").mkdir()
+    with pytest.raises(InputError, match=r"no run of the study in .* is done"):
+        write_study_report(folder, command="x")
+
+
+def test_cells_cannot_break_a_table():
+    table = Table(name="t", title="T", columns=("a", "b"), rows=(("x|y", "1,2\n3"),))
+    assert "| x\\|y | 1,2 3 |" in table.as_markdown()
+    assert list(csv.reader(table.as_csv().splitlines(keepends=True)))[1] == ["x|y", "1,2\n3"]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_report_in_a_browser(isoflop):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    page_file = write_study_report(isoflop, command="x")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 390, "height": 900})
+        errors = []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: errors.append(request.url) if not request.url.startswith("file:") else None)
+        page.goto(page_file.as_uri())
+        sizes = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        texts = page.evaluate(
+            "[...document.querySelectorAll('figure svg')].map(svg => svg.querySelectorAll('text').length)"
+        )
+        browser.close()
+    assert not errors
+    assert sizes[0] <= sizes[1], "the page scrolls sideways"
+    assert len(texts) == 9
+    assert min(texts) > 8

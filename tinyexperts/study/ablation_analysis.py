@@ -1,0 +1,174 @@
+"""What an ablation says: each point's loss and expert usage, and the differences that the paper's claims are about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tinyexperts.study.comparison import signed
+from tinyexperts.study.isoflop_analysis import Claim
+from tinyexperts.study.power_law_fit import WITH_GRANULARITY, fit_power_law
+from tinyexperts.study.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.study_points import Group, Point, groups_of
+from tinyexperts.study.table import MISSING, Table
+
+# Study -> the axis that is varied, and what the paper says of going from its first value to its last.
+QUESTIONS = {
+    "num-experts": ("num_experts", "more experts reach a lower loss"),
+    "active-experts": ("active", "more active experts reach a lower loss"),
+    "granularity": ("active", "more active experts reach a lower loss"),
+    "query-norm": ("query_norm", "batch normalisation of the queries lowers the loss"),
+    "usage": ("query_norm", "batch normalisation of the queries lowers the loss"),
+    "placement": ("block", ""),
+    "optimiser": ("table_learning_rate", ""),
+}
+# The values that a claim goes from and to, where they are no numbers.
+_NAMED_ENDS = {"query_norm": ("none", "batch")}
+# In the paper: perplexity, usage in percent, unevenness in nats, by N, without and with query norm.
+PAPER_USAGE = {
+    128**2: ((23.47, 100.0, 0.45), (23.47, 100.0, 0.30)),
+    256**2: ((22.61, 100.0, 0.63), (22.55, 100.0, 0.44)),
+    512**2: ((21.54, 100.0, 0.97), (21.47, 100.0, 0.66)),
+    1024**2: ((20.73, 99.8, 1.52), (20.64, 100.0, 1.06)),
+}
+
+
+class AblationAnalysis:
+    """Groups of seeds of a study of PEER alone."""
+
+    def __init__(self, study: str, points: Sequence[Point]) -> None:
+        self.study = study
+        self.axis, self.question = QUESTIONS[study]
+        self.groups = groups_of(points)
+
+    def series(self) -> dict[tuple[tuple[str, object], ...], list[Group]]:
+        """Groups that differ in the study's axis alone, by what else they are; each ascending along the axis."""
+        found: dict[tuple[tuple[str, object], ...], list[Group]] = {}
+        for group in self.groups:
+            axes = group.first.run.axes
+            # Heads and experts a head go together as the number of active experts.
+            left_out = {"seed", self.axis, *(("heads", "experts_per_head") if self.axis == "active" else ())}
+            found.setdefault(tuple((n, v) for n, v in axes.items() if n not in left_out), []).append(group)
+        return {key: sorted(groups, key=self._position) for key, groups in found.items()}
+
+    def _position(self, group: Group) -> float:
+        value = group.first.run.axes[self.axis]
+        names = _NAMED_ENDS.get(self.axis)
+        return float(names.index(str(value)) if names else value)
+
+    def tables(self) -> list[Table]:
+        tables = [self._groups()]
+        if self.study == "granularity":
+            tables.append(self._law())
+        if self.study in ("usage", "query-norm"):
+            tables.append(_papers_usage())
+        return tables
+
+    def claims(self) -> list[Claim]:
+        """The ends of the axis against each other, for everything else that varies."""
+        if not self.question:
+            return []
+        claims = []
+        for key, groups in self.series().items():
+            if len(groups) < 2:
+                continue
+            found = paired_difference(groups[-1].losses(), groups[0].losses())
+            ends = " against ".join(str(group.first.run.axes[self.axis]) for group in (groups[-1], groups[0]))
+            where = ", ".join(f"{name} {_value(value)}" for name, value in key)
+            words = f"{where}: {self.question} ({ends})"
+            if found is None:
+                claims.append(Claim(claim=words, verdict="can't tell", evidence="no seed that both have"))
+                continue
+            verdict = {"lower": "reproduced", "higher": "not reproduced", "undecided": "can't tell"}[found.outcome]
+            low, high = found.bounds
+            interval = f"{signed(low)} to {signed(high)}" if math.isfinite(low) else "everything"
+            evidence = f"{signed(found.mean)} nats, 95 % interval {interval}, {len(found.values)} seeds"
+            claims.append(Claim(claim=words, verdict=verdict, evidence=evidence))
+        return claims
+
+    def _groups(self) -> Table:
+        names = list(dict.fromkeys(name for group in self.groups for name in group.first.run.axes if name != "seed"))
+        rows = []
+        for groups in self.series().values():
+            for group in groups:
+                axes, deviation = group.first.run.axes, group.standard_deviation()
+                against = paired_difference(group.losses(), groups[0].losses())
+                usage = [layer for point in group.points for layer in point.result.expert_usage]
+                rows.append(
+                    (
+                        *(_value(axes.get(name, MISSING)) for name in names),
+                        f"{group.mean_loss():.3f}",
+                        MISSING if deviation is None else f"{deviation:.3f}",
+                        f"{math.exp(group.mean_loss()):.2f}",
+                        MISSING if against is None or group is groups[0] else _difference(against),
+                        _mean([100 * layer.usage for layer in usage], ".1f"),
+                        _mean([layer.unevenness for layer in usage], ".2f"),
+                        str(len(group.points)),
+                    )
+                )
+        return Table(
+            name="points",
+            title="Every point of the grid",
+            columns=(
+                *(name.replace("_", " ") for name in names),
+                *("loss", "deviation over seeds", "perplexity", "against the first of its series, 95 % interval"),
+                *("usage, %", "unevenness, nats", "seeds"),
+            ),
+            rows=tuple(rows),
+        )
+
+    def _law(self) -> Table:
+        points = [point for group in self.groups for point in group.points]
+        columns = ("c", "a", "alpha", "b", "beta", "g", "gamma", "residuals, nats (root mean square)", "doubt")
+        try:
+            fit = fit_power_law(
+                WITH_GRANULARITY,
+                {
+                    "P": [point.cost.parameters_active for point in points],
+                    "D": [point.cost.num_tokens for point in points],
+                    "G": [float(point.run.axes["active"]) for point in points],
+                },
+                [point.loss for point in points],
+            )
+        except ValueError as error:
+            row: tuple[str, ...] = (*(MISSING,) * 8, str(error))
+        else:
+            numbers = {**fit.coefficients, **fit.exponents, "c": fit.constant}
+            doubt = f"the runs do not determine {' and '.join(fit.at_bounds)}" if fit.at_bounds else ""
+            deviation = math.sqrt(float((fit.residuals**2).mean()))
+            row = (*(f"{numbers[name]:.4g}" for name in columns[:7]), f"{deviation:.3f}", doubt)
+        return Table(
+            name="granularity-law",
+            title="L(P, D, G) = c + (g / G^gamma + a) / P^alpha + b / D^beta",
+            columns=columns,
+            rows=(row,),
+            note="P active parameters, D tokens, G active experts.",
+        )
+
+
+def _papers_usage() -> Table:
+    rows = [
+        (f"{n:,}", norm, *(f"{value:g}" for value in values))
+        for n, by_norm in PAPER_USAGE.items()
+        for norm, values in zip(("none", "batch"), by_norm, strict=True)
+    ]
+    return Table(
+        name="paper-usage",
+        title="The same in the paper (other data, tokens and budgets)",
+        columns=("num experts", "query norm", "perplexity", "usage, %", "unevenness, nats"),
+        rows=tuple(rows),
+    )
+
+
+def _difference(found: SeedInterval) -> str:
+    low, high = found.bounds
+    interval = f" ({signed(low)} to {signed(high)})" if math.isfinite(low) else ""
+    return signed(found.mean) + interval
+
+
+def _mean(values: Sequence[float], spec: str) -> str:
+    return format(math.fsum(values) / len(values), spec) if values else MISSING
+
+
+def _value(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)

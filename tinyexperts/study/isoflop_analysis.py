@@ -1,0 +1,300 @@
+"""What the isoFLOP study says: each method at its own best size, against the others, and against the paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tinyexperts.study.comparison import interpolate, signed
+from tinyexperts.study.compute_multiplier import compute_multiplier
+from tinyexperts.study.isoflop_fit import IsoFlopFit, fit_isoflop
+from tinyexperts.study.power_law_fit import SIZE_AND_TOKENS, fit_power_law
+from tinyexperts.study.report import format_count
+from tinyexperts.study.run_results import method_label
+from tinyexperts.study.scales import METHODS
+from tinyexperts.study.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.study_points import HELD_OUT, Group, Point, groups_of
+from tinyexperts.study.table import MISSING, Table
+
+BASELINES = tuple(method for method in METHODS if method != "peer")
+# Perplexity of each method's compute-optimal model in the paper, by budget and text.
+PAPER_TEXTS = ("Curation", "Lambada", "Pile", "Wikitext", "C4")
+PAPER_PERPLEXITY: Mapping[float, Mapping[str, tuple[float, ...]]] = {
+    6e18: {
+        "dense": (23.26, 21.95, 24.55, 29.14, 23.84),
+        "moe": (20.98, 19.09, 23.26, 26.10, 21.41),
+        "pkm": (21.80, 19.39, 20.49, 27.09, 21.92),
+        "peer": (20.68, 17.65, 19.01, 25.48, 20.63),
+    },
+    2e19: {
+        "dense": (17.70, 12.28, 18.19, 21.21, 18.31),
+        "moe": (16.88, 12.97, 17.41, 20.28, 17.12),
+        "pkm": (17.03, 11.18, 16.34, 20.26, 17.36),
+        "peer": (16.34, 10.33, 14.99, 19.09, 16.45),
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim of the paper, the verdict on it at this scale, and what stands behind that."""
+
+    claim: str
+    verdict: str
+    evidence: str
+
+
+class IsoFlopAnalysis:
+    """Groups of seeds by method and budget, each method's best size, and the fits."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self.tuning = [point for point in points if point.run.axes["stage"] == "tuning"]
+        self.groups = groups_of(point for point in points if point.run.axes["stage"] == "main")
+        self.budgets = sorted({float(group.first.run.axes["budget"]) for group in self.groups})
+
+    def of(self, method: str, budget: float) -> list[Group]:
+        """By width, ascending."""
+        found = [g for g in self.groups if g.first.run.method == method and g.first.run.axes["budget"] == budget]
+        return sorted(found, key=lambda group: int(group.first.run.axes["width"]))
+
+    def best(self, method: str, budget: float) -> Group | None:
+        """The size of least mean loss, among those that all the seeds have that any has."""
+        groups = self.of(method, budget)
+        most = max((len(group.points) for group in groups), default=0)
+        whole = [group for group in groups if len(group.points) == most]
+        return min(whole, key=lambda group: group.mean_loss(), default=None)
+
+    def fit(self, method: str, budget: float, count: str) -> IsoFlopFit | None:
+        """The parabola over `count` parameters: total, active or matmul; None without a point."""
+        points = [point for group in self.of(method, budget) for point in group.points]
+        if not points:
+            return None
+        return fit_isoflop([getattr(p.cost, f"parameters_{count}") for p in points], [p.loss for p in points])
+
+    def difference(self, baseline: str, budget: float, text: str = HELD_OUT) -> SeedInterval | None:
+        """PEER minus a baseline, nats, each at its own best size."""
+        ours, theirs = self.best("peer", budget), self.best(baseline, budget)
+        return None if ours is None or theirs is None else paired_difference(ours.losses(text), theirs.losses(text))
+
+    def difference_of(self, baseline: str, budget: float, value: str) -> SeedInterval | None:
+        """PEER minus a baseline: `new` and `stood_earlier` tokens, or all of them at equal `time`."""
+        ours, theirs = self.best("peer", budget), self.best(baseline, budget)
+        if ours is None or theirs is None:
+            return None
+        if value != "time":
+            by_seed = [
+                {p.seed: p.result.evaluated("loss_by_copy", value) for p in group.points} for group in (ours, theirs)
+            ]
+            kept = [{seed: v for seed, v in values.items() if v is not None} for values in by_seed]
+            return paired_difference(*kept)
+        differences = []
+        for our, their in ((o, t) for o in ours.points for t in theirs.points if o.seed == t.seed):
+            seconds = min(p.result.last.get("seconds", math.nan) for p in (our, their))
+            at = [interpolate(p.result.validation, "seconds", seconds) for p in (our, their)]
+            if None not in at:
+                differences.append(at[0] - at[1])  # type: ignore[operator]
+        return SeedInterval(values=tuple(differences)) if differences else None
+
+    def tables(self) -> list[Table]:
+        return [
+            self._perplexities(),
+            self._differences(),
+            self._multipliers(),
+            self._optima(),
+            self._laws(),
+            self._points(),
+            self._tuning(),
+        ]
+
+    def claims(self) -> list[Claim]:
+        """A verdict for each baseline at each budget: only an interval that leaves out zero decides."""
+        claims = []
+        for budget in self.budgets:
+            for baseline in BASELINES:
+                found = self.difference(baseline, budget)
+                words = f"At {budget:.0e} FLOPs PEER reaches a lower loss than {method_label(baseline)}"
+                if found is None:
+                    claims.append(Claim(claim=words, verdict="can't tell", evidence="no seed that both have"))
+                    continue
+                verdict = {"lower": "reproduced", "higher": "not reproduced", "undecided": "can't tell"}[found.outcome]
+                claims.append(Claim(claim=words, verdict=verdict, evidence=_told(found)))
+        return claims
+
+    def _perplexities(self) -> Table:
+        texts = list(dict.fromkeys(text for group in self.groups for text in group.first.losses))
+        rows = []
+        for budget in self.budgets:
+            for method in METHODS:
+                best = self.best(method, budget)
+                if best is not None:
+                    values = tuple(f"{math.exp(best.mean_loss(text)):.2f}" for text in texts)
+                    width, blank = str(best.first.run.axes["width"]), (MISSING,) * len(PAPER_TEXTS)
+                    rows.append((f"{budget:.0e}", method_label(method), width, *values, *blank))
+        for budget, by_method in PAPER_PERPLEXITY.items():
+            for method, perplexities in by_method.items():
+                blank = (MISSING,) * (1 + len(texts))
+                rows.append((f"paper, {budget:.0e}", method_label(method), *blank, *map("{:.2f}".format, perplexities)))
+        return Table(
+            name="perplexity",
+            title="Perplexity of each method at its own best size",
+            columns=("FLOPs", "method", "width", *texts, *PAPER_TEXTS),
+            rows=tuple(rows),
+            note="Of the mean loss over seeds. The paper's texts and tokens are others: compare the order.",
+        )
+
+    def _differences(self) -> Table:
+        rows = []
+        for budget in self.budgets:
+            for baseline in BASELINES:
+                found = self.difference(baseline, budget)
+                if found is not None:
+                    others = [self.difference_of(baseline, budget, v) for v in ("new", "stood_earlier", "time")]
+                    rows.append(
+                        (
+                            f"{budget:.0e}",
+                            method_label(baseline),
+                            *_interval(found),
+                            {"undecided": "no difference shown"}.get(found.outcome, f"PEER {found.outcome}"),
+                            *(MISSING if o is None else signed(o.mean) for o in others),
+                        )
+                    )
+        return Table(
+            name="differences",
+            title="PEER minus each baseline, nats a token, each at its own best size",
+            columns=(
+                *("FLOPs", "baseline", "mean", "deviation over seeds", "95 % interval", "outcome"),
+                *("on new tokens", "on bigrams that stood earlier", "at equal time"),
+            ),
+            rows=tuple(rows),
+            note="Paired by seed. A mean inside its interval around zero is no win.",
+        )
+
+    def _multipliers(self) -> Table:
+        by_seed: dict[int, dict[float, float]] = {}
+        for budget in self.budgets:
+            best = self.best("dense", budget)
+            for seed, loss in best.losses().items() if best else ():
+                by_seed.setdefault(seed, {})[budget] = loss
+        rows = []
+        for budget in self.budgets:
+            for method in METHODS[1:]:
+                best = self.best(method, budget)
+                if best is None:
+                    continue
+                found = compute_multiplier(by_seed, best.losses(), budget)
+                value = MISSING if found.value is None else f"{found.value:.2f}"
+                interval = MISSING if found.interval is None else f"{found.interval[0]:.2f} to {found.interval[1]:.2f}"
+                rows.append((f"{budget:.0e}", method_label(method), value, interval, found.refusal or ""))
+        return Table(
+            name="compute-multiplier",
+            title="How many times more FLOPs dense needs for the same loss",
+            columns=("FLOPs", "method", "multiplier", "95 % interval", "why none"),
+            rows=tuple(rows),
+        )
+
+    def _optima(self) -> Table:
+        rows = []
+        for budget in self.budgets:
+            for method in METHODS:
+                for count in ("active", "total", "matmul"):
+                    fit = self.fit(method, budget, count)
+                    if fit is None:
+                        continue
+                    optimum = MISSING if fit.optimum is None else format_count(fit.optimum)
+                    ends = fit.optimum_interval
+                    interval = MISSING if ends is None else f"{format_count(ends[0])} to {_open(ends[1])}"
+                    loss = MISSING if fit.loss_at_optimum is None else f"{fit.loss_at_optimum:.3f}"
+                    rows.append(
+                        (f"{budget:.0e}", method_label(method), count, optimum, interval, loss, fit.refusal or "")
+                    )
+        return Table(
+            name="optimum",
+            title="The size of least loss, by a parabola in its logarithm",
+            columns=("FLOPs", "method", "parameters", "optimum", "95 % interval", "loss there", "why none"),
+            rows=tuple(rows),
+        )
+
+    def _laws(self) -> Table:
+        rows = []
+        for method in METHODS:
+            points = [p for g in self.groups if g.first.run.method == method for p in g.points]
+            try:
+                fit = fit_power_law(
+                    SIZE_AND_TOKENS,
+                    {"P": [p.cost.parameters_active for p in points], "D": [p.cost.num_tokens for p in points]},
+                    [p.loss for p in points],
+                )
+            except ValueError as error:
+                rows.append((method_label(method), *(MISSING,) * 4, str(error)))
+                continue
+            deviation = math.sqrt(float((fit.residuals**2).mean()))
+            doubt = f"the runs do not determine {' and '.join(fit.at_bounds)}" if fit.at_bounds else ""
+            exponents = (f"{fit.exponents['alpha']:.3f}", f"{fit.exponents['beta']:.3f}")
+            rows.append((method_label(method), f"{fit.constant:.3f}", *exponents, f"{deviation:.3f}", doubt))
+        return Table(
+            name="scaling-law",
+            title="L(P, D) = c + a / P^alpha + b / D^beta, P active parameters, D tokens",
+            columns=("method", "c", "alpha", "beta", "residuals, nats (root mean square)", "doubt"),
+            rows=tuple(rows),
+        )
+
+    def _points(self) -> Table:
+        rows = []
+        for group in self.groups:
+            run, cost, deviation = group.first.run, group.first.cost, group.standard_deviation()
+            flops = cost.forward_flops
+            without = cost.training_flops * (1 - flops.router / flops.total)
+            rows.append(
+                (
+                    method_label(run.method),
+                    f"{run.axes['budget']:.0e}",
+                    str(run.axes["width"]),
+                    *(format_count(n) for n in (cost.parameters_active, cost.parameters_total, cost.parameters_matmul)),
+                    format_count(cost.num_tokens),
+                    f"{cost.training_flops:.3e}",
+                    f"{without:.3e}",
+                    format_count(cost.forward_bytes),
+                    f"{group.mean_loss():.3f}",
+                    MISSING if deviation is None else f"{deviation:.3f}",
+                    str(len(group.points)),
+                )
+            )
+        return Table(
+            name="points",
+            title="Every size and budget",
+            columns=(
+                *("method", "budget", "width", "active", "total", "matmul parameters", "tokens", "training FLOPs"),
+                *("without router", "bytes a token, forward", "loss", "deviation over seeds", "seeds"),
+            ),
+            rows=tuple(rows),
+        )
+
+    def _tuning(self) -> Table:
+        rows = []
+        for point in self.tuning:
+            seconds = point.result.last.get("seconds", math.nan)
+            label = point.run.name.removeprefix(f"tune-{point.run.method}-").rsplit("-seed", 1)[0]
+            rows.append((method_label(point.run.method), label, f"{point.loss:.3f}", f"{seconds:,.0f}"))
+        return Table(
+            name="tuning",
+            title="Tuning: one seed at the smallest budget and the middle width",
+            columns=("method", "setting", "loss", "seconds"),
+            rows=tuple(rows),
+            note="Each setting is changed by itself; the best value of each is taken, all together.",
+        )
+
+
+def _interval(found: SeedInterval) -> tuple[str, str, str]:
+    deviation, (low, high) = found.standard_deviation, found.bounds
+    interval = f"{signed(low)} to {signed(high)}" if math.isfinite(low) else "everything"
+    return signed(found.mean), MISSING if deviation is None else f"{deviation:.3f}", interval
+
+
+def _told(found: SeedInterval) -> str:
+    mean, _, interval = _interval(found)
+    return f"{mean} nats, 95 % interval {interval}, {len(found.values)} seeds"
+
+
+def _open(value: float) -> str:
+    return "open" if math.isinf(value) else format_count(value)

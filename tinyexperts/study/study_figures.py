@@ -1,0 +1,103 @@
+"""The figures of a study's report: isoFLOP curves as in Figure 1 of the paper, and curves of ablations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from tinyexperts.study.ablation_analysis import AblationAnalysis
+from tinyexperts.study.figures import GREY, INK, METHOD_STYLES, STYLE, Drawing, label_ends, new_axes, svg_of
+from tinyexperts.study.isoflop_analysis import IsoFlopAnalysis
+from tinyexperts.study.report import format_count
+from tinyexperts.study.run_results import method_label
+from tinyexperts.study.scales import METHODS
+from tinyexperts.study.study_points import Group
+
+_COUNTS = {"active": "active parameters", "total": "parameters in all", "matmul": "parameters of matrix products"}
+
+
+def isoflop_curves(analysis: IsoFlopAnalysis, budget: float, count: str) -> Drawing | None:
+    """Loss against size at one budget: each run a point, each method's parabola a line, its minimum a large mark."""
+    drawn = [method for method in METHODS if analysis.of(method, budget)]
+    if not drawn:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_axes(_COUNTS[count], "held-out loss, nats a token")
+        ends, sizes = [], []
+        for method in drawn:
+            color, marker = METHOD_STYLES[method]
+            points = [point for group in analysis.of(method, budget) for point in group.points]
+            x = np.array([getattr(point.cost, f"parameters_{count}") for point in points], dtype=float)
+            y = np.array([point.loss for point in points])
+            sizes.append(x)
+            axes.plot(x, y, linestyle="", marker=marker, markersize=4, color=color, alpha=0.6)
+            fit = analysis.fit(method, budget, count)
+            if fit is not None and all(map(math.isfinite, fit.coefficients)):
+                line = np.geomspace(x.min(), x.max(), 60)
+                values = np.array([fit.loss_at(size) for size in line])
+                axes.plot(line, values, color=color, linewidth=1.6)
+                if fit.optimum is not None:
+                    axes.plot(fit.optimum, fit.loss_at_optimum, marker=marker, markersize=9, color=color)
+            largest = x == x.max()
+            ends.append((float(x.max()), float(y[largest].mean()), method_label(method), color))
+        every = np.concatenate(sizes)
+        _log_axis(axes, every, room=1.6)
+        label_ends(axes, ends)
+        text = f"Held-out loss against {_COUNTS[count]} at {budget:.0e} training FLOPs, by method."
+        svg = svg_of(figure, f"isoflop-{budget:.0e}-{count}", text)
+    return Drawing(caption=f"{budget:.0e} training FLOPs, by {_COUNTS[count]}", svg=svg)
+
+
+def ablation_curves(analysis: AblationAnalysis) -> Drawing | None:
+    """Loss along the study's axis: each series a line through its means, each seed a point."""
+    series = analysis.series()
+    if not series or not all(isinstance(g.first.run.axes[analysis.axis], (int, float)) for g in analysis.groups):
+        return None
+    name = analysis.axis.replace("_", " ")
+    colors = [color for color, _ in METHOD_STYLES.values()]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_axes(name, "held-out loss, nats a token")
+        ends = []
+        for number, (key, groups) in enumerate(series.items()):
+            color = colors[number % len(colors)]
+            x = [float(group.first.run.axes[analysis.axis]) for group in groups]
+            for position, group in zip(x, groups, strict=True):
+                losses = list(group.losses().values())
+                axes.plot(
+                    [position] * len(losses), losses, linestyle="", marker="o", markersize=3, color=color, alpha=0.6
+                )
+            axes.plot(x, [group.mean_loss() for group in groups], color=color, linewidth=1.8)
+            ends.append((x[-1], groups[-1].mean_loss(), _series_label(key, series), color))
+        every = np.array([float(group.first.run.axes[analysis.axis]) for group in analysis.groups])
+        if every.min() > 0 and every.max() / every.min() > 4:
+            _log_axis(axes, every, room=3.0)
+        else:
+            axes.set_xlim(every.min() - 0.3, every.max() + 0.5 * (np.ptp(every) or 1))
+            axes.set_xticks(np.unique(every))
+        label_ends(axes, ends)
+        svg = svg_of(figure, f"ablation-{analysis.study}", f"Held-out loss against {name}.")
+    return Drawing(caption=f"Held-out loss by {name}", svg=svg)
+
+
+def _series_label(key: Sequence[tuple[str, object]], series: dict[tuple[tuple[str, object], ...], list[Group]]) -> str:
+    """What tells a series from the others."""
+    telling = [(name, value) for name, value in key if len({dict(other).get(name) for other in series}) > 1]
+    return ", ".join(f"{value:.0e}" if name == "budget" else f"{value}" for name, value in telling) or "PEER"
+
+
+def _log_axis(axes: Axes, values: np.ndarray, *, room: float) -> None:
+    axes.set_xscale("log")
+    axes.set_xlim(values.min() / 1.15, values.max() * room)
+    ticks = np.unique(values)
+    while len(ticks) > 5:  # every other one, the ends kept
+        ticks = np.append(ticks[:-1][::2], ticks[-1])
+    axes.set_xticks(ticks)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    axes.spines["bottom"].set_color(GREY)
+    axes.tick_params(colors=INK)

@@ -1,0 +1,112 @@
+"""The finished runs of a study as points: where each stands in the grid, what it cost and what it reached."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyexperts.data import TokenDataset
+from tinyexperts.errors import InputError
+from tinyexperts.study.accounting import Account, account
+from tinyexperts.study.grid import GOOD_EPOCHS, GridRun
+from tinyexperts.study.run_results import RunResult, read_run
+from tinyexperts.study.study_folder import StudyFolder
+
+HELD_OUT = "held out"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Point:
+    """One run.
+
+    losses: nats a token by text: the held-out split, then the evaluation corpora
+    """
+
+    run: GridRun
+    result: RunResult
+    cost: Account
+    losses: dict[str, float]
+
+    @property
+    def seed(self) -> int:
+        return self.run.config.seed
+
+    @property
+    def loss(self) -> float:
+        """On the held-out split."""
+        return self.losses[HELD_OUT]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """The seeds of one point of the grid."""
+
+    points: tuple[Point, ...]
+
+    @property
+    def first(self) -> Point:
+        return self.points[0]
+
+    def losses(self, text: str = HELD_OUT) -> dict[int, float]:
+        """By seed."""
+        return {point.seed: point.losses[text] for point in self.points if text in point.losses}
+
+    def mean_loss(self, text: str = HELD_OUT) -> float:
+        losses = self.losses(text)
+        return math.fsum(losses.values()) / len(losses) if losses else math.nan
+
+    def standard_deviation(self) -> float | None:
+        """Of the held-out loss over seeds; None for one."""
+        losses = list(self.losses().values())
+        return statistics.stdev(losses) if len(losses) > 1 else None
+
+
+def read_points(folder: StudyFolder) -> tuple[list[Point], list[str]]:
+    """The points of the runs that are done, and a sentence for whatever is missing or doubtful."""
+    points, problems = [], []
+    for run in folder.planned_runs():
+        status = folder.status(run)
+        if status.state != "done":
+            problems.append(f"{run.name} is {status.state}{f': {status.reason}' if status.reason else ''}.")
+            continue
+        path = folder.run_path(run.name)
+        result = read_run(path)
+        loss = result.evaluated("loss")
+        if not isinstance(loss, float) or not math.isfinite(loss):
+            problems.append(f"{run.name} ended with a loss of {loss} and is left out.")
+            continue
+        losses = {HELD_OUT: loss}
+        for name in folder.settings().corpora():
+            losses[name] = json.loads((path / f"evaluation-{name}.json").read_text(encoding="utf-8"))["loss"]
+        points.append(Point(run=run, result=result, cost=account(run.config), losses=losses))
+    return points, problems + _repeated(folder, points)
+
+
+def _repeated(folder: StudyFolder, points: Sequence[Point]) -> list[str]:
+    """Runs that saw their data more often than is as good as new."""
+    try:
+        num_tokens = TokenDataset.open(Path(folder.settings().data), verify=False).split("train").num_tokens
+    except InputError as error:
+        return [f"How often data was repeated is not known: {error}."]
+    epochs = {point.run.name: point.cost.num_tokens / num_tokens for point in points}
+    repeated = {name: value for name, value in epochs.items() if value > GOOD_EPOCHS}
+    if not repeated:
+        return []
+    worst = max(repeated, key=lambda name: repeated[name])
+    return [
+        f"{len(repeated)} runs saw their training data more than {GOOD_EPOCHS} times, {worst} most often "
+        f"({repeated[worst]:.1f} times): their losses are too high, those of small models most."
+    ]
+
+
+def groups_of(points: Iterable[Point]) -> list[Group]:
+    """Points that differ in their seed alone, in the order of the grid."""
+    found: dict[tuple[object, ...], list[Point]] = {}
+    for point in points:
+        axes = {name: value for name, value in point.run.axes.items() if name != "seed"}
+        found.setdefault((point.run.method, *sorted(axes.items(), key=str)), []).append(point)
+    return [Group(points=tuple(sorted(members, key=lambda point: point.seed))) for members in found.values()]

@@ -1,0 +1,65 @@
+"""The report of a study: one self-contained HTML file, and its tables as CSV and Markdown."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from tinyexperts.errors import InputError
+from tinyexperts.study.ablation_analysis import AblationAnalysis
+from tinyexperts.study.figures import Drawing
+from tinyexperts.study.isoflop_analysis import IsoFlopAnalysis
+from tinyexperts.study.report import template_environment
+from tinyexperts.study.study_figures import ablation_curves, isoflop_curves
+from tinyexperts.study.study_folder import StudyFolder
+from tinyexperts.study.study_points import read_points
+
+
+def write_study_report(folder: StudyFolder, *, command: str, created: datetime | None = None) -> Path:
+    """Write report.html, report.md and tables/*.csv into the folder of a study; returns the page.
+
+    Raises:
+        InputError: no run of the study is done.
+    """
+    settings = folder.settings()
+    points, problems = read_points(folder)
+    if not points:
+        raise InputError(f"no run of the study in {folder.path} is done: there is nothing to report")
+    drawings: list[Drawing | None]
+    analysis: IsoFlopAnalysis | AblationAnalysis
+    if settings.study == "isoflop":
+        analysis = IsoFlopAnalysis(points)
+        counts = ("active", "total", "matmul")
+        drawings = [isoflop_curves(analysis, budget, count) for budget in analysis.budgets for count in counts]
+    else:
+        analysis = AblationAnalysis(settings.study, points)
+        drawings = [ablation_curves(analysis)]
+    tables, claims = analysis.tables(), analysis.claims()
+    seconds = sum(point.result.last.get("seconds", 0.0) for point in points)
+    title = f"The study {settings.study} at {settings.scale} scale"
+    page = (
+        template_environment()
+        .get_template("study_report.html.j2")
+        .render(
+            title=title,
+            command=command,
+            created=(created or datetime.now().astimezone()).isoformat(sep=" ", timespec="minutes"),
+            settings=settings,
+            num_runs=len(points),
+            hours=seconds / 3600,
+            claims=claims,
+            problems=problems,
+            drawings=[drawing for drawing in drawings if drawing is not None],
+            tables=[table for table in tables if table.rows],
+            versions=sorted({str(p.result.run["versions"]) for p in points if p.result.run}),
+        )
+    )
+    path = folder.path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    (folder.path / "tables").mkdir(exist_ok=True)
+    for table in tables:
+        (folder.path / "tables" / f"{table.name}.csv").write_text(table.as_csv(), encoding="utf-8")
+    verdicts = [f"- {claim.claim}: **{claim.verdict}** ({claim.evidence})" for claim in claims]
+    text = [f"# {title}", "", *verdicts, "", *(table.as_markdown() for table in tables if table.rows)]
+    (folder.path / "report.md").write_text("\n".join(text), encoding="utf-8")
+    return path

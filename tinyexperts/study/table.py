@@ -1,0 +1,36 @@
+"""A table of a report: the same rows as HTML, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+
+MISSING = "\N{EN DASH}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Cells are what a reader sees; `note` says how to read them."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def as_csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+    def as_markdown(self) -> str:
+        lines = [f"### {self.title}", "", _line(self.columns), _line(("---",) * len(self.columns))]
+        lines += [_line(row) for row in self.rows]
+        return "\n".join([*lines, *(["", self.note] if self.note else []), ""])
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
