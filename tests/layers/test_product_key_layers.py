@@ -218,6 +218,10 @@ def test_empty_batch():
     ("options", "message"),
     [
         ({"num_experts": 50}, "got 50; the nearest squares are 49 and 64"),
+        ({"num_experts": 49.0}, r"number of experts must be a whole number, got 49\.0"),
+        ({"num_heads": "2"}, "num_heads must be a whole number, got '2'"),
+        ({"query_dim": 8.0}, r"query_dim must be a whole number, got 8\.0"),
+        ({"experts_per_head": 4.0}, r"experts retrieved a head must be a whole number, got 4\.0"),
         ({"num_experts": 0}, "got 0; the nearest squares are 1"),
         ({"query_dim": 7}, "query_dim must be even .*, got 7"),
         ({"experts_per_head": 8}, "between 1 and .* = 7, got 8"),

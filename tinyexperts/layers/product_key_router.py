@@ -8,6 +8,7 @@ normal queries of variance 1 / D, and unit-norm sub-keys, so that scores start w
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -75,6 +76,10 @@ class ProductKeyRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        counts = {"number of experts": num_experts, "num_heads": num_heads, "query_dim": query_dim}
+        for name, value in {**counts, "experts retrieved a head": experts_per_head, "d_model": d_model}.items():
+            if not isinstance(value, numbers.Integral):
+                raise InputError(f"{name} must be a whole number, got {value!r}")
         num_sub_keys = math.isqrt(max(num_experts, 0))
         if num_experts < 1 or num_sub_keys**2 != num_experts:
             squares = [s**2 for s in (num_sub_keys, num_sub_keys + 1) if s > 0]
