@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tinyexperts.study.claim import Claim, interval_told, judged
 from tinyexperts.study.comparison import signed
-from tinyexperts.study.isoflop_analysis import Claim
 from tinyexperts.study.power_law_fit import WITH_GRANULARITY, fit_power_law
 from tinyexperts.study.seed_interval import SeedInterval, paired_difference
 from tinyexperts.study.study_points import Group, Point, groups_of
@@ -72,18 +72,10 @@ class AblationAnalysis:
         for key, groups in self.series().items():
             if len(groups) < 2:
                 continue
-            found = paired_difference(groups[-1].losses(), groups[0].losses())
             ends = " against ".join(str(group.first.run.axes[self.axis]) for group in (groups[-1], groups[0]))
             where = ", ".join(f"{name} {_value(value)}" for name, value in key)
-            words = f"{where}: {self.question} ({ends})"
-            if found is None:
-                claims.append(Claim(claim=words, verdict="can't tell", evidence="no seed that both have"))
-                continue
-            verdict = {"lower": "reproduced", "higher": "not reproduced", "undecided": "can't tell"}[found.outcome]
-            low, high = found.bounds
-            interval = f"{signed(low)} to {signed(high)}" if math.isfinite(low) else "everything"
-            evidence = f"{signed(found.mean)} nats, 95 % interval {interval}, {len(found.values)} seeds"
-            claims.append(Claim(claim=words, verdict=verdict, evidence=evidence))
+            difference = paired_difference(groups[-1].losses(), groups[0].losses())
+            claims.append(judged(f"{where}: {self.question} ({ends})", difference))
         return claims
 
     def _groups(self) -> Table:
@@ -161,9 +153,7 @@ def _papers_usage() -> Table:
 
 
 def _difference(found: SeedInterval) -> str:
-    low, high = found.bounds
-    interval = f" ({signed(low)} to {signed(high)})" if math.isfinite(low) else ""
-    return signed(found.mean) + interval
+    return f"{signed(found.mean)} ({interval_told(found)})"
 
 
 def _mean(values: Sequence[float], spec: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from tinyexperts.study.claim import Claim, interval_told, judged
 from tinyexperts.study.comparison import interpolate, signed
 from tinyexperts.study.compute_multiplier import compute_multiplier
 from tinyexperts.study.isoflop_fit import IsoFlopFit, fit_isoflop
@@ -34,15 +34,6 @@ PAPER_PERPLEXITY: Mapping[float, Mapping[str, tuple[float, ...]]] = {
         "peer": (16.34, 10.33, 14.99, 19.09, 16.45),
     },
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A claim of the paper, the verdict on it at this scale, and what stands behind that."""
-
-    claim: str
-    verdict: str
-    evidence: str
 
 
 class IsoFlopAnalysis:
@@ -108,18 +99,15 @@ class IsoFlopAnalysis:
         ]
 
     def claims(self) -> list[Claim]:
-        """A verdict for each baseline at each budget: only an interval that leaves out zero decides."""
-        claims = []
-        for budget in self.budgets:
-            for baseline in BASELINES:
-                found = self.difference(baseline, budget)
-                words = f"At {budget:.0e} FLOPs PEER reaches a lower loss than {method_label(baseline)}"
-                if found is None:
-                    claims.append(Claim(claim=words, verdict="can't tell", evidence="no seed that both have"))
-                    continue
-                verdict = {"lower": "reproduced", "higher": "not reproduced", "undecided": "can't tell"}[found.outcome]
-                claims.append(Claim(claim=words, verdict=verdict, evidence=_told(found)))
-        return claims
+        """A verdict for each baseline at each budget."""
+        return [
+            judged(
+                f"At {budget:.0e} FLOPs PEER reaches a lower loss than {method_label(baseline)}",
+                self.difference(baseline, budget),
+            )
+            for budget in self.budgets
+            for baseline in BASELINES
+        ]
 
     def _perplexities(self) -> Table:
         texts = list(dict.fromkeys(text for group in self.groups for text in group.first.losses))
@@ -286,14 +274,8 @@ class IsoFlopAnalysis:
 
 
 def _interval(found: SeedInterval) -> tuple[str, str, str]:
-    deviation, (low, high) = found.standard_deviation, found.bounds
-    interval = f"{signed(low)} to {signed(high)}" if math.isfinite(low) else "everything"
-    return signed(found.mean), MISSING if deviation is None else f"{deviation:.3f}", interval
-
-
-def _told(found: SeedInterval) -> str:
-    mean, _, interval = _interval(found)
-    return f"{mean} nats, 95 % interval {interval}, {len(found.values)} seeds"
+    deviation = found.standard_deviation
+    return signed(found.mean), MISSING if deviation is None else f"{deviation:.3f}", interval_told(found)
 
 
 def _open(value: float) -> str:

@@ -1,0 +1,32 @@
+"""A claim of the paper, and the verdict on it that a study allows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tinyexperts.study.comparison import signed
+from tinyexperts.study.seed_interval import SeedInterval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim of the paper, the verdict on it at this scale, and what stands behind that."""
+
+    claim: str
+    verdict: str
+    evidence: str
+
+
+def judged(claim: str, difference: SeedInterval | None) -> Claim:
+    """The verdict on a claim that a difference is below zero: only an interval that leaves out zero decides."""
+    if difference is None:
+        return Claim(claim=claim, verdict="can't tell", evidence="no seed that both have")
+    verdict = {"lower": "reproduced", "higher": "not reproduced", "undecided": "can't tell"}[difference.outcome]
+    evidence = f"{signed(difference.mean)} nats, 95 % interval {interval_told(difference)}"
+    return Claim(claim=claim, verdict=verdict, evidence=f"{evidence}, {len(difference.values)} seeds")
+
+
+def interval_told(difference: SeedInterval) -> str:
+    low, high = difference.bounds
+    return f"{signed(low)} to {signed(high)}" if math.isfinite(low) else "everything"
