@@ -21,13 +21,22 @@ from tinyexperts.ops.product_key_topk import cpu as topk_cpu
 from tinyexperts.optim import row_sparse_adam
 from tinyexperts.study.layer_benchmark import measurement, random_row_limit, timing, view
 from tinyexperts.study.layer_benchmark.kernel_check import check_experts, check_kernels
-from tinyexperts.study.layer_benchmark.subjects import dense_subject, make_layer, our_subject, reference_subject, settle
-from tinyexperts.study.layer_benchmark.timing import Spread, interleaved
+from tinyexperts.study.layer_benchmark.subjects import (
+    compiled_reference_subject,
+    dense_subject,
+    make_layer,
+    our_subject,
+    reference_subject,
+    settle,
+)
+from tinyexperts.study.layer_benchmark.timing import Spread, interleaved, timed_after
 
 D, N, M = 16, 64, 8
 P = 8 * 8  # heads times experts: a half has 8 sub-keys only
 TINY = ["bench", "layer", "--d-model", D, "--num-experts", N, "--num-tokens", 1, M, "--threads", 1, "--repeats", 1]
 HAS_PEER_PYTORCH = importlib.util.find_spec("PEER_pytorch") is not None
+# Torch's compiler looks at it itself, for what stands behind a break of the graph.
+compiles = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +72,7 @@ def spreads(value):
             yield from spreads(child)
 
 
+@compiles
 def test_a_tiny_run_reports_everything(run_cli, tmp_path):
     code, out, err = run_cli(*TINY)
     assert code == 0, err
@@ -84,11 +94,16 @@ def test_a_tiny_run_reports_everything(run_cli, tmp_path):
             ratio = operator["embedding_bag_forward_seconds"]["median"] / operator["values_forward_seconds"]["median"]
             assert operator["embedding_bag_forward_ratio"]["median"] == pytest.approx(ratio)
         layer = make_layer(D, N)
+        measured = result["layer"]
+        for part, share in measured["forward_shares"].items():
+            seconds = [measured[f"{name}forward_seconds"]["median"] for name in (f"{part}_", "")]
+            assert share["median"] == pytest.approx(seconds[0] / seconds[1])
+        assert list(measured["forward_shares"]) == ["router", "topk", "experts"]
         assert result["layer"]["forward_flops"] == num_tokens * layer.flops_per_token().total
         assert 0 < result["layer"]["touched_rows"] <= min(N, num_tokens * P)
         assert result["rivals"]["dense_equal_width"]["hidden_dim"] == P
         assert result["rivals"]["dense_equal_time"]["hidden_dim"] % 16 == 0
-        assert {"reference", "dense_equal_width", "dense_equal_time"} <= set(result["rivals"])
+        assert {"reference", "compiled_reference", "dense_equal_width", "dense_equal_time"} <= set(result["rivals"])
         assert ("peer_pytorch_adam" in result["rivals"]) == HAS_PEER_PYTORCH
         assert bool(result["left_out"]) != HAS_PEER_PYTORCH
         for rival in result["rivals"].values():
@@ -322,6 +337,32 @@ def test_the_reference_shares_the_table_and_takes_the_same_step():
             moment.zero_() if moment.dim() else moment.fill_(1)
     ours.step(x, grad_y)
     torch.testing.assert_close(layer.experts.detach(), by_reference)
+
+
+@compiles
+def test_the_compiled_reference_is_the_layer_and_shares_its_table():
+    layer = make_layer(D, N)
+    x, grad_y = torch.randn(M, D), torch.randn(M, D)
+    rival = compiled_reference_subject(layer)
+    (table,) = [p for p in rival.module.parameters() if p.dim() == 3 and p.shape[0] == N]
+    assert table.data_ptr() == layer.experts.data_ptr()
+    torch.testing.assert_close(rival.forward(x), layer(x))
+    before = layer.experts.detach().clone()
+    y = layer(x)
+    y.backward(grad_y)
+    touched = layer.experts.grad.coalesce().indices()[0]
+    rival.step(x, grad_y)
+    moved = (layer.experts.detach() != before).flatten(1).any(1).nonzero()[:, 0]
+    assert torch.equal(moved, touched)
+
+
+def test_prepared_calls_leave_the_preparation_out_of_the_clock(monkeypatch):
+    clock = iter([1.0, 3.5])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    order = []
+    call = timed_after(lambda: order.append("prepared") or 7, lambda value: order.append(value))
+    assert call() == (2.5,)
+    assert order == ["prepared", 7]
 
 
 def test_kept_bytes_are_those_of_a_dense_layer():

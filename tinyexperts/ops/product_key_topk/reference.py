@@ -41,6 +41,15 @@ def candidate_ranks(k: int, num_ranks: int) -> tuple[list[tuple[int, int]], list
 def _top_k_of_sums(scores_1: Tensor, scores_2: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Top k of all sums of two rows: scores and ids, both [F, K], from scores [F, S] a half."""
     num_sub_keys = scores_1.shape[-1]
+    with torch.no_grad():
+        chosen = _ids_of_top_k(scores_1, scores_2, k)
+    # Summed again, so that the gradient of a score reaches the halves of its own pair, where others tie with it too.
+    scores = scores_1.gather(1, chosen // num_sub_keys) + scores_2.gather(1, chosen % num_sub_keys)
+    return scores, chosen
+
+
+def _ids_of_top_k(scores_1: Tensor, scores_2: Tensor, k: int) -> Tensor:
+    num_sub_keys = scores_1.shape[-1]
     num_ranks = min(k + 1, num_sub_keys)
     best_1, index_1 = scores_1.topk(num_ranks)
     best_2, index_2 = scores_2.topk(num_ranks)
@@ -48,30 +57,43 @@ def _top_k_of_sums(scores_1: Tensor, scores_2: Tensor, k: int) -> tuple[Tensor, 
     sums = best_1[:, candidates[:, 0]] + best_2[:, candidates[:, 1]]
     ids = index_1[:, candidates[:, 0]] * num_sub_keys + index_2[:, candidates[:, 1]]
     top, position = sums.topk(min(k + 1, sums.shape[-1]))
-    scores, chosen = top[:, :k].clone(), ids.gather(1, position[:, :k])
+    chosen = ids.gather(1, position[:, :k])
 
     beyond = best_1[:, frontier[:, 0]] + best_2[:, frontier[:, 1]] if len(frontier) else sums[:, :0]
     tied_inside = (top[:, 1:] == top[:, :-1]).any(1)
-    tied_outside = (beyond == scores[:, -1:]).any(1)
+    tied_outside = (beyond == top[:, k - 1 : k]).any(1)
+    return _with_ties_settled(chosen, tied_inside, tied_outside, scores_1, scores_2, sums, ids)
+
+
+@torch.compiler.disable(reason="which rows tie depends on the data")
+def _with_ties_settled(
+    chosen: Tensor,
+    tied_inside: Tensor,
+    tied_outside: Tensor,
+    scores_1: Tensor,
+    scores_2: Tensor,
+    sums: Tensor,
+    ids: Tensor,
+) -> Tensor:
+    """The chosen ids [F, K], where ties among the candidates, or with pairs outside of them, go to the lowest ids."""
+    k, num_sub_keys = chosen.shape[1], scores_1.shape[1]
     if tied_inside.any():
-        scores[tied_inside], chosen[tied_inside] = _sorted_by_score_and_id(sums[tied_inside], ids[tied_inside], k)
+        chosen[tied_inside] = _sorted_by_score_and_id(sums[tied_inside], ids[tied_inside], k)
     # NaN sorts above all and equals nothing: such rows keep what the candidates gave.
-    tied_outside &= ~scores[:, 0].isnan()
+    tied_outside = tied_outside & ~sums.amax(1).isnan()
     for rows in torch.split(tied_outside.nonzero().flatten(), max(1, _CHUNK_TIES // (k * num_sub_keys))):
-        scores[rows], chosen[rows] = _settle_ties(scores_1[rows], scores_2[rows], sums[rows], ids[rows], k)
-    # Summed again, so that the gradient of a score reaches the halves of its own pair, where others tie with it too.
-    scores = scores_1.gather(1, chosen // num_sub_keys) + scores_2.gather(1, chosen % num_sub_keys)
-    return scores, chosen
+        chosen[rows] = _settle_ties(scores_1[rows], scores_2[rows], sums[rows], ids[rows], k)
+    return chosen
 
 
-def _sorted_by_score_and_id(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _sorted_by_score_and_id(scores: Tensor, ids: Tensor, k: int) -> Tensor:
     ids, order = ids.sort(dim=1)
-    scores, by_score = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return scores[:, :k], ids.gather(1, by_score)[:, :k]
+    by_score = scores.gather(1, order).sort(dim=1, descending=True, stable=True).indices
+    return ids.gather(1, by_score[:, :k])
 
 
-def _settle_ties(scores_1: Tensor, scores_2: Tensor, sums: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The candidates above the K-th score, and of all N pairs that equal it those of lowest ids."""
+def _settle_ties(scores_1: Tensor, scores_2: Tensor, sums: Tensor, ids: Tensor, k: int) -> Tensor:
+    """The ids of the candidates above the K-th score, and of all N pairs that equal it those of lowest ids."""
     num_sub_keys = scores_1.shape[-1]
     threshold = sums.topk(k).values[:, -1:]
     # Each first half that can reach the threshold holds at least one pair that does. Fewer than K pairs are above it,

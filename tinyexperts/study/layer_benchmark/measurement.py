@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyexperts.layers import PEER, DenseFFN
-from tinyexperts.ops import expert_mlp
+from tinyexperts.ops import expert_mlp, product_key_topk
 from tinyexperts.study.layer_benchmark import memory, random_row_limit
 from tinyexperts.study.layer_benchmark.kernel_check import check_kernels, values_of
 from tinyexperts.study.layer_benchmark.subjects import (
     Subject,
+    compiled_reference_subject,
     dense_subject,
     our_subject,
     peer_pytorch_subject,
@@ -28,11 +29,12 @@ from tinyexperts.study.layer_benchmark.subjects import (
     settle,
     without_kernels,
 )
-from tinyexperts.study.layer_benchmark.timing import Spread, interleaved, timed
+from tinyexperts.study.layer_benchmark.timing import Spread, interleaved, timed, timed_after
 
 SECOND_MOMENTS = ("element", "row")
 RIVALS = {
     "reference": "operators in plain torch",
+    "compiled_reference": "reference, torch.compile",
     "dense_equal_width": "dense, equal width",
     "dense_equal_time": "dense, equal time",
     "peer_pytorch_adam": "PEER-pytorch, Adam",
@@ -228,7 +230,7 @@ def measure_setting(
 def _measure_ours(
     layer: PEER, inputs: Inputs, second_moments: Sequence[str], *, repeats: int
 ) -> tuple[Subject, dict[str, Any]]:
-    """The router, the layer and its training steps; and the layer with the state of the last second moment."""
+    """The layer, its parts and its training steps; and the layer with the state of the last second moment."""
     num_tokens, d_model = inputs.grad_y_MD.shape
     num_vectors = layer.experts.shape[1]
     flops = layer.flops_per_token()
@@ -246,16 +248,38 @@ def _measure_ours(
         steps[moment] = _phases(phases)
         # Both passes read the retrieved rows; the update reads and writes the touched ones and both of their moments.
         step_bytes[moment] = 2 * expert_bytes + 2 * touched * (2 * row_bytes + moment_bytes[moment])
+    router = layer.router
+
+    def queries() -> Tensor:
+        return router.queries(inputs.next()).detach()
+
+    def routed() -> tuple[Tensor, Tensor, Tensor]:
+        x_MD = inputs.next()
+        routing = layer.route(x_MD)
+        return x_MD, routing.ids.flatten(1), routing.weights.detach().flatten(1)
+
+    def experts(prepared: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x_MD, ids_MP, weights_MP = prepared
+        return expert_mlp(x_MD, layer.experts, ids_MP, weights_MP, layer.activation, sparse=layer.sparse)
+
     times = interleaved(
         {
             "router": timed(lambda: layer.route(inputs.next())),
+            "topk": timed_after(
+                queries, lambda query_MHQ: product_key_topk(query_MHQ, router.sub_keys, router.experts_per_head)
+            ),
+            "experts": timed_after(routed, experts),
             "layer": timed(lambda: ours.forward(inputs.next())),
         },
         repeats,
     )
+    shares = {name: _spread(times[name][:, 0] / times["layer"][:, 0]) for name in ("router", "topk", "experts")}
     return ours, {
         "router_forward_seconds": _spread(times["router"][:, 0]),
+        "topk_forward_seconds": _spread(times["topk"][:, 0]),
+        "experts_forward_seconds": _spread(times["experts"][:, 0]),
         "forward_seconds": _spread(times["layer"][:, 0]),
+        "forward_shares": shares,
         "forward_flops": num_tokens * flops.total,
         "forward_gflop_per_second": _rate(num_tokens * flops.total, times["layer"][:, 0]),
         "touched_rows": touched,
@@ -287,6 +311,7 @@ def _measure_rival(
     with_steps = trains and reason is None
     make: dict[str, Callable[[], Subject]] = {
         "reference": lambda: reference_subject(ours),
+        "compiled_reference": lambda: compiled_reference_subject(layer),
         "dense_equal_width": lambda: dense_subject(d_model, layer.retrieved_per_token),
         "dense_equal_time": lambda: dense_subject(d_model, _hidden_dim_of_equal_time(ours, inputs, trains)),
         "peer_pytorch_adam": lambda: peer_pytorch_subject(layer, sparse=False),
@@ -328,6 +353,7 @@ def _rival_bytes(rival: str, ours: Subject, inputs: Inputs) -> tuple[int, int]:
     forward, step = {
         # The touched rows' gradient, and the values, moments and their new ones gathered.
         "reference": (0, 8 * touched),
+        "compiled_reference": (2 * gathered, 3 * table + 2 * gathered),
         "peer_pytorch_adam": (table + 2 * gathered, 4 * table + 2 * gathered),
         "peer_pytorch_sparse_adam": (table + 2 * gathered, 3 * table + 5 * gathered),
     }.get(rival, (0, 0))

@@ -15,7 +15,9 @@ from torch.optim import Adam, AdamW, Optimizer, SparseAdam
 
 from tinyexperts.layers import PEER, DenseFFN
 from tinyexperts.ops.expert_mlp import _KERNELS as EXPERT_KERNELS
+from tinyexperts.ops.expert_mlp import reference as expert_reference
 from tinyexperts.ops.product_key_topk import _KERNELS as TOPK_KERNELS
+from tinyexperts.ops.product_key_topk import reference as topk_reference
 from tinyexperts.ops.row_adam import _KERNELS as ADAM_KERNELS
 from tinyexperts.optim import RowSparseAdam
 
@@ -122,6 +124,32 @@ def reference_subject(ours: Subject) -> Subject:
     table_optimizer.state[table] = ours.optimizers[0].state[layer.experts]
     dense_optimizer = AdamW(twin.parameter_groups().dense, lr=_LEARNING_RATE, fused=True)
     return Subject(module=twin, optimizers=[table_optimizer, dense_optimizer], context=without_kernels)
+
+
+class _Reference(nn.Module):
+    """A PEER layer whose operators are their references: plain torch, all of it open to torch.compile."""
+
+    def __init__(self, layer: PEER) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        router = self.layer.router
+        scores, ids = topk_reference.product_key_topk(router.queries(x_MD), router.sub_keys, router.experts_per_head)
+        weights = scores.softmax(-1)
+        return expert_reference.expert_mlp(
+            x_MD, self.layer.experts, ids.flatten(1), weights.flatten(1), self.layer.activation
+        )[0]
+
+
+def compiled_reference_subject(layer: PEER) -> Subject:
+    """The references under torch.compile, on the same table, with fused Adam for all: autograd's gradient is dense."""
+    torch.compiler.reset()  # sizes of settings before this one would be taken for dynamic ones
+    table = nn.Parameter(layer.experts.detach())
+    twin = copy.deepcopy(layer, {id(layer.experts): table})
+    reference = _Reference(twin)
+    reference.compile()
+    return Subject(module=reference, optimizers=[Adam(twin.parameters(), lr=_LEARNING_RATE, fused=True)])
 
 
 def dense_subject(d_model: int, hidden_dim: int) -> Subject:

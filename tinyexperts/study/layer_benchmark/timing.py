@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,16 @@ def timed(function: Callable[[], object]) -> Callable[[], tuple[float]]:
         seconds = time.perf_counter() - started
         del result
         return (seconds,)
+
+    return call
+
+
+def timed_after(prepare: Callable[[], Any], function: Callable[[Any], object]) -> Callable[[], tuple[float]]:
+    """As `timed`, of `function` alone, which is given what `prepare` returned before the clock was started."""
+
+    def call() -> tuple[float]:
+        prepared = prepare()
+        return timed(lambda: function(prepared))()
 
     return call
 

@@ -25,6 +25,7 @@ _LINES = {
     "ours": ("tinyexperts", "#0072B2", "o"),
     "ours_row": ("tinyexperts, one 2nd moment a row", "#56B4E9", "o"),
     "reference": (RIVALS["reference"], "#009E73", "^"),
+    "compiled_reference": (RIVALS["compiled_reference"], "#E69F00", "P"),
     "dense_equal_width": (RIVALS["dense_equal_width"], "#D55E00", "s"),
     "peer_pytorch_adam": (RIVALS["peer_pytorch_adam"], "#CC79A7", "D"),
     "peer_pytorch_sparse_adam": (RIVALS["peer_pytorch_sparse_adam"], "#5b5f66", "v"),
@@ -137,8 +138,20 @@ def _operator_table(results: Sequence[_Result]) -> Table:
 
 def _layer_table(results: Sequence[_Result]) -> Table:
     table = _table(
-        "The layer, ms; update and step with a second moment an element / a row",
-        [*_SETTING, "router", "forward", "backward", "update", "step", "KiB kept/token", "peak GiB"],
+        "The layer, ms (router: queries, top-k of product keys, weights; % of the forward pass); "
+        "update and step with a second moment an element / a row",
+        [
+            *_SETTING,
+            "router",
+            "of it top-k",
+            "experts",
+            "forward",
+            "backward",
+            "update",
+            "step",
+            "KiB kept/token",
+            "peak GiB",
+        ],
     )
     for result in results:
         layer = result["layer"]
@@ -146,7 +159,10 @@ def _layer_table(results: Sequence[_Result]) -> Table:
         kept, peak = layer["activation_bytes_per_token"], layer["peak_resident_bytes"]
         table.add_row(
             *_setting(result),
-            _ms(layer["router_forward_seconds"]),
+            *(
+                f"{_ms(layer[f'{part}_forward_seconds'])} ({100 * layer['forward_shares'][part]['median']:.0f} %)"
+                for part in ("router", "topk", "experts")
+            ),
             _ms(layer["forward_seconds"]),
             _ms(next((step["backward_seconds"] for step in steps if step), None)),
             *(" / ".join(_ms(step.get(name)) for step in steps) for name in ("update_seconds", "step_seconds")),
