@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +113,27 @@ def test_tuning_decides_the_settings_of_the_main_runs():
     assert not [run for run in study.stages[0]({}) if run.method in ("dense", "moe") and "table" in run.name]
 
 
+def test_the_last_budget_is_spent_on_each_methods_best_width():
+    small = scale()
+    study = studies.isoflop(small)
+    tuning, main, extend = study.stages
+    assert extend({}) == []
+    losses = {run.name: 5.0 for run in tuning({})}
+    losses["tune-peer-table-x2-seed0"] = 4.9
+    best = {"dense": 8, "moe": 16, "pkm": 24, "peer": 16}
+    for run in main(losses):
+        losses[run.name] = 4.0 if run.axes["width"] == best[run.method] else 4.5
+    del losses["moe-d16-c2e08-seed1"]  # a seed that is missing decides nothing
+    losses["moe-d8-c2e08-seed0"] = 4.4
+    runs = extend(losses)
+    assert {run.method: run.axes["width"] for run in runs} == best | {"moe": 8}
+    assert [run.axes["seed"] for run in runs] == [0] * 4 + [1] * 4
+    assert {run.config.training_flops for run in runs} == {small.last_budget}
+    rates = {run.method: run.config.table_learning_rate for run in runs}
+    assert rates["peer"] == 2 * small.base.table_learning_rate
+    assert studies.isoflop(scale("paper", vocab_size=4096)).stages[2](losses) == []
+
+
 def test_a_budget_without_a_step_and_a_small_corpus_are_refused():
     run = studies.num_experts(scale()).stages[0]({})[0]
     poor = replace(run, config=replace(run.config, training_flops=10.0))
@@ -171,6 +198,45 @@ def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
     assert "8 runs planned so far, 8 done, 0 begun, 0 waiting, 0 failed" in capsys.readouterr().out
     run_study(studies.num_experts, config)
     assert len(children.started) == 8
+
+
+def test_the_main_study_from_start_to_report(config, children):
+    run_study(studies.isoflop, replace(config, evaluation_tokens=64))
+    folder = StudyFolder(config.output)
+    assert len(folder.planned_runs()) == 40 + 48 + 8
+    assert all(folder.status(run).state == "done" for run in folder.planned_runs())
+    for text in ("evaluation", "evaluation-poems"):
+        result = json.loads((folder.run_path("peer-d16-c1e08-seed0") / f"{text}.json").read_text())
+        assert 0 < result["num_tokens"] <= 64
+    page = (config.output / "report.html").read_text()
+    assert page.count("At 3e+08 FLOPs PEER reaches a lower loss than") == 3
+    assert len(list((config.output / "tables").glob("*.csv"))) == 8
+    with pytest.raises(InputError, match="evaluation_tokens was 64, is None"):
+        run_study(studies.isoflop, config)
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_again_and_again_ends_in_the_same_tables(config, tmp_path):
+    """With its processes: they are killed without a warning, and the study is started again by the same command."""
+
+    def command(output):
+        options = ["--scale", "minute", "--data", config.data, "--output", output, "--num-parallel", 1]
+        return [sys.executable, "-m", "tinyexperts", "study", "num-experts", *map(str, options)]
+
+    whole = tmp_path / "whole"
+    subprocess.run(command(whole), check=True, capture_output=True)
+    killed, draw = tmp_path / "killed", random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(draw.uniform(8, 20))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in [process.pid, *map(int, children)]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(killed), check=True, capture_output=True)
+    for table in (whole / "tables").glob("*.csv"):
+        text = table.read_text().replace(str(whole), "FOLDER")
+        assert (killed / "tables" / table.name).read_text().replace(str(killed), "FOLDER") == text
 
 
 def test_what_is_cut_off_is_resumed_and_only_that(config, children):
@@ -265,6 +331,7 @@ def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, capsys, monkeypatc
         ({"num_parallel": 0}, "num_parallel must be at least 1, got 0"),
         ({"minutes": 0.0}, "minutes must be positive, got 0.0"),
         ({"slurm_hours": -1.0}, "slurm_hours must be positive, got -1.0"),
+        ({"evaluation_tokens": 0}, "evaluation_tokens must be at least 1, got 0"),
         ({"evaluation_corpora": (Path("no/such"),)}, "there is no evaluation corpus no/such"),
         ({"evaluation_corpora": (Path("a/x.txt"), Path("b/x.md"))}, "must have different names, got x, x"),
     ],

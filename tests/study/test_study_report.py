@@ -5,22 +5,29 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
+from tinyexperts import cli
 from tinyexperts.errors import InputError
 from tinyexperts.study import studies
 from tinyexperts.study.ablation_analysis import AblationAnalysis
 from tinyexperts.study.accounting import account
 from tinyexperts.study.isoflop_analysis import IsoFlopAnalysis
 from tinyexperts.study.scales import scale_named
+from tinyexperts.study.study_figures import residuals
 from tinyexperts.study.study_folder import StudyFolder, StudySettings
 from tinyexperts.study.study_points import read_points
 from tinyexperts.study.study_report import write_study_report
 from tinyexperts.study.table import Table
+from tinyexperts.study.train_command import train_command
+from tinyexperts.training import TrainConfig, recipes
 
 # Per method: by how much it is better than dense at any budget, in nats, and how far its seeds lie apart.
 ADVANTAGE = {"dense": 0.0, "moe": 0.03, "pkm": 0.05, "peer": 0.05}
@@ -111,7 +118,7 @@ def test_the_verdicts_follow_the_intervals(isoflop):
 def test_each_method_stands_at_its_own_best_size(isoflop):
     points, _ = read_points(isoflop)
     analysis = IsoFlopAnalysis(points)
-    for budget in analysis.budgets:
+    for budget in analysis.budgets[:3]:
         for method in ADVANTAGE:
             best, means = analysis.best(method, budget), [g.mean_loss() for g in analysis.of(method, budget)]
             assert best.mean_loss() == min(means)
@@ -119,6 +126,11 @@ def test_each_method_stands_at_its_own_best_size(isoflop):
             sizes = [group.first.cost.parameters_active for group in analysis.of(method, budget)]
             if method != "moe":
                 assert sizes[1] < analysis.fit(method, budget, "active").optimum < sizes[2]
+    # The last budget is run at the best size alone, where no parabola can be laid.
+    for method in ADVANTAGE:
+        (last,) = analysis.of(method, 1e14)
+        assert last.first.run.axes["width"] == analysis.best(method, 3e13).first.run.axes["width"]
+        assert analysis.fit(method, 1e14, "active").refusal == "a parabola needs three sizes, got 1"
     # A size that lacks a seed is never the best: its mean would be of other seeds.
     lacking = analysis.of("peer", 3e13)[-1]
     assert len(lacking.points) == 2
@@ -130,7 +142,7 @@ def test_the_report_is_whole_and_escaped(isoflop):
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
     assert "How often data was repeated is not known" in page
-    assert page.count("<figure>") == 9
+    assert page.count("<figure>") == 9 + 4 + 1, "sizes of three budgets, seconds of four, residuals"
     markdown = (isoflop.path / "report.md").read_text(encoding="utf-8")
     assert "PEER reaches a lower loss than dense: **reproduced**" in markdown
     assert "### Perplexity of each method at its own best size" in markdown
@@ -158,13 +170,55 @@ def test_the_tables_hold_what_was_measured(isoflop):
     )
     assert float(multiplier["multiplier"]) == pytest.approx(10**0.25, rel=0.1)
     top = next(
-        row for row in rows_of(isoflop, "compute-multiplier") if (row["FLOPs"], row["method"]) == ("3e+13", "PEER")
+        row for row in rows_of(isoflop, "compute-multiplier") if (row["FLOPs"], row["method"]) == ("1e+14", "PEER")
     )
     assert "no budget of the baseline reaches the loss" in top["why none"]
     assert len(rows_of(isoflop, "tuning")) == 40
     without = next(row for row in rows_of(isoflop, "points") if row["method"] == "PEER")
     assert float(without["without router"]) < float(without["training FLOPs"])
     assert len(rows_of(isoflop, "scaling-law")) == 4
+
+
+def test_the_residuals_are_those_of_the_law_and_tell_a_run_astray(isoflop):
+    points, _ = read_points(isoflop)
+    analysis = IsoFlopAnalysis(points)
+    ours = analysis.points_of("peer")
+    law = analysis.law("peer")
+    predicted = [law.loss(P=p.cost.parameters_active, D=p.cost.num_tokens) for p in ours]
+    np.testing.assert_allclose(law.residuals, np.array([p.loss for p in ours]) - predicted, atol=1e-9)
+    rows = [row for row in rows_of(isoflop, "optimum") if row["FLOPs"] == "1e+13"]
+    fit = analysis.fit("dense", 1e13, "active")
+    assert float(rows[0]["residuals, nats (RMS)"]) == pytest.approx(np.sqrt((fit.residuals**2).mean()), abs=1e-3)
+    assert "Residuals of the laws" in residuals(analysis).svg
+    few = IsoFlopAnalysis([point for point in points if point.run.method == "peer"][-4:])
+    assert few.law("peer") is None
+    assert residuals(few) is None
+
+
+def test_every_row_has_its_command(isoflop):
+    write_study_report(isoflop, command="x")
+    commands = {row["run"]: row["command"] for row in rows_of(isoflop, "commands")}
+    points, _ = read_points(isoflop)
+    for group in IsoFlopAnalysis(points).groups:
+        run = group.first.run
+        words = shlex.split(commands[run.name])
+        assert words[:2] == ["tinyexperts", "train"]
+        recipe = {r.__name__.replace("_", "-"): r for r in cli.RECIPES}[words[2]]
+        parsed = tyro.cli(TrainConfig, default=recipe(), args=words[3:], config=(tyro.conf.AvoidSubcommands,))
+        assert parsed == replace(run.config, run=Path("runs", run.name))
+
+
+def test_a_command_writes_out_every_kind_of_setting():
+    config = recipes.peer()
+    layer = replace(config.model.sparse_layer, gated=True, shared_sub_keys=False, query_norm="none")
+    model = replace(config.model, sparse_layer=layer, layers_with_peer=(0, 2), tied_embeddings=True)
+    config = replace(
+        config, run=Path("a folder"), model=model, betas=(0.8, 0.95), gradient_clip=None, num_steps=7,
+        training_flops=None, threads=1,
+    )  # fmt: skip
+    words = shlex.split(train_command("peer", config))
+    parsed = tyro.cli(TrainConfig, default=recipes.peer(), args=words[3:], config=(tyro.conf.AvoidSubcommands,))
+    assert parsed == config
 
 
 def test_an_ablation_is_judged_by_the_ends_of_its_axis(tmp_path):
@@ -227,5 +281,5 @@ def test_the_report_in_a_browser(isoflop):
         browser.close()
     assert not errors
     assert sizes[0] <= sizes[1], "the page scrolls sideways"
-    assert len(texts) == 9
+    assert len(texts) == 14
     assert min(texts) > 8

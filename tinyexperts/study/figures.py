@@ -65,10 +65,11 @@ def method_color(method: str) -> str:
     return METHOD_STYLES.get(method, OTHER_STYLE)[0]
 
 
-def loss_curves(runs: Sequence[RunResult], x: str) -> Drawing | None:
+def loss_curves(runs: Sequence[RunResult], x: str, name: str = "") -> Drawing | None:
     """Held-out loss against `training_flops`, `num_tokens` or `seconds`; None where no run recorded two points of it.
 
-    Each seed is a thin line, the mean of a method's seeds a bold one over what all its seeds cover of the axis.
+    Each seed is a thin line, the mean of a method's seeds a bold one over what all its seeds cover of the axis. `name`
+    tells it from others on a page.
     """
     curves = {run: points for run in runs if len(points := _points(run, x)) > 1}
     if not curves:
@@ -92,7 +93,9 @@ def loss_curves(runs: Sequence[RunResult], x: str) -> Drawing | None:
             x
         ]
         reading = ", ".join(text for *_, text, _ in ends)
-        svg = svg_of(figure, f"loss-{x}", f"Line chart: held-out loss against {words}. It ends at {reading}.")
+        svg = svg_of(
+            figure, f"loss-{x}{name and '-'}{name}", f"Line chart: held-out loss against {words}. It ends at {reading}."
+        )
     return Drawing(caption=f"Held-out loss against {words}", svg=svg)
 
 

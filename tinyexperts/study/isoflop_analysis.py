@@ -9,7 +9,7 @@ from tinyexperts.study.claim import Claim, interval_told, judged
 from tinyexperts.study.comparison import interpolate, signed
 from tinyexperts.study.compute_multiplier import compute_multiplier
 from tinyexperts.study.isoflop_fit import IsoFlopFit, fit_isoflop
-from tinyexperts.study.power_law_fit import SIZE_AND_TOKENS, fit_power_law
+from tinyexperts.study.power_law_fit import SIZE_AND_TOKENS, PowerLawFit, fit_power_law
 from tinyexperts.study.report import format_count
 from tinyexperts.study.run_results import method_label
 from tinyexperts.study.scales import METHODS
@@ -62,6 +62,19 @@ class IsoFlopAnalysis:
         if not points:
             return None
         return fit_isoflop([getattr(p.cost, f"parameters_{count}") for p in points], [p.loss for p in points])
+
+    def points_of(self, method: str) -> list[Point]:
+        """All runs of a method, tuning left out."""
+        return [point for group in self.groups if group.first.run.method == method for point in group.points]
+
+    def law(self, method: str) -> PowerLawFit | None:
+        """L(P, D) of all runs of a method; None where they are fewer than its parameters."""
+        points = self.points_of(method)
+        sizes = {"P": [p.cost.parameters_active for p in points], "D": [p.cost.num_tokens for p in points]}
+        try:
+            return fit_power_law(SIZE_AND_TOKENS, sizes, [p.loss for p in points])
+        except ValueError:
+            return None
 
     def difference(self, baseline: str, budget: float, text: str = HELD_OUT) -> SeedInterval | None:
         """PEER minus a baseline, nats, each at its own best size."""
@@ -193,28 +206,32 @@ class IsoFlopAnalysis:
                     ends = fit.optimum_interval
                     interval = MISSING if ends is None else f"{format_count(ends[0])} to {_open(ends[1])}"
                     loss = MISSING if fit.loss_at_optimum is None else f"{fit.loss_at_optimum:.3f}"
-                    rows.append(
-                        (f"{budget:.0e}", method_label(method), count, optimum, interval, loss, fit.refusal or "")
-                    )
+                    left = f"{math.sqrt(float((fit.residuals**2).mean())):.3f}" if fit.has_curve else MISSING
+                    why = fit.refusal or ""
+                    rows.append((f"{budget:.0e}", method_label(method), count, optimum, interval, loss, left, why))
         return Table(
             name="optimum",
             title="The size of least loss, by a parabola in its logarithm",
-            columns=("FLOPs", "method", "parameters", "optimum", "95 % interval", "loss there", "why none"),
+            columns=(
+                "FLOPs",
+                "method",
+                "parameters",
+                "optimum",
+                "95 % interval",
+                "loss there",
+                "residuals, nats (RMS)",
+                "why none",
+            ),
             rows=tuple(rows),
         )
 
     def _laws(self) -> Table:
         rows = []
         for method in METHODS:
-            points = [p for g in self.groups if g.first.run.method == method for p in g.points]
-            try:
-                fit = fit_power_law(
-                    SIZE_AND_TOKENS,
-                    {"P": [p.cost.parameters_active for p in points], "D": [p.cost.num_tokens for p in points]},
-                    [p.loss for p in points],
-                )
-            except ValueError as error:
-                rows.append((method_label(method), *(MISSING,) * 4, str(error)))
+            fit = self.law(method)
+            if fit is None:
+                few = f"a law of five parameters, and {len(self.points_of(method))} runs"
+                rows.append((method_label(method), *(MISSING,) * 4, few))
                 continue
             deviation = math.sqrt(float((fit.residuals**2).mean()))
             doubt = f"the runs do not determine {' and '.join(fit.at_bounds)}" if fit.at_bounds else ""

@@ -35,6 +35,11 @@ class IsoFlopFit:
     residuals: np.ndarray
     refusal: str | None
 
+    @property
+    def has_curve(self) -> bool:
+        """Whether there were sizes enough for a parabola, with or without a minimum."""
+        return bool(np.isfinite(self.coefficients).all())
+
     def loss_at(self, size: float) -> float:
         """The fitted loss in nats."""
         return float(np.polyval(self.coefficients, np.log(size)))

@@ -27,6 +27,7 @@ class Scale:
     """Sizes and budgets of a scale.
 
     budgets: training FLOPs of a run, router counted, ascending
+    last_budget: a larger one, for each method's best width at the largest of `budgets` alone; None: there is none
     widths: model widths D, ascending; heads are of `head_dim`
     seeds: of every point of the isoFLOP study; the ablations take them too
     layers: the sparse layer of each method
@@ -43,6 +44,7 @@ class Scale:
     base: TrainConfig
     experts: tuple[int, ...]
     active: tuple[tuple[int, int], ...]
+    last_budget: float | None = None
 
     @property
     def middle_width(self) -> int:
@@ -101,6 +103,7 @@ def _minute(data: Path, vocab_size: int) -> Scale:
     return Scale(
         name="minute",
         budgets=(1e8, 2e8),
+        last_budget=3e8,
         widths=(8, 16, 24),
         head_dim=8,
         seeds=(0, 1),
@@ -120,6 +123,7 @@ def _laptop(data: Path, vocab_size: int) -> Scale:
     return Scale(
         name="laptop",
         budgets=(3e12, 1e13, 3e13),
+        last_budget=1e14,
         widths=(32, 48, 64, 96),
         head_dim=16,
         seeds=(0, 1, 2),

@@ -36,8 +36,19 @@ def isoflop(scale: Scale) -> Study:
             for method in METHODS
         ]
 
+    def extend(losses: Mapping[str, float]) -> list[GridRun]:
+        if scale.last_budget is None:
+            return []
+        best = {method: _best_settings(scale, method, losses) for method in METHODS}
+        return [
+            _run(scale, method, width=width, budget=scale.last_budget, seed=seed, **best[method])
+            for seed in scale.seeds
+            for method in METHODS
+            if (width := _best_width(scale, method, losses)) is not None
+        ]
+
     question = "At equal training FLOPs, does PEER reach a lower loss than dense, expert-choice MoE and PKM?"
-    return _study("isoflop", scale, question, tune, measure)
+    return _study("isoflop", scale, question, tune, measure, extend)
 
 
 def num_experts(scale: Scale) -> Study:
@@ -189,6 +200,17 @@ def _best_settings(scale: Scale, method: str, losses: Mapping[str, float]) -> di
             if loss(label) < best.get(setting, default):
                 best[setting], chosen[setting] = loss(label), value
     return chosen
+
+
+def _best_width(scale: Scale, method: str, losses: Mapping[str, float]) -> int | None:
+    """Of least mean loss at the largest budget, among the widths whose seeds have all ended; None without one."""
+    means = {}
+    for width in scale.widths:
+        runs = [_run(scale, method, width=width, budget=scale.budgets[-1], seed=seed) for seed in scale.seeds]
+        mean = math.fsum(losses.get(run.name, math.inf) for run in runs) / len(runs)
+        if math.isfinite(mean):
+            means[width] = mean
+    return min(means, key=lambda width: means[width], default=None)
 
 
 def _run(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -11,7 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from tinyexperts.study.ablation_analysis import AblationAnalysis
-from tinyexperts.study.figures import GREY, INK, METHOD_STYLES, STYLE, Drawing, label_ends, new_axes, svg_of
+from tinyexperts.study.figures import (
+    GREY,
+    INK,
+    METHOD_STYLES,
+    STYLE,
+    Drawing,
+    label_ends,
+    loss_curves,
+    new_axes,
+    svg_of,
+)
 from tinyexperts.study.isoflop_analysis import IsoFlopAnalysis
 from tinyexperts.study.report import format_count
 from tinyexperts.study.run_results import method_label
@@ -22,9 +32,12 @@ _COUNTS = {"active": "active parameters", "total": "parameters in all", "matmul"
 
 
 def isoflop_curves(analysis: IsoFlopAnalysis, budget: float, count: str) -> Drawing | None:
-    """Loss against size at one budget: each run a point, each method's parabola a line, its minimum a large mark."""
+    """Loss against size at one budget: each run a point, each method's parabola a line, its minimum a large mark.
+
+    None for a budget that was run at one size only.
+    """
     drawn = [method for method in METHODS if analysis.of(method, budget)]
-    if not drawn:
+    if max((len(analysis.of(method, budget)) for method in drawn), default=0) < 2:
         return None
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(_COUNTS[count], "held-out loss, nats a token")
@@ -37,7 +50,7 @@ def isoflop_curves(analysis: IsoFlopAnalysis, budget: float, count: str) -> Draw
             sizes.append(x)
             axes.plot(x, y, linestyle="", marker=marker, markersize=4, color=color, alpha=0.6)
             fit = analysis.fit(method, budget, count)
-            if fit is not None and all(map(math.isfinite, fit.coefficients)):
+            if fit is not None and fit.has_curve:
                 line = np.geomspace(x.min(), x.max(), 60)
                 values = np.array([fit.loss_at(size) for size in line])
                 axes.plot(line, values, color=color, linewidth=1.6)
@@ -51,6 +64,39 @@ def isoflop_curves(analysis: IsoFlopAnalysis, budget: float, count: str) -> Draw
         text = f"Held-out loss against {_COUNTS[count]} at {budget:.0e} training FLOPs, by method."
         svg = svg_of(figure, f"isoflop-{budget:.0e}-{count}", text)
     return Drawing(caption=f"{budget:.0e} training FLOPs, by {_COUNTS[count]}", svg=svg)
+
+
+def time_curves(analysis: IsoFlopAnalysis, budget: float) -> Drawing | None:
+    """Loss against seconds of training, each method at its best size; None without curves."""
+    groups = [best for method in METHODS if (best := analysis.best(method, budget)) is not None]
+    runs = [replace(point.result, method=point.run.method) for group in groups for point in group.points]
+    drawing = loss_curves(runs, "seconds", name=f"{budget:.0e}")
+    if drawing is None:
+        return None
+    return replace(drawing, caption=f"{budget:.0e} training FLOPs, by seconds, each method at its best width")
+
+
+def residuals(analysis: IsoFlopAnalysis) -> Drawing | None:
+    """Measured minus fitted loss of each method's law L(P, D) against the tokens of the run; None without a fit."""
+    fits = {method: fit for method in METHODS if (fit := analysis.law(method)) is not None}
+    if not fits:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_axes("training tokens", "measured minus fitted loss, nats")
+        axes.axhline(0, color=GREY, linewidth=1.2)
+        every = []
+        for method, fit in fits.items():
+            color, marker = METHOD_STYLES[method]
+            tokens = np.array([float(point.cost.num_tokens) for point in analysis.points_of(method)])
+            label = method_label(method)
+            axes.plot(tokens, fit.residuals, linestyle="", marker=marker, color=color, markersize=4, label=label)
+            every.append(tokens)
+        _log_axis(axes, np.concatenate(every), room=1.15)
+        axes.legend(loc="best", frameon=False, ncols=len(fits), columnspacing=1.0, handletextpad=0.2)
+        largest = max(float(np.abs(fit.residuals).max()) for fit in fits.values())
+        text = f"Residuals of the laws L(P, D) against training tokens, at most {largest:.3f} nats."
+        svg = svg_of(figure, "residuals", text)
+    return Drawing(caption="What the laws L(P, D) leave unexplained", svg=svg)
 
 
 def ablation_curves(analysis: AblationAnalysis) -> Drawing | None:

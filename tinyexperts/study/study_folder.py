@@ -38,6 +38,8 @@ class StudySettings:
     scale: str
     data: str
     evaluation_corpora: tuple[str, ...] = ()
+    evaluation_tokens: int | None = None
+    """Of each evaluation corpus, and of the held-out split; None: all."""
 
     def corpora(self) -> dict[str, Path]:
         """The evaluation corpora by name."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -10,9 +12,11 @@ from tinyexperts.study.ablation_analysis import AblationAnalysis
 from tinyexperts.study.figures import Drawing
 from tinyexperts.study.isoflop_analysis import IsoFlopAnalysis
 from tinyexperts.study.report import template_environment
-from tinyexperts.study.study_figures import ablation_curves, isoflop_curves
+from tinyexperts.study.study_figures import ablation_curves, isoflop_curves, residuals, time_curves
 from tinyexperts.study.study_folder import StudyFolder
-from tinyexperts.study.study_points import read_points
+from tinyexperts.study.study_points import Group, read_points
+from tinyexperts.study.table import Table
+from tinyexperts.study.train_command import train_command
 
 
 def write_study_report(folder: StudyFolder, *, command: str, created: datetime | None = None) -> Path:
@@ -31,10 +35,12 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
         analysis = IsoFlopAnalysis(points)
         counts = ("active", "total", "matmul")
         drawings = [isoflop_curves(analysis, budget, count) for budget in analysis.budgets for count in counts]
+        drawings += [time_curves(analysis, budget) for budget in analysis.budgets]
+        drawings.append(residuals(analysis))
     else:
         analysis = AblationAnalysis(settings.study, points)
         drawings = [ablation_curves(analysis)]
-    tables, claims = analysis.tables(), analysis.claims()
+    tables, claims = [*analysis.tables(), _commands(analysis.groups)], analysis.claims()
     seconds = sum(point.result.last.get("seconds", 0.0) for point in points)
     title = f"The study {settings.study} at {settings.scale} scale"
     page = (
@@ -63,3 +69,18 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     text = [f"# {title}", "", *verdicts, "", *(table.as_markdown() for table in tables if table.rows)]
     (folder.path / "report.md").write_text("\n".join(text), encoding="utf-8")
     return path
+
+
+def _commands(groups: Sequence[Group]) -> Table:
+    """How to run each row of the grid again by itself."""
+    rows = []
+    for group in groups:
+        config = replace(group.first.run.config, run=Path("runs", group.first.run.name))
+        rows.append((group.first.run.name, train_command(group.first.run.method, config)))
+    return Table(
+        name="commands",
+        title="To run a row again",
+        columns=("run", "command"),
+        rows=tuple(rows),
+        note="Other seeds by --seed and --run; then tinyexperts evaluate and the run's folder.",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tinyexperts import data, evaluation, training
 from tinyexperts.study.study_folder import StudyFolder
@@ -20,9 +21,10 @@ def run_of_study(folder: Path, name: str) -> None:
     study = StudyFolder(folder)
     config = study.planned_run(name).config
     study.note_failure(name, None)
+    settings = study.settings()
     missing = {
         corpus: path
-        for corpus, path in study.settings().corpora().items()
+        for corpus, path in settings.corpora().items()
         if not (config.run / f"evaluation-{corpus}.json").exists()
     }
     held_out = not (config.run / "evaluation.json").exists()
@@ -30,14 +32,13 @@ def run_of_study(folder: Path, name: str) -> None:
         return
     training.train(config, resume=(config.run / "config.json").exists(), progress=False)
     model = training.load_model(config.run, device=training.choose_device(config.device))
+    options: dict[str, Any] = {"batch_size": config.batch_size, "max_tokens": settings.evaluation_tokens}
     for corpus, path in missing.items():
         text = data.EncodedText([path], data.Tokenizer.load(config.run / "tokenizer.json"))
-        summary = evaluation.evaluate(model, text, batch_size=config.batch_size).summary()
+        summary = evaluation.evaluate(model, text, **options).summary()
         run_folder.write_whole(config.run / f"evaluation-{corpus}.json", json.dumps(summary, indent=2))
     if held_out:
-        result = evaluation.evaluate(
-            model, data.TokenDataset.open(config.data).split("validation"), batch_size=config.batch_size
-        )
+        result = evaluation.evaluate(model, data.TokenDataset.open(config.data).split("validation"), **options)
         shares = {layer: usage.share for layer, usage in result.expert_usage.items()}
         run_folder.write_evaluation(config.run, result.summary(), shares)
     shutil.rmtree(config.run / "checkpoints")

@@ -41,6 +41,8 @@ class StudyConfig:
     """Folder of the study; default: runs/, its name and its scale."""
     evaluation_corpora: tuple[Path, ...] = ()
     """Files and folders that each model is measured on, beside the held-out split; called by their names."""
+    evaluation_tokens: int | None = None
+    """Tokens of each of them and of the held-out split, in windows spread evenly; default: all there are."""
     executor: Literal["local", "slurm"] = "local"
     """local: processes on this machine; slurm: a job array, by submitit."""
     slurm_partition: str | None = None
@@ -61,6 +63,8 @@ class StudyConfig:
             raise InputError(f"slurm_hours must be positive, got {self.slurm_hours}")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"minutes must be positive, got {self.minutes}")
+        if self.evaluation_tokens is not None and self.evaluation_tokens < 1:
+            raise InputError(f"evaluation_tokens must be at least 1, got {self.evaluation_tokens}")
         names = [path.stem for path in self.evaluation_corpora]
         if len(set(names)) < len(names):
             raise InputError(f"evaluation corpora must have different names, got {', '.join(names)}")
@@ -86,7 +90,13 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
     with folder.held():
         corpora = tuple(str(path) for path in config.evaluation_corpora)
         folder.begin(
-            StudySettings(study=study.name, scale=study.scale, data=str(config.data), evaluation_corpora=corpora)
+            StudySettings(
+                study=study.name,
+                scale=study.scale,
+                data=str(config.data),
+                evaluation_corpora=corpora,
+                evaluation_tokens=config.evaluation_tokens,
+            )
         )
         deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
         for stage in study.stages:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import cycle
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,15 @@ from tinyexperts.study.layer_benchmark.subjects import (
 from tinyexperts.study.layer_benchmark.timing import Spread, interleaved, timed, timed_after
 
 SECOND_MOMENTS = ("element", "row")
-RIVALS = {
+RivalName = Literal[
+    "reference",
+    "compiled_reference",
+    "dense_equal_width",
+    "dense_equal_time",
+    "peer_pytorch_adam",
+    "peer_pytorch_sparse_adam",
+]
+RIVALS: dict[RivalName, str] = {
     "reference": "operators in plain torch",
     "compiled_reference": "reference, torch.compile",
     "dense_equal_width": "dense, equal width",
@@ -164,7 +172,7 @@ def measure_setting(
     ids: Collection[str],
     repeats: int,
     max_bytes: float,
-    rivals: Collection[str] = tuple(RIVALS),
+    rivals: Collection[RivalName] = tuple(RIVALS),
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """Everything about one setting, as JSON wants it; M = 1 in evaluation without gradients, M > 1 in training.
@@ -291,7 +299,7 @@ def _measure_ours(
 
 
 def _measure_rival(
-    rival: str, ours: Subject, inputs: Inputs, *, repeats: int, max_bytes: float, trains: bool
+    rival: RivalName, ours: Subject, inputs: Inputs, *, repeats: int, max_bytes: float, trains: bool
 ) -> tuple[dict[str, Any] | None, str | None]:
     """A rival in turns with our layer, and why it or its training step is left out, where it is.
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tinyexperts.errors import InputError
 from tinyexperts.study.layer_benchmark import memory, view
-from tinyexperts.study.layer_benchmark.measurement import measure_setting
+from tinyexperts.study.layer_benchmark.measurement import RIVALS, RivalName, measure_setting
 from tinyexperts.study.layer_benchmark.subjects import make_layer
 from tinyexperts.training.run_folder import write_whole
 
@@ -37,6 +37,8 @@ class LayerBenchmarkConfig:
     """Which experts the operator is given when it is measured alone; a layer's are those that its router chooses."""
     threads: tuple[int, ...] = (1, 2)
     """CPU threads."""
+    rivals: tuple[RivalName, ...] = tuple(RIVALS)
+    """What to measure beside the layer; `--rivals` alone: nothing."""
     repeats: int = 7
     """Rounds that a median is taken over."""
     output: Path = Path("runs/bench")
@@ -112,6 +114,7 @@ def run_layer_benchmark(config: LayerBenchmarkConfig) -> dict[str, Any]:
                     ids=config.ids,
                     repeats=config.repeats,
                     max_bytes=max_bytes,
+                    rivals=config.rivals,
                     on_stage=lambda stage, setting=setting: progress.update(task, description=f"{setting}: {stage}"),
                 )
                 report["results"].append(result)
