@@ -58,6 +58,20 @@ def test_imports_run_downwards_only():
     assert upward_imports(files) == []
 
 
+def test_the_rooms_of_the_study_stand_on_each_other():
+    floors = {"fits": 0, "grids": 0, "execution": 1, "reports": 2, "layer_benchmark": 3}
+    upward = []
+    for path in (PACKAGE / "study").glob("*/*.py"):
+        room = path.parent.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = (node.module or "").split(".") if isinstance(node, ast.ImportFrom) else []
+            if parts[:2] == ["tinyexperts", "study"]:
+                other = parts[2] if len(parts) > 2 else ""
+                if other != room and floors.get(other, 9) >= floors[room]:
+                    upward.append(f"{room}/{path.name} imports {other or 'study'}")
+    assert upward == []
+
+
 def test_an_upward_and_a_sideways_import_are_seen():
     files = {
         "ops/a.py": "def f():\n    from tinyexperts.layers import PEER",

@@ -19,7 +19,8 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from tinyexperts import data, evaluation, study, training
 from tinyexperts.errors import InputError
 from tinyexperts.model import generate as generate_tokens
-from tinyexperts.study import layer_benchmark, scales, studies
+from tinyexperts.study import layer_benchmark
+from tinyexperts.study.grids import scales, studies
 from tinyexperts.training import recipes, run_folder
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tinyexperts.study.compute_multiplier import compute_multiplier
-from tinyexperts.study.isoflop_fit import fit_isoflop
-from tinyexperts.study.power_law_fit import SIZE_AND_TOKENS, WITH_GRANULARITY, Term, fit_power_law
-from tinyexperts.study.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.fits.compute_multiplier import compute_multiplier
+from tinyexperts.study.fits.isoflop_fit import fit_isoflop
+from tinyexperts.study.fits.power_law_fit import SIZE_AND_TOKENS, WITH_GRANULARITY, Term, fit_power_law
+from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
 
 
 def test_the_interval_is_students():

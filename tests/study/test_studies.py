@@ -19,13 +19,15 @@ from filelock import FileLock
 
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
-from tinyexperts.study import grid, slurm, studies, study_runner
-from tinyexperts.study.accounting import account
-from tinyexperts.study.scales import METHODS, scale_named
-from tinyexperts.study.study_folder import StudyFolder
-from tinyexperts.study.study_run import run_of_study
+from tinyexperts.study import study_runner
+from tinyexperts.study.execution import slurm
+from tinyexperts.study.execution.study_folder import StudyFolder
+from tinyexperts.study.execution.study_run import run_of_study
+from tinyexperts.study.execution.study_status import print_status
+from tinyexperts.study.grids import grid, studies
+from tinyexperts.study.grids.accounting import account
+from tinyexperts.study.grids.scales import METHODS, scale_named
 from tinyexperts.study.study_runner import StudyConfig, run_study
-from tinyexperts.study.study_status import print_status
 from tinyexperts.training import Interrupted
 
 SCALES = ("minute", "laptop", "gpu", "paper")

@@ -16,17 +16,17 @@ import tyro
 
 from tinyexperts import cli
 from tinyexperts.errors import InputError
-from tinyexperts.study import studies
-from tinyexperts.study.ablation_analysis import AblationAnalysis
-from tinyexperts.study.accounting import account
-from tinyexperts.study.isoflop_analysis import IsoFlopAnalysis
-from tinyexperts.study.scales import scale_named
-from tinyexperts.study.study_figures import residuals
-from tinyexperts.study.study_folder import StudyFolder, StudySettings
-from tinyexperts.study.study_points import read_points
-from tinyexperts.study.study_report import write_study_report
-from tinyexperts.study.table import Table
-from tinyexperts.study.train_command import train_command
+from tinyexperts.study.execution.study_folder import StudyFolder, StudySettings
+from tinyexperts.study.grids import studies
+from tinyexperts.study.grids.accounting import account
+from tinyexperts.study.grids.scales import scale_named
+from tinyexperts.study.grids.train_command import train_command
+from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
+from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
+from tinyexperts.study.reports.study_figures import residuals
+from tinyexperts.study.reports.study_points import read_points
+from tinyexperts.study.reports.study_report import write_study_report
+from tinyexperts.study.reports.table import Table
 from tinyexperts.training import TrainConfig, recipes
 
 # Per method: by how much it is better than dense at any budget, in nats, and how far its seeds lie apart.

@@ -16,10 +16,10 @@ from rich.table import Table
 from tinyexperts.data.prepare import PrepareConfig, prepare
 from tinyexperts.data.token_shards import TokenDataset
 from tinyexperts.errors import InputError
-from tinyexperts.study.comparison import compare_methods
-from tinyexperts.study.report import format_count, write_report
-from tinyexperts.study.run_queue import Job, Stage, run_jobs
-from tinyexperts.study.run_results import RunResult, read_run
+from tinyexperts.study.execution.run_queue import Job, Stage, run_jobs
+from tinyexperts.study.reports.comparison import compare_methods
+from tinyexperts.study.reports.report import format_count, write_report
+from tinyexperts.study.reports.run_results import RunResult, read_run
 from tinyexperts.training import Interrupted
 
 PROGRAM = (sys.executable, "-m", "tinyexperts")

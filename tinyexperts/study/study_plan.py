@@ -6,9 +6,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tinyexperts.study.accounting import account
-from tinyexperts.study.grid import Study
-from tinyexperts.study.report import format_count
+from tinyexperts.study.grids.accounting import account
+from tinyexperts.study.grids.grid import Study
+from tinyexperts.study.reports.report import format_count
 
 # What hours are told for: bf16 FLOPs a second without sparsity, and the share of them that a well-fed training reaches.
 GPU = "H100 SXM"

@@ -16,13 +16,13 @@ from rich.console import Console
 from tinyexperts.data import TokenDataset
 from tinyexperts.errors import InputError
 from tinyexperts.study.demo import ENVIRONMENT, PROGRAM
-from tinyexperts.study.grid import GridRun, Study, check_grid
-from tinyexperts.study.run_queue import Job, Stage, run_jobs
-from tinyexperts.study.scales import Scale, ScaleName, scale_named
-from tinyexperts.study.study_folder import StudyFolder, StudySettings
+from tinyexperts.study.execution.run_queue import Job, Stage, run_jobs
+from tinyexperts.study.execution.study_folder import StudyFolder, StudySettings
+from tinyexperts.study.execution.study_status import print_status
+from tinyexperts.study.grids.grid import GridRun, Study, check_grid
+from tinyexperts.study.grids.scales import Scale, ScaleName, scale_named
+from tinyexperts.study.reports.study_report import write_study_report
 from tinyexperts.study.study_plan import print_plan
-from tinyexperts.study.study_report import write_study_report
-from tinyexperts.study.study_status import print_status
 from tinyexperts.training import Interrupted
 
 # Of the data set that a dry run can do without.
@@ -120,7 +120,7 @@ def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, de
     if not open_runs:
         return
     if config.executor == "slurm":
-        from tinyexperts.study.slurm import run_array  # its package is an optional extra
+        from tinyexperts.study.execution.slurm import run_array  # its package is an optional extra
 
         parameters: dict[str, Any] = {"timeout_min": math.ceil(60 * config.slurm_hours)}
         if config.slurm_partition is not None:

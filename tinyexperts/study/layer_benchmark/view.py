@@ -14,9 +14,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich import box
 from rich.table import Table
 
-from tinyexperts.study.figures import HEIGHT, STYLE, WIDTH, svg_of
 from tinyexperts.study.layer_benchmark.measurement import RIVALS
 from tinyexperts.study.layer_benchmark.memory import GIB
+from tinyexperts.study.reports.figures import HEIGHT, STYLE, WIDTH, svg_of
 
 MISSING = "-"
 _Result = dict[str, Any]

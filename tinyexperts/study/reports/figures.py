@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tinyexperts.study.comparison import Comparison, interpolate, signed
-from tinyexperts.study.run_results import ExpertUsage, RunResult, method_label
+from tinyexperts.study.reports.comparison import Comparison, interpolate, signed
+from tinyexperts.study.reports.run_results import ExpertUsage, RunResult, method_label
 
 WIDTH, HEIGHT = 470, 320  # of the drawing, in its own units; the page scales it
 GREY, INK = "#8a8f98", "#30343b"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tinyexperts.study.comparison import signed
-from tinyexperts.study.seed_interval import SeedInterval
+from tinyexperts.study.fits.seed_interval import SeedInterval
+from tinyexperts.study.reports.comparison import signed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,15 @@ from datetime import datetime
 from pathlib import Path
 
 from tinyexperts.errors import InputError
-from tinyexperts.study.ablation_analysis import AblationAnalysis
-from tinyexperts.study.figures import Drawing
-from tinyexperts.study.isoflop_analysis import IsoFlopAnalysis
-from tinyexperts.study.report import template_environment
-from tinyexperts.study.study_figures import ablation_curves, isoflop_curves, residuals, time_curves
-from tinyexperts.study.study_folder import StudyFolder
-from tinyexperts.study.study_points import Group, read_points
-from tinyexperts.study.table import Table
-from tinyexperts.study.train_command import train_command
+from tinyexperts.study.execution.study_folder import StudyFolder
+from tinyexperts.study.grids.train_command import train_command
+from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
+from tinyexperts.study.reports.figures import Drawing
+from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
+from tinyexperts.study.reports.report import template_environment
+from tinyexperts.study.reports.study_figures import ablation_curves, isoflop_curves, residuals, time_curves
+from tinyexperts.study.reports.study_points import Group, read_points
+from tinyexperts.study.reports.table import Table
 
 
 def write_study_report(folder: StudyFolder, *, command: str, created: datetime | None = None) -> Path:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tinyexperts.data import TokenDataset
 from tinyexperts.errors import InputError
-from tinyexperts.study.accounting import Account, account
-from tinyexperts.study.grid import GOOD_EPOCHS, GridRun
-from tinyexperts.study.run_results import RunResult, read_run
-from tinyexperts.study.study_folder import StudyFolder
+from tinyexperts.study.execution.study_folder import StudyFolder
+from tinyexperts.study.grids.accounting import Account, account
+from tinyexperts.study.grids.grid import GOOD_EPOCHS, GridRun
+from tinyexperts.study.reports.run_results import RunResult, read_run
 
 HELD_OUT = "held out"
 

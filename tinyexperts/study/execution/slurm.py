@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tinyexperts.errors import InputError
-from tinyexperts.study.grid import GridRun
-from tinyexperts.study.study_folder import StudyFolder
-from tinyexperts.study.study_run import run_of_study
+from tinyexperts.study.execution.study_folder import StudyFolder
+from tinyexperts.study.execution.study_run import run_of_study
+from tinyexperts.study.grids.grid import GridRun
 
 _POLL_SECONDS = 5.0
 

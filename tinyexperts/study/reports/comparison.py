@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tinyexperts.study.run_results import RunResult, method_label
-from tinyexperts.study.seed_interval import SeedInterval
+from tinyexperts.study.fits.seed_interval import SeedInterval
+from tinyexperts.study.reports.run_results import RunResult, method_label
 
 EQUAL_FLOPS_TOLERANCE = 0.01  # a run ends on a whole step, so budgets agree only to about a step
 Outcome = Literal["lower", "higher", "undecided", "one seed", "no pair"]

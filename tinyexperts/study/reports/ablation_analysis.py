@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tinyexperts.study.claim import Claim, interval_told, judged
-from tinyexperts.study.comparison import signed
-from tinyexperts.study.power_law_fit import WITH_GRANULARITY, fit_power_law
-from tinyexperts.study.seed_interval import SeedInterval, paired_difference
-from tinyexperts.study.study_points import Group, Point, groups_of
-from tinyexperts.study.table import MISSING, Table
+from tinyexperts.study.fits.power_law_fit import WITH_GRANULARITY, fit_power_law
+from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.reports.claim import Claim, interval_told, judged
+from tinyexperts.study.reports.comparison import signed
+from tinyexperts.study.reports.study_points import Group, Point, groups_of
+from tinyexperts.study.reports.table import MISSING, Table
 
 # Study -> the axis that is varied, and what the paper says of going from its first value to its last.
 QUESTIONS = {

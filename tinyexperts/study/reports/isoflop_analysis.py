@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tinyexperts.study.claim import Claim, interval_told, judged
-from tinyexperts.study.comparison import interpolate, signed
-from tinyexperts.study.compute_multiplier import compute_multiplier
-from tinyexperts.study.isoflop_fit import IsoFlopFit, fit_isoflop
-from tinyexperts.study.power_law_fit import SIZE_AND_TOKENS, PowerLawFit, fit_power_law
-from tinyexperts.study.report import format_count
-from tinyexperts.study.run_results import method_label
-from tinyexperts.study.scales import METHODS
-from tinyexperts.study.seed_interval import SeedInterval, paired_difference
-from tinyexperts.study.study_points import HELD_OUT, Group, Point, groups_of
-from tinyexperts.study.table import MISSING, Table
+from tinyexperts.study.fits.compute_multiplier import compute_multiplier
+from tinyexperts.study.fits.isoflop_fit import IsoFlopFit, fit_isoflop
+from tinyexperts.study.fits.power_law_fit import SIZE_AND_TOKENS, PowerLawFit, fit_power_law
+from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.grids.scales import METHODS
+from tinyexperts.study.reports.claim import Claim, interval_told, judged
+from tinyexperts.study.reports.comparison import interpolate, signed
+from tinyexperts.study.reports.report import format_count
+from tinyexperts.study.reports.run_results import method_label
+from tinyexperts.study.reports.study_points import HELD_OUT, Group, Point, groups_of
+from tinyexperts.study.reports.table import MISSING, Table
 
 BASELINES = tuple(method for method in METHODS if method != "peer")
 # Perplexity of each method's compute-optimal model in the paper, by budget and text.

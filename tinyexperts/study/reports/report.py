@@ -16,9 +16,16 @@ from typing import Any
 import jinja2
 
 from tinyexperts.errors import InputError
-from tinyexperts.study.comparison import compare_methods, signed
-from tinyexperts.study.figures import LEFT_OUT, Drawing, difference_curves, loss_curves, method_color, usage_histogram
-from tinyexperts.study.run_results import RunResult, method_label, read_run
+from tinyexperts.study.reports.comparison import compare_methods, signed
+from tinyexperts.study.reports.figures import (
+    LEFT_OUT,
+    Drawing,
+    difference_curves,
+    loss_curves,
+    method_color,
+    usage_histogram,
+)
+from tinyexperts.study.reports.run_results import RunResult, method_label, read_run
 
 MISSING = "\N{EN DASH}"
 # What HTML forbids even when escaped: lone surrogates, noncharacters, control characters but tab and line feed.
@@ -80,7 +87,7 @@ def _drawn(*drawings: Drawing | None) -> list[Drawing]:
 def template_environment() -> jinja2.Environment:
     """Templates of this folder: everything is escaped, and what HTML forbids replaced."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tinyexperts.study", "."),
+        loader=jinja2.PackageLoader("tinyexperts.study.reports", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyexperts import data, evaluation, training
-from tinyexperts.study.study_folder import StudyFolder
+from tinyexperts.study.execution.study_folder import StudyFolder
 from tinyexperts.training import run_folder
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from tinyexperts.study.ablation_analysis import AblationAnalysis
-from tinyexperts.study.figures import (
+from tinyexperts.study.grids.scales import METHODS
+from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
+from tinyexperts.study.reports.figures import (
     GREY,
     INK,
     METHOD_STYLES,
@@ -22,11 +23,10 @@ from tinyexperts.study.figures import (
     new_axes,
     svg_of,
 )
-from tinyexperts.study.isoflop_analysis import IsoFlopAnalysis
-from tinyexperts.study.report import format_count
-from tinyexperts.study.run_results import method_label
-from tinyexperts.study.scales import METHODS
-from tinyexperts.study.study_points import Group
+from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
+from tinyexperts.study.reports.report import format_count
+from tinyexperts.study.reports.run_results import method_label
+from tinyexperts.study.reports.study_points import Group
 
 _COUNTS = {"active": "active parameters", "total": "parameters in all", "matmul": "parameters of matrix products"}
 

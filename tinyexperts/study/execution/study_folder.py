@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from tinyexperts.errors import InputError
-from tinyexperts.study.grid import GridRun
-from tinyexperts.study.run_queue import last_metrics
+from tinyexperts.study.execution.run_queue import last_metrics
+from tinyexperts.study.grids.grid import GridRun
 from tinyexperts.training.run_folder import write_whole
 
 State = Literal["waiting", "begun", "done", "failed"]

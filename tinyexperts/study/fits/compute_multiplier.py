@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tinyexperts.study.seed_interval import SeedInterval
+from tinyexperts.study.fits.seed_interval import SeedInterval
 
 
 @dataclass(frozen=True, kw_only=True)

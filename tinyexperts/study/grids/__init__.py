@@ -1,0 +1,1 @@
+"""What is to be run and what it costs: scales, the studies' grids of runs, the account of a run."""

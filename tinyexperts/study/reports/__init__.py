@@ -1,0 +1,1 @@
+"""What runs say: results read, compared, fitted, judged, drawn and written as pages and tables."""
