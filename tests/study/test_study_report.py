@@ -123,9 +123,9 @@ def test_each_method_stands_at_its_own_best_size(isoflop):
             best, means = analysis.best(method, budget), [g.mean_loss() for g in analysis.of(method, budget)]
             assert best.mean_loss() == min(means)
             assert best.first.run.axes["width"] in (48, 64)
-            sizes = [group.first.cost.parameters_active for group in analysis.of(method, budget)]
+            sizes = {g.first.run.axes["width"]: g.first.cost.parameters_active for g in analysis.of(method, budget)}
             if method != "moe":
-                assert sizes[1] < analysis.fit(method, budget, "active").optimum < sizes[2]
+                assert sizes[48] < analysis.fit(method, budget, "active").optimum < sizes[64]
     # The last budget is run at the best size alone, where no parabola can be laid.
     for method in ADVANTAGE:
         (last,) = analysis.of(method, 1e14)

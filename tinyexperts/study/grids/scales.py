@@ -26,9 +26,9 @@ METHODS = ("dense", "moe", "pkm", "peer")
 class Scale:
     """Sizes and budgets of a scale.
 
-    budgets: training FLOPs of a run, router counted, ascending
+    widths: model widths D by budget (training FLOPs of a run, router counted), both ascending: the best width grows
+        with the budget, and the grid moves with it; heads are of `head_dim`
     last_budget: a larger one, for each method's best width at the largest of `budgets` alone; None: there is none
-    widths: model widths D, ascending; heads are of `head_dim`
     seeds: of every point of the isoFLOP study; the ablations take them too
     layers: the sparse layer of each method
     base: what all runs share; its model's width and sparse layer, its budget and seed are replaced
@@ -36,8 +36,7 @@ class Scale:
     """
 
     name: ScaleName
-    budgets: tuple[float, ...]
-    widths: tuple[int, ...]
+    widths: Mapping[float, tuple[int, ...]]
     head_dim: int
     seeds: tuple[int, ...]
     layers: Mapping[str, SparseLayerConfig]
@@ -47,8 +46,14 @@ class Scale:
     last_budget: float | None = None
 
     @property
+    def budgets(self) -> tuple[float, ...]:
+        return tuple(self.widths)
+
+    @property
     def middle_width(self) -> int:
-        return self.widths[len(self.widths) // 2]
+        """Of all widths: the one of tuning and of the ablations."""
+        every = sorted(set().union(*self.widths.values()))
+        return every[len(every) // 2]
 
     def config(self, layer: SparseLayerConfig, *, width: int, budget: float, seed: int, **changes: Any) -> TrainConfig:
         """A run of this scale; changes are settings of TrainConfig."""
@@ -102,9 +107,8 @@ def _minute(data: Path, vocab_size: int) -> Scale:
     layers = _layers(32**2, 1, 8, 4, "relu2")
     return Scale(
         name="minute",
-        budgets=(1e8, 2e8),
+        widths={1e8: (8, 16, 24), 2e8: (8, 16, 24)},
         last_budget=3e8,
-        widths=(8, 16, 24),
         head_dim=8,
         seeds=(0, 1),
         layers=layers,
@@ -122,9 +126,8 @@ def _laptop(data: Path, vocab_size: int) -> Scale:
     )  # fmt: skip
     return Scale(
         name="laptop",
-        budgets=(3e12, 1e13, 3e13),
+        widths={3e12: (32, 48, 64), 1e13: (32, 48, 64, 96), 3e13: (48, 64, 96)},
         last_budget=1e14,
-        widths=(32, 48, 64, 96),
         head_dim=16,
         seeds=(0, 1, 2),
         layers=_layers(256**2, 4, 32, 16, "relu2"),
@@ -142,8 +145,7 @@ def _gpu(data: Path, vocab_size: int) -> Scale:
     )  # fmt: skip
     return Scale(
         name="gpu",
-        budgets=(3e14, 1e15, 3e15),
-        widths=(128, 192, 256, 384),
+        widths=dict.fromkeys((3e14, 1e15, 3e15), (128, 192, 256, 384)),
         head_dim=32,
         seeds=(0, 1, 2),
         layers=_layers(512**2, 8, 64, 32, "relu2"),
@@ -166,8 +168,7 @@ def _paper(data: Path, vocab_size: int) -> Scale:
     )  # fmt: skip
     return Scale(
         name="paper",
-        budgets=(6e18, 2e19),
-        widths=(512, 640, 768, 1024, 1280, 1536),
+        widths=dict.fromkeys((6e18, 2e19), (512, 640, 768, 1024, 1280, 1536)),
         head_dim=64,
         seeds=(0, 1, 2),
         layers=_layers(1024**2, 8, 128, 128, "gelu"),

@@ -32,7 +32,7 @@ def isoflop(scale: Scale) -> Study:
             _run(scale, method, width=width, budget=budget, seed=seed, **best[method])
             for budget in scale.budgets
             for seed in scale.seeds
-            for width in scale.widths
+            for width in scale.widths[budget]
             for method in METHODS
         ]
 
@@ -151,7 +151,7 @@ def granularity(scale: Scale) -> Study:
             )
             for budget in scale.budgets[:2]
             for seed in scale.seeds[:1]
-            for width in scale.widths
+            for width in scale.widths[budget]
             for heads, k in scale.active
         ]  # fmt: skip
 
@@ -205,8 +205,9 @@ def _best_settings(scale: Scale, method: str, losses: Mapping[str, float]) -> di
 def _best_width(scale: Scale, method: str, losses: Mapping[str, float]) -> int | None:
     """Of least mean loss at the largest budget, among the widths whose seeds have all ended; None without one."""
     means = {}
-    for width in scale.widths:
-        runs = [_run(scale, method, width=width, budget=scale.budgets[-1], seed=seed) for seed in scale.seeds]
+    budget = scale.budgets[-1]
+    for width in scale.widths[budget]:
+        runs = [_run(scale, method, width=width, budget=budget, seed=seed) for seed in scale.seeds]
         mean = math.fsum(losses.get(run.name, math.inf) for run in runs) / len(runs)
         if math.isfinite(mean):
             means[width] = mean
