@@ -239,6 +239,15 @@ def test_what_does_not_fit_is_left_out(run_cli, tmp_path):
     assert {result["num_experts"] for result in report["results"]} == {N}
 
 
+@pytest.mark.parametrize("rivals", [[], ["dense_equal_width", "reference"]])
+def test_rivals_are_chosen(run_cli, tmp_path, rivals):
+    code, _, err = run_cli(*TINY, "--num-tokens", M, "--ids", "uniform", "--rivals", *rivals)
+    assert code == 0, err
+    (result,) = json.loads((tmp_path / "runs/bench/layer.json").read_text())["results"]
+    assert list(result["rivals"]) == rivals
+    assert result["left_out"] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -142,7 +142,7 @@ def test_the_report_is_whole_and_escaped(isoflop):
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
     assert "How often data was repeated is not known" in page
-    assert page.count("<figure>") == 9 + 4 + 1, "sizes of three budgets, seconds of four, residuals"
+    assert page.count("<figure>") == 1 + 9 + 4 + 1, "the trend, sizes of three budgets, seconds of four, residuals"
     markdown = (isoflop.path / "report.md").read_text(encoding="utf-8")
     assert "PEER reaches a lower loss than dense: **reproduced**" in markdown
     assert "### Perplexity of each method at its own best size" in markdown
@@ -158,12 +158,17 @@ def test_the_tables_hold_what_was_measured(isoflop):
     assert float(row["poems"]) == pytest.approx(math.exp(best + 0.25), abs=0.01)
     paper = [row for row in rows_of(isoflop, "perplexity") if row["FLOPs"] == "paper, 2e+19"]
     assert [row["C4"] for row in paper] == ["18.31", "17.12", "17.36", "16.45"]
-    differences = {(row["FLOPs"], row["baseline"]): row for row in rows_of(isoflop, "differences")}
-    dense = differences["1e+13", "dense"]
+    differences = {(row["FLOPs"], row["baseline"], row["on"]): row for row in rows_of(isoflop, "differences")}
+    assert len(differences) == 4 * 3 * 5
+    dense = differences["1e+13", "dense", "held out"]
     assert (dense["mean"], dense["outcome"]) == ("\N{MINUS SIGN}0.050", "PEER lower")
-    assert dense["on new tokens"] == "\N{MINUS SIGN}0.050"
+    new = differences["1e+13", "dense", "held out, tokens whose bigram is new"]
+    poems = differences["1e+13", "dense", "poems"]
+    assert (new["mean"], poems["mean"]) == ("\N{MINUS SIGN}0.050", "\N{MINUS SIGN}0.050")
     # Dense ends after 100 s, and PEER's curve is 0.25 nats above its end there.
-    assert dense["at equal time"] == "+0.200"
+    at_equal_time = differences["1e+13", "dense", "held out, at equal time"]
+    assert (at_equal_time["mean"], at_equal_time["outcome"]) == ("+0.200", "PEER higher")
+    assert differences["1e+13", "MoE", "held out"]["outcome"] == "no difference shown"
     # Dense falls by 0.2 nats from 1e12 to 1e13: 0.05 nats are a factor of 10^(1/4), less what its sizes cost.
     multiplier = next(
         row for row in rows_of(isoflop, "compute-multiplier") if (row["FLOPs"], row["method"]) == ("3e+12", "PEER")
@@ -281,5 +286,13 @@ def test_the_report_in_a_browser(isoflop):
         browser.close()
     assert not errors
     assert sizes[0] <= sizes[1], "the page scrolls sideways"
-    assert len(texts) == 14
+    assert len(texts) == 15
     assert min(texts) > 8
+
+
+def test_columns_of_words_are_told_from_columns_of_numbers():
+    minus, dash = "\N{MINUS SIGN}", "\N{EN DASH}"
+    numbers = [f"{minus}0.05", "+0.1", "1.2 M", "3e+12", "4.5e-3", "12,345", f"{minus}0.1 to +0.2", "97.5 %", dash, ""]
+    rows = tuple((number, word) for number, word in zip(numbers, ["3x", *"abcdefghi"], strict=True))
+    table = Table(name="t", title="T", columns=("n", "w"), rows=rows)
+    assert [table.is_text(column) for column in (0, 1)] == [False, True]

@@ -82,7 +82,7 @@ class IsoFlopAnalysis:
         return None if ours is None or theirs is None else paired_difference(ours.losses(text), theirs.losses(text))
 
     def difference_of(self, baseline: str, budget: float, value: str) -> SeedInterval | None:
-        """PEER minus a baseline: `new` and `stood_earlier` tokens, or all of them at equal `time`."""
+        """PEER minus a baseline: of a part of `loss_by_copy`, or of all tokens at equal `time`."""
         ours, theirs = self.best("peer", budget), self.best(baseline, budget)
         if ours is None or theirs is None:
             return None
@@ -99,6 +99,18 @@ class IsoFlopAnalysis:
             if None not in at:
                 differences.append(at[0] - at[1])  # type: ignore[operator]
         return SeedInterval(values=tuple(differences)) if differences else None
+
+    def differences(self, baseline: str, budget: float) -> dict[str, SeedInterval]:
+        """PEER minus a baseline by what is compared: all tokens, its parts, equal time, and the other texts."""
+        texts = dict.fromkeys(text for group in self.groups for text in group.first.losses if text != HELD_OUT)
+        found = {
+            HELD_OUT: self.difference(baseline, budget),
+            "held out, tokens whose bigram is new": self.difference_of(baseline, budget, "new"),
+            "held out, tokens whose bigram stood earlier": self.difference_of(baseline, budget, "stood_earlier"),
+            "held out, at equal time": self.difference_of(baseline, budget, "time"),
+            **{text: self.difference(baseline, budget, text) for text in texts},
+        }
+        return {what: difference for what, difference in found.items() if difference is not None}
 
     def tables(self) -> list[Table]:
         return [
@@ -145,30 +157,20 @@ class IsoFlopAnalysis:
         )
 
     def _differences(self) -> Table:
-        rows = []
-        for budget in self.budgets:
-            for baseline in BASELINES:
-                found = self.difference(baseline, budget)
-                if found is not None:
-                    others = [self.difference_of(baseline, budget, v) for v in ("new", "stood_earlier", "time")]
-                    rows.append(
-                        (
-                            f"{budget:.0e}",
-                            method_label(baseline),
-                            *_interval(found),
-                            {"undecided": "no difference shown"}.get(found.outcome, f"PEER {found.outcome}"),
-                            *(MISSING if o is None else signed(o.mean) for o in others),
-                        )
-                    )
+        outcome = {"undecided": "no difference shown", "lower": "PEER lower", "higher": "PEER higher"}
+        rows = [
+            (f"{budget:.0e}", method_label(baseline), what, *_interval(found), outcome[found.outcome])
+            for budget in self.budgets
+            for baseline in BASELINES
+            for what, found in self.differences(baseline, budget).items()
+        ]
         return Table(
             name="differences",
             title="PEER minus each baseline, nats a token, each at its own best size",
-            columns=(
-                *("FLOPs", "baseline", "mean", "deviation over seeds", "95 % interval", "outcome"),
-                *("on new tokens", "on bigrams that stood earlier", "at equal time"),
-            ),
+            columns=("FLOPs", "baseline", "on", "mean", "deviation over seeds", "95 % interval", "outcome"),
             rows=tuple(rows),
-            note="Paired by seed. A mean inside its interval around zero is no win.",
+            note="Paired by seed. A difference whose interval holds zero is no win. At equal time: of the losses while "
+            "they trained, when the faster run had ended.",
         )
 
     def _multipliers(self) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from tinyexperts.study.grids.scales import METHODS
 from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
+from tinyexperts.study.reports.comparison import signed
 from tinyexperts.study.reports.figures import (
     GREY,
     INK,
@@ -23,11 +25,13 @@ from tinyexperts.study.reports.figures import (
     new_axes,
     svg_of,
 )
-from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
+from tinyexperts.study.reports.isoflop_analysis import BASELINES, IsoFlopAnalysis
 from tinyexperts.study.reports.report import format_count
 from tinyexperts.study.reports.run_results import method_label
 from tinyexperts.study.reports.study_points import Group
 
+# Of an axis, that the label of a tick takes at least.
+_TICK_ROOM = 0.12
 _COUNTS = {"active": "active parameters", "total": "parameters in all", "matmul": "parameters of matrix products"}
 
 
@@ -64,6 +68,46 @@ def isoflop_curves(analysis: IsoFlopAnalysis, budget: float, count: str) -> Draw
         text = f"Held-out loss against {_COUNTS[count]} at {budget:.0e} training FLOPs, by method."
         svg = svg_of(figure, f"isoflop-{budget:.0e}-{count}", text)
     return Drawing(caption=f"{budget:.0e} training FLOPs, by {_COUNTS[count]}", svg=svg)
+
+
+def difference_trend(analysis: IsoFlopAnalysis) -> Drawing | None:
+    """PEER minus each baseline against the budget, with 95 % intervals; None for fewer than two budgets."""
+    if len(analysis.budgets) < 2:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_axes("training FLOPs", "PEER minus baseline, nats a token")
+        axes.axhline(0, color=GREY, linewidth=1.2)
+        readings, means = [], []
+        for number, baseline in enumerate(BASELINES):
+            found = {b: d for b in analysis.budgets if (d := analysis.difference(baseline, b)) is not None}
+            if not found:
+                continue
+            color, marker = METHOD_STYLES[baseline]
+            x = np.array(list(found)) * 1.05 ** (number - 1)  # beside each other, so that no bar hides another
+            y = np.array([difference.mean for difference in found.values()])
+            bounds = np.array([difference.bounds for difference in found.values()])
+            bars = np.where(np.isfinite(bounds), np.abs(bounds - y[:, None]), 0.0).T
+            axes.errorbar(
+                x, y, yerr=bars, color=color, marker=marker, linewidth=1.6, elinewidth=1.2, capsize=3,
+                label=f"against {method_label(baseline)}",
+            )  # fmt: skip
+            means.append(np.concatenate([y, *(bounds[np.isfinite(bounds)],)]))
+            readings.append(f"against {method_label(baseline)} {signed(float(y[-1]))}")
+        if not readings:
+            return None
+        axes.set_xscale("log")
+        axes.set_xticks(analysis.budgets, [f"{budget:.0e}" for budget in analysis.budgets])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(analysis.budgets[0] / 1.4, analysis.budgets[-1] * 1.4)
+        # An interval of two seeds can be so wide that nothing else could be seen.
+        spread = np.concatenate(means)
+        middle = float(np.median(spread))
+        reach = max(4 * float(np.median(np.abs(spread - middle))), abs(middle)) * 1.3
+        axes.set_ylim(max(spread.min(), middle - reach) - 0.005, min(spread.max(), middle + reach) + 0.005)
+        axes.legend(loc="best", frameon=False)
+        text = f"PEER minus each baseline by budget, 95 percent intervals. At the largest: {', '.join(readings)}."
+        svg = svg_of(figure, "difference-trend", text)
+    return Drawing(caption="PEER minus each baseline by budget, 95 % intervals; below zero PEER leads", svg=svg)
 
 
 def time_curves(analysis: IsoFlopAnalysis, budget: float) -> Drawing | None:
@@ -139,9 +183,11 @@ def _series_label(key: Sequence[tuple[str, object]], series: dict[tuple[tuple[st
 def _log_axis(axes: Axes, values: np.ndarray, *, room: float) -> None:
     axes.set_xscale("log")
     axes.set_xlim(values.min() / 1.15, values.max() * room)
-    ticks = np.unique(values)
-    while len(ticks) > 5:  # every other one, the ends kept
-        ticks = np.append(ticks[:-1][::2], ticks[-1])
+    ticks: list[float] = []
+    apart = _TICK_ROOM * math.log(values.max() * room / values.min())
+    for value in np.unique(values)[::-1]:  # from the largest, which is named always
+        if not ticks or math.log(ticks[-1] / value) >= apart:
+            ticks.append(float(value))
     axes.set_xticks(ticks)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))

@@ -14,7 +14,13 @@ from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
 from tinyexperts.study.reports.figures import Drawing
 from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
 from tinyexperts.study.reports.report import template_environment
-from tinyexperts.study.reports.study_figures import ablation_curves, isoflop_curves, residuals, time_curves
+from tinyexperts.study.reports.study_figures import (
+    ablation_curves,
+    difference_trend,
+    isoflop_curves,
+    residuals,
+    time_curves,
+)
 from tinyexperts.study.reports.study_points import Group, read_points
 from tinyexperts.study.reports.table import Table
 
@@ -34,7 +40,8 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     if settings.study == "isoflop":
         analysis = IsoFlopAnalysis(points)
         counts = ("active", "total", "matmul")
-        drawings = [isoflop_curves(analysis, budget, count) for budget in analysis.budgets for count in counts]
+        drawings = [difference_trend(analysis)]
+        drawings += [isoflop_curves(analysis, budget, count) for budget in analysis.budgets for count in counts]
         drawings += [time_curves(analysis, budget) for budget in analysis.budgets]
         drawings.append(residuals(analysis))
     else:

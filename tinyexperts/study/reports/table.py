@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from dataclasses import dataclass
 
 MISSING = "\N{EN DASH}"
+# With its unit, and two of them as an interval; or nothing.
+_NUMBER = re.compile(r"(?:[-+\N{MINUS SIGN}]?[\d.,]+(?:e[-+]?\d+)?(?: ?[kMGT%])?(?: to )?)*|\N{EN DASH}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +21,10 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds words rather than numbers, and is set to the left."""
+        return any(not _NUMBER.fullmatch(row[column]) for row in self.rows)
 
     def as_csv(self) -> str:
         text = io.StringIO()
