@@ -181,6 +181,7 @@ def test_the_tables_hold_what_was_measured(isoflop):
     assert len(rows_of(isoflop, "tuning")) == 40
     without = next(row for row in rows_of(isoflop, "points") if row["method"] == "PEER")
     assert float(without["without router"]) < float(without["training FLOPs"])
+    assert (without["usage, %"], without["unevenness, nats"]) == ("75.0", "0.50")
     assert len(rows_of(isoflop, "scaling-law")) == 4
 
 

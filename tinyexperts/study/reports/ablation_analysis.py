@@ -85,7 +85,6 @@ class AblationAnalysis:
             for group in groups:
                 axes, deviation = group.first.run.axes, group.standard_deviation()
                 against = paired_difference(group.losses(), groups[0].losses())
-                usage = [layer for point in group.points for layer in point.result.expert_usage]
                 rows.append(
                     (
                         *(_value(axes.get(name, MISSING)) for name in names),
@@ -93,8 +92,7 @@ class AblationAnalysis:
                         MISSING if deviation is None else f"{deviation:.3f}",
                         f"{math.exp(group.mean_loss()):.2f}",
                         MISSING if against is None or group is groups[0] else _difference(against),
-                        _mean([100 * layer.usage for layer in usage], ".1f"),
-                        _mean([layer.unevenness for layer in usage], ".2f"),
+                        *group.usage_told(),
                         str(len(group.points)),
                     )
                 )
@@ -154,10 +152,6 @@ def _papers_usage() -> Table:
 
 def _difference(found: SeedInterval) -> str:
     return f"{signed(found.mean)} ({interval_told(found)})"
-
-
-def _mean(values: Sequence[float], spec: str) -> str:
-    return format(math.fsum(values) / len(values), spec) if values else MISSING
 
 
 def _value(value: object) -> str:

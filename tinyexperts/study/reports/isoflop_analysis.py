@@ -264,6 +264,7 @@ class IsoFlopAnalysis:
                     format_count(cost.forward_bytes),
                     f"{group.mean_loss():.3f}",
                     MISSING if deviation is None else f"{deviation:.3f}",
+                    *group.usage_told(),
                     str(len(group.points)),
                 )
             )
@@ -272,7 +273,8 @@ class IsoFlopAnalysis:
             title="Every size and budget",
             columns=(
                 *("method", "budget", "width", "active", "total", "matmul parameters", "tokens", "training FLOPs"),
-                *("without router", "bytes a token, forward", "loss", "deviation over seeds", "seeds"),
+                *("without router", "bytes a token, forward", "loss", "deviation over seeds"),
+                *("usage, %", "unevenness, nats", "seeds"),
             ),
             rows=tuple(rows),
         )

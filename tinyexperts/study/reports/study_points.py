@@ -15,6 +15,7 @@ from tinyexperts.study.execution.study_folder import StudyFolder
 from tinyexperts.study.grids.accounting import Account, account
 from tinyexperts.study.grids.grid import GOOD_EPOCHS, GridRun
 from tinyexperts.study.reports.run_results import RunResult, read_run
+from tinyexperts.study.reports.table import MISSING
 
 HELD_OUT = "held out"
 
@@ -63,6 +64,14 @@ class Group:
         """Of the held-out loss over seeds; None for one."""
         losses = list(self.losses().values())
         return statistics.stdev(losses) if len(losses) > 1 else None
+
+    def usage_told(self) -> tuple[str, str]:
+        """Share of the experts that are used in percent, and unevenness in nats, over seeds and layers."""
+        layers = [layer for point in self.points for layer in point.result.expert_usage]
+        if not layers:
+            return MISSING, MISSING
+        usage = statistics.fmean(layer.usage for layer in layers)
+        return f"{100 * usage:.1f}", f"{statistics.fmean(layer.unevenness for layer in layers):.2f}"
 
 
 def read_points(folder: StudyFolder) -> tuple[list[Point], list[str]]:
