@@ -119,7 +119,8 @@ def test_the_last_budget_is_spent_on_each_methods_best_width():
     small = scale()
     study = studies.isoflop(small)
     tuning, main, extend = study.stages
-    assert extend({}) == []
+    assert {run.axes["width"] for run in extend({})} == {small.middle_width}, "for a dry run"
+    assert extend({"tune-peer-default-seed0": 5.0}) == []
     losses = {run.name: 5.0 for run in tuning({})}
     losses["tune-peer-table-x2-seed0"] = 4.9
     best = {"dense": 8, "moe": 16, "pkm": 24, "peer": 16}
