@@ -20,6 +20,7 @@ from tinyexperts.model import (
     ProductKeyMemoryConfig,
     Transformer,
     TransformerConfig,
+    transformer,
 )
 from tinyexperts.model.attention import Attention, rotary_angles, rotate
 
@@ -139,6 +140,30 @@ def test_parameters_are_counted(tied):
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
     idle_experts = (49 - 6) * 2 * 16
     assert count.active == count.total - idle_experts - (0 if tied else 39 * 16)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
+def test_the_loss_in_chunks_is_the_cross_entropy_of_the_logits(monkeypatch, tied, chunk_tokens):
+    monkeypatch.setattr(transformer, "_CHUNK_LOGITS", 40 * chunk_tokens)
+    model, inputs, targets = make(tied_embeddings=tied), tokens(seed=1), tokens(seed=2)
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    expected_gradients = torch.autograd.grad(expected / 3, list(model.parameters()))
+    loss = model.loss(inputs, targets)
+    assert (loss.dtype, loss.shape) == (torch.float32, ())
+    torch.testing.assert_close(loss, expected)
+    (loss / 3).backward()  # as with gradient accumulation
+    for parameter, gradient in zip(model.parameters(), expected_gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_elsewhere_is_that_of_the_logits(monkeypatch):
+    monkeypatch.setattr(F, "linear_cross_entropy", None)  # not called
+    model, inputs, targets = make(), tokens(seed=1), tokens(seed=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, logits = model.loss(inputs, targets), model(inputs).float()
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    assert model.double().loss(inputs, targets).dtype == torch.float32
 
 
 def test_the_first_loss_is_that_of_a_uniform_guess():

@@ -6,12 +6,16 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers import FeedForward, ParameterCount
 from tinyexperts.model.attention import Attention, LayerCache, rotary_angles
 from tinyexperts.model.config import TransformerConfig
+
+# Logits that a chunk of the loss holds: 4 MiB of fp32.
+_CHUNK_LOGITS = 1 << 20
 
 
 class Cache:
@@ -91,6 +95,24 @@ class Transformer(nn.Module):
         Raises:
             InputError: tokens of another shape, or more of them than the context holds.
         """
+        logits: Tensor = self.head(self.features(tokens, cache))
+        return logits
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss in nats a token (fp32, scalar) of the tokens that follow: `targets` (int64, [B, T]) after `tokens`.
+
+        Equals F.cross_entropy of the logits. On a CPU in fp32 these never exist whole: they are made, turned into
+        gradients and forgotten by chunks that stay in the cache.
+        """
+        if tokens.device.type != "cpu" or self.head.weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return F.cross_entropy(self(tokens).float().flatten(0, 1), targets.flatten())
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, _CHUNK_LOGITS // self.config.vocab_size))
+        return F.linear_cross_entropy(
+            self.features(tokens).flatten(0, 1), self.head.weight, targets.flatten(), options=options
+        )
+
+    def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """What the head makes logits of (float, [B, T, D]); arguments and errors as in `forward`."""
         if tokens.dim() != 2:
             raise InputError(f"tokens must be [B, T], got {list(tokens.shape)}")
         start = 0 if cache is None else cache.length
@@ -106,8 +128,8 @@ class Transformer(nn.Module):
             x = block(x, angles, start, layer_cache)
         if cache is not None:
             cache.length = stop
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        normed: Tensor = self.norm(x)
+        return normed
 
     def flops_per_token(self, context_length: int) -> int:
         """FLOPs a token of one forward pass over sequences of this length, routers, attention and head included."""

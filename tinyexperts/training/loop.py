@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.optim import Optimizer
 
 import tinyexperts
@@ -210,8 +209,7 @@ def _step(run: _Run, step: int) -> tuple[float, float]:
     micro_batches = zip(batch.inputs.split(config.batch_size), batch.targets.split(config.batch_size), strict=True)
     for inputs, targets in micro_batches:
         with autocast(run.precision, run.device):
-            logits = run.model(inputs.to(run.device))
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.to(run.device).flatten())
+            loss = run.model.loss(inputs.to(run.device), targets.to(run.device))
         (loss / config.gradient_accumulation).backward()
         losses.append(loss.detach())
     mean_loss = torch.stack(losses).mean().item()
