@@ -12,12 +12,14 @@ import numbers
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers.recomputation import in_recomputation
 from tinyexperts.ops import product_key_topk
+from tinyexperts.ops.collectives import sum_over_ranks
 
 QueryNorm = Literal["batch", "layer", "none"]
 RouterWeights = Literal["softmax", "sigmoid", "relu"]
@@ -39,13 +41,17 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     A recomputed forward pass (activation checkpointing) leaves the running statistics alone, and so does an empty
     batch. With gradient accumulation every micro-batch is normalised by its own statistics and moves the running ones
-    once.
+    once. With a `statistics_group` the batch is that of all its ranks, which have equally many tokens.
     """
+
+    statistics_group: dist.ProcessGroup | None = None
 
     def forward(self, query_MC: Tensor) -> Tensor:
         """query_MC (float, [M, H*Q]) -> the same shape."""
         if query_MC.shape[0] == 0:
             return query_MC
+        if self.training and self.statistics_group is not None:
+            return self._forward_of_all_ranks(query_MC, self.statistics_group)
         if self.training and in_recomputation():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -53,6 +59,25 @@ class QueryBatchNorm(nn.BatchNorm1d):
             mean, var = self.running_mean.clone(), self.running_var.clone()
             return F.batch_norm(query_MC, mean, var, self.weight, self.bias, training=True, eps=self.eps)
         return super().forward(query_MC)
+
+    def _forward_of_all_ranks(self, query_MC: Tensor, group: dist.ProcessGroup) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        query = query_MC.float() if query_MC.dtype in (torch.bfloat16, torch.float16) else query_MC
+        count = len(query) * group.size()
+        mean = sum_over_ranks(query.sum(0), group) / count
+        centred = query - mean
+        variance = sum_over_ranks(centred.square().sum(0), group) / count
+        if not in_recomputation():
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                unbiased = variance * (count / max(1, count - 1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        normed = centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+        return normed.to(query_MC.dtype)
 
 
 class ProductKeyRouter(nn.Module):

@@ -63,7 +63,7 @@ def expert_mlp(
         _constants(dtype),
         array_of(y),
         array_of(pre_activations),
-        min_items=_min_tokens(experts_NED, num_retrieved),
+        min_items=min_tokens(experts_NED, num_retrieved),
     )
     return y.to(x_MD.dtype), pre_activations
 
@@ -85,11 +85,16 @@ def expert_mlp_backward(
         grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation, scales_NE
     )
     if table_gradient and ids_MP.numel():
-        rows, order, starts = touched_rows(ids_MP)
-        grad_rows = sum_touched_rows(order, starts, factors_EMP, x_MD, grad_y_MD)
+        rows, grad_rows = sum_by_expert(ids_MP, factors_EMP, x_MD, grad_y_MD)
     else:
         rows, grad_rows = ids_MP.new_empty(0), factors_EMP.new_empty((0, *experts_NED.shape[1:]))
     return grad_x, rows, grad_rows.to(experts_NED.dtype), grad_weights
+
+
+def sum_by_expert(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """The touched rows' ids [R], ascending, and gradients [R, E, D], from the factors of `backward_of_tokens`."""
+    rows, order, starts = touched_rows(ids_MP)
+    return rows, sum_touched_rows(order, starts, factors_EMP, x_MD, grad_y_MD)
 
 
 def backward_of_tokens(
@@ -126,12 +131,13 @@ def backward_of_tokens(
         array_of(grad_x),
         array_of(grad_weights),
         array_of(factors_EMP),
-        min_items=_min_tokens(experts_NED, ids_MP.shape[1]),
+        min_items=min_tokens(experts_NED, ids_MP.shape[1]),
     )
     return grad_x.to(x_MD.dtype), grad_weights.to(weights_MP.dtype), factors_EMP
 
 
-def _min_tokens(experts_NED: Tensor, num_retrieved: int) -> int:
+def min_tokens(experts_NED: Tensor, num_retrieved: int) -> int:
+    """Tokens that are worth a thread of their own."""
     return max(1, _MIN_ELEMENTS // max(1, num_retrieved * experts_NED.shape[1] * experts_NED.shape[2]))
 
 

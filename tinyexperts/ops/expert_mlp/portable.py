@@ -59,6 +59,26 @@ class _Vectors:
         return numbers.view(*ids_MP.shape, self._dim)
 
 
+def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, count: int) -> Tensor:
+    """x . vector of each of a token's experts, for `count` vectors from `first` on, in the type of x: [count, M, P]."""
+    vectors = _Vectors(experts_NED, None, ids_MP, x_MD.dtype)
+    out = x_MD.new_empty((count, *ids_MP.shape))
+    for tokens in vectors.chunks:
+        for v in range(count):
+            out[v, tokens] = vectors.products(x_MD[tokens], first + v, ids_MP[tokens])
+    return out
+
+
+def weighted_sum(factors_FMP: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int) -> Tensor:
+    """The sum over a token's experts and F vectors from `first` on of factor * vector, in the factors' type: [M, D]."""
+    vectors = _Vectors(experts_NED, None, ids_MP, factors_FMP.dtype)
+    y = factors_FMP.new_zeros((len(ids_MP), experts_NED.shape[2]))
+    for tokens in vectors.chunks:
+        for v, factors_MP in enumerate(factors_FMP):
+            y[tokens] += vectors.weighted_sum(factors_MP[tokens], first + v, ids_MP[tokens])
+    return y
+
+
 def expert_mlp(
     x_MD: Tensor,
     experts_NED: Tensor,
@@ -127,18 +147,20 @@ def expert_mlp_backward(
         grad_x[tokens] = grad.to(x_MD.dtype)
     if not table_gradient:
         return grad_x, ids_MP.new_empty(0), experts_NED.new_empty(0, num_vectors, model_dim), grad_weights
-    operands = [x_MD.to(dtype)] * last + [grad_y_MD.to(dtype)]
-    rows, grad_rows_RED = _sum_by_expert(ids_MP, factors_EMP, operands)
+    rows, grad_rows_RED = sum_by_expert(ids_MP, factors_EMP, x_MD.to(dtype), grad_y_MD.to(dtype))
     return grad_x, rows, grad_rows_RED.to(experts_NED.dtype), grad_weights
 
 
-def _sum_by_expert(ids_MP: Tensor, factors_EMP: Tensor, operands_MD: list[Tensor]) -> tuple[Tensor, Tensor]:
+def sum_by_expert(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> tuple[Tensor, Tensor]:
     """Touched ids [R], ascending, and for each vector e the sum over an expert's pairs of factor * operand's token.
+
+    The operand is grad_y for the last vector and x for the others.
 
     Pairs are sorted stably by expert, so that a row is one bag, summed by one thread in the order of the tokens. The
     bags come in chunks, since the memory of one large result would be new each time, and cost more than the sums.
     """
-    num_pairs, model_dim = ids_MP.numel(), operands_MD[0].shape[1]
+    num_pairs, model_dim = ids_MP.numel(), x_MD.shape[1]
+    operands_MD = [x_MD] * (len(factors_EMP) - 1) + [grad_y_MD]
     sorted_ids, order = ids_MP.flatten().sort(stable=True)
     rows, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
     starts = counts.cumsum(0) - counts

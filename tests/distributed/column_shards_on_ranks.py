@@ -1,0 +1,145 @@
+"""What the ranks of test_column_shards.py do."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tinyexperts.errors import InputError
+from tinyexperts.layers import PEER, ProductKeyMemory
+from tinyexperts.layers.product_key_layer import ProductKeyLayer
+from tinyexperts.ops.expert_mlp import column_shards, portable
+from tinyexperts.ops.expert_mlp.column_shards import ColumnGroups
+from tinyexperts.optim import RowSparseAdam
+
+D, N, M = 256, 64, 7  # tokens a rank
+
+
+def make(kind: str, *, sparse: bool = True, dtype: torch.dtype = torch.float64) -> ProductKeyLayer:
+    torch.manual_seed(0)
+    options = {"num_heads": 2, "query_dim": 6, "sparse": sparse, "dtype": dtype}
+    if kind == "memory":
+        return ProductKeyMemory(D, N, values_per_head=3, **options)
+    return PEER(D, N, experts_per_head=5 if kind == "gated" else 4, gated=kind == "gated", **options)
+
+
+def groups_of(rank: int, num_shards: int) -> ColumnGroups:
+    """Neighbouring ranks share a table; ranks at the same place in their groups are replicas."""
+    num_ranks = dist.get_world_size()
+    columns = [dist.new_group(range(first, first + num_shards)) for first in range(0, num_ranks, num_shards)]
+    replicas = [dist.new_group(range(place, num_ranks, num_shards)) for place in range(num_shards)]
+    alone = num_ranks == num_shards
+    return ColumnGroups(columns=columns[rank // num_shards], replicas=None if alone else replicas[rank % num_shards])
+
+
+def part(whole: torch.Tensor, rank: int, num_shards: int) -> torch.Tensor:
+    return whole.chunk(num_shards, -1)[rank % num_shards]
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def told_of(name: str, text: str) -> str:
+    return f"{name}: {text}"
+
+
+def compare_layers(rank: int, num_shards: int, portably: bool) -> None:
+    num_ranks = dist.get_world_size()
+    groups = groups_of(rank, num_shards)
+    if portably:
+        column_shards.columns_cpu = column_shards.cpu = portable
+    for kind, sparse in (("neurons", True), ("neurons", False), ("gated", True), ("memory", False)):
+        whole = make(kind, sparse=sparse)
+        ours = copy.deepcopy(whole)
+        ours.shard_columns(groups, statistics=dist.group.WORLD)
+        assert ours.experts.shape == (N, whole.experts.shape[1], D // num_shards)
+        assert ours.flops_per_token() == whole.flops_per_token()
+        assert ours.num_parameters() == whole.num_parameters()
+        x, grad_y = torch.randn(2, num_ranks * M, D, dtype=torch.float64)
+        own = slice(rank * M, (rank + 1) * M)
+        x_whole, x_own = x.clone().requires_grad_(), x[own].clone().requires_grad_()
+        y_whole, y_own = whole(x_whole), ours(x_own)
+        torch.testing.assert_close(y_own, y_whole[own])
+        y_whole.backward(grad_y)
+        y_own.backward(grad_y[own])
+        torch.testing.assert_close(x_own.grad, x_whole.grad[own])
+        table_gradient = whole.experts.grad.to_dense() if sparse else whole.experts.grad
+        assert (ours.experts.grad.layout == torch.sparse_coo) == sparse
+        found = ours.experts.grad.to_dense() if sparse else ours.experts.grad
+        torch.testing.assert_close(found, part(table_gradient, rank, num_shards))
+        for (name, parameter), other in zip(ours.router.named_parameters(), whole.router.parameters(), strict=True):
+            torch.testing.assert_close(
+                summed(parameter.grad), other.grad, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        for (name, buffer), other in zip(ours.named_buffers(), whole.buffers(), strict=True):
+            torch.testing.assert_close(buffer, other, msg=partial(told_of, name))
+        x = torch.randn(num_ranks * M, D, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(ours.eval()(x[own]), whole.eval()(x)[own])
+
+
+def train_layers(rank: int, num_shards: int) -> None:
+    """Several steps with the fused optimiser: each rank's columns go where those of the whole table go."""
+    num_ranks = dist.get_world_size()
+    whole = make("neurons", dtype=torch.float32)
+    ours = copy.deepcopy(whole)
+    ours.shard_columns(groups_of(rank, num_shards), statistics=dist.group.WORLD)
+    optimizers = [RowSparseAdam([layer.experts], fused=True) for layer in (whole, ours)]
+    own = slice(rank * M, (rank + 1) * M)
+    for _ in range(4):
+        x, grad_y = torch.randn(2, num_ranks * M, D)
+        whole(x).backward(grad_y)
+        ours(x[own]).backward(grad_y[own])
+        assert ours.experts.grad is None
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(
+        ours.experts.detach(), part(whole.experts.detach(), rank, num_shards), atol=1e-5, rtol=1e-4
+    )
+    replicas = [torch.empty_like(ours.experts) for _ in range(num_ranks)]
+    dist.all_gather(replicas, ours.experts.detach())
+    for other in range(rank % num_shards, num_ranks, num_shards):
+        assert torch.equal(replicas[other], ours.experts), "replicas stay equal to the bit"
+
+
+def refuse(rank: int) -> None:
+    groups = groups_of(rank, 2)
+    for width, told in ((127, "127 columns can't be shared by 2 ranks"), (126, "leave at least 64 to each")):
+        with pytest.raises(InputError, match=told):
+            PEER(width, N, num_heads=1, experts_per_head=2, query_dim=4).shard_columns(groups)
+
+
+def count_elements(rank: int) -> None:
+    """An all-to-all keeps the own part, a gather sends its part to all others, a reduction sends each other theirs."""
+    num_ranks, retrieved = dist.get_world_size(), 2 * 4
+    sent = 0
+
+    def counted(collective, share):
+        def call(output, given, **options):
+            nonlocal sent
+            sent += share(given.numel())
+            return collective(output, given, **options)
+
+        return call
+
+    others = num_ranks - 1
+    dist.all_to_all_single = counted(dist.all_to_all_single, lambda count: count * others // num_ranks)
+    dist.all_gather_single = counted(dist.all_gather_single, lambda count: count * others)
+    dist.reduce_scatter_single = counted(dist.reduce_scatter_single, lambda count: count * others // num_ranks)
+    layer = make("neurons")
+    layer.shard_columns(groups_of(rank, num_ranks))
+    x = torch.randn(M, D, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    columns = 2 * D * others // num_ranks
+    assert sent == M * (columns + 3 * retrieved * others), "forward"
+    sent = 0
+    y.sum().backward()
+    assert sent == M * (columns + 2 * retrieved * others), "backward"
