@@ -54,15 +54,15 @@ def fetch(
         output: Folder for <name>.jsonl.
         max_mb: Megabytes (1e6 bytes of text) to read of a data set of the Hugging Face hub.
     """
-    if not max_mb > 0:
-        raise InputError(f"--max-mb must be positive, got {max_mb}")
+    if not 0 < max_mb < float("inf"):
+        raise InputError(f"--max-mb must be positive and finite, got {max_mb}")
     if not names:
         _print_texts()
     for name in names:
         data.source_named(name)
     for name in names:
         with data.download_progress() as progress:
-            fetched = data.fetch(name, output, max_bytes=round(max_mb * 1e6), progress=progress)
+            fetched = data.fetch_text(name, output, max_bytes=round(max_mb * 1e6), progress=progress)
         print(fetched)
 
 

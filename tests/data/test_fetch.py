@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
+import http.server
 import io
 import json
 import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from tinyexperts import cli
-from tinyexperts.data import FileCorpus, text_sources
+from tinyexperts.data import FileCorpus, fetch, text_sources
 from tinyexperts.data.hub import HubSource
 from tinyexperts.data.text_sources import TEXT_SOURCES, PackageFile, TextSource
 
@@ -49,8 +50,7 @@ def run(monkeypatch, capsys, tmp_path):
 
     def run_with(source: TextSource | None, *arguments: object):
         if source is not None:
-            module = importlib.import_module("tinyexperts.data.fetch")  # the function of that name hides it
-            monkeypatch.setattr(module, "TEXT_SOURCES", {"sayings": source})
+            monkeypatch.setattr(fetch, "TEXT_SOURCES", {"sayings": source})
         monkeypatch.setattr(sys, "argv", ["tinyexperts", "data", "fetch", *map(str, arguments)])
         try:
             cli.main()
@@ -98,11 +98,12 @@ def test_a_text_comes_whole_with_its_licence_and_can_be_prepared(run, tmp_path):
         {"name": "package/data/c.txt", "text": "third"},
     ]
     assert [d.text for d in FileCorpus([path]).documents([])] == ["first, \u00e9", "second", "third"]
-    record = json.loads((tmp_path / "texts/sayings.source.json").read_text())
+    record = json.loads((tmp_path / "texts/.sayings.source.json").read_text())
     assert record["licence"] == "CC0"
     assert record["sha256"] == digest
     assert [package["sha256"] for package in record["packages"]] == [p.sha256 for p in source.packages]
-    assert sorted(entry.name for entry in (tmp_path / "texts").iterdir()) == ["sayings.jsonl", "sayings.source.json"]
+    assert sorted(entry.name for entry in (tmp_path / "texts").iterdir()) == [".sayings.source.json", "sayings.jsonl"]
+    assert len(list(FileCorpus([tmp_path / "texts"]).documents([]))) == 3, "the record is no text"
 
     # It is not brought again, and a change is noticed.
     (tmp_path / "one.tgz").unlink()
@@ -113,7 +114,7 @@ def test_a_text_comes_whole_with_its_licence_and_can_be_prepared(run, tmp_path):
     code, out, err = run(source, "sayings")
     assert code == 2
     assert f"texts/sayings.jsonl has been changed since it was fetched: its sha256 was {digest}, is" in err
-    (tmp_path / "texts/sayings.source.json").unlink()
+    (tmp_path / "texts/.sayings.source.json").unlink()
     assert "does not say where from" in run(source, "sayings")[2]
 
 
@@ -136,11 +137,12 @@ def test_other_files_than_those_that_were_published_are_refused(run, tmp_path):
 def test_no_network_and_bad_arguments_are_one_sentence(run, tmp_path):
     package = PackageFile(url="http://127.0.0.1:9/a.tgz", sha256="", members="")
     sentence = refusal(run(text_of(package), "sayings"), tmp_path / "texts")
-    assert sentence == "tinyexperts: cannot fetch http://127.0.0.1:9/a.tgz: [Errno 111] Connection refused"
+    assert sentence.startswith("tinyexperts: cannot fetch http://127.0.0.1:9/a.tgz: ")
+    for limit in (0, "inf", "nan"):
+        assert "--max-mb must be positive and" in refusal(run(None, "--max-mb", limit), tmp_path / "texts")
     sentence = refusal(run(text_of(package), "sayngs"), tmp_path / "texts")
     assert sentence == "tinyexperts: there is no text 'sayngs' to fetch; did you mean sayings?"
     assert "the names are sayings" in refusal(run(text_of(package), "x"), tmp_path / "texts")
-    assert "--max-mb must be positive" in refusal(run(text_of(package), "sayings", "--max-mb", 0), tmp_path / "texts")
 
 
 def test_a_data_set_of_the_hub_is_read_up_to_a_limit(run, tmp_path):
@@ -150,6 +152,49 @@ def test_a_data_set_of_the_hub_is_read_up_to_a_limit(run, tmp_path):
     code, out, err = run(source, "sayings", "--max-mb", 1)
     assert code == 0, err
     assert "sayings.jsonl: 2 documents, 800,000 bytes" in out
+    code, _, err = run(source, "sayings", "--max-mb", 2)
+    assert code == 2
+    assert "was fetched otherwise (max_bytes was 1000000, is 2000000): move it away to fetch it anew" in err
+    (tmp_path / "texts/sayings.jsonl").unlink()
+    code, _, err = run(source, "sayings", "--max-mb", 0.3)
+    assert (code, "longer than 300,000 bytes: raise --max-mb" in err) == (2, True)
+
+
+def test_a_text_of_another_release_is_not_taken_for_this_one(run, tmp_path):
+    assert run(text_of(tar_of(tmp_path / "one.tgz", MEMBERS)), "sayings")[0] == 0
+    code, _, err = run(text_of(tar_of(tmp_path / "two.tgz", MEMBERS)), "sayings")
+    assert (code, "was fetched otherwise (packages was" in err) == (2, True)
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    """Half of what it announces, and an error."""
+
+    def do_GET(self):
+        if self.path == "/gone.tgz":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"x" * 500)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_server_that_fails_is_told(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = http.server.HTTPServer(("127.0.0.1", 0), _Answers)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        for name, told in (("half.tgz", "ended after 500 of 1,000 bytes"), ("gone.tgz", "Not Found")):
+            package = PackageFile(url=f"http://127.0.0.1:{server.server_port}/{name}", sha256="", members="")
+            assert told in refusal(run(text_of(package), "sayings"), tmp_path / "texts")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def test_names_are_listed(run):

@@ -146,6 +146,7 @@ def test_parameters_are_counted(tied):
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
 def test_the_loss_in_chunks_is_the_cross_entropy_of_the_logits(monkeypatch, tied, chunk_tokens):
     monkeypatch.setattr(transformer, "_CHUNK_LOGITS", 40 * chunk_tokens)
+    monkeypatch.setattr(transformer, "_LEAST_CHUNK_TOKENS", 1)
     model, inputs, targets = make(tied_embeddings=tied), tokens(seed=1), tokens(seed=2)
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     expected_gradients = torch.autograd.grad(expected / 3, list(model.parameters()))

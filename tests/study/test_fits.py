@@ -189,3 +189,11 @@ def test_one_seed_gives_a_multiplier_without_an_interval():
     found = compute_multiplier({0: {1e12: 3.0, 1e13: 2.0}}, {0: 2.5}, 1e12)
     assert found.value == pytest.approx(math.sqrt(10))
     assert found.interval == (0.0, math.inf)
+
+
+@pytest.mark.parametrize("values", [(math.nan, math.nan), (1.0, math.inf), (1.0,)])
+def test_values_that_are_not_finite_judge_nothing(values):
+    interval = SeedInterval(values=values)
+    assert interval.standard_deviation is None
+    assert interval.bounds == (-math.inf, math.inf)
+    assert interval.outcome == "undecided"

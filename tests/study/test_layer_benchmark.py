@@ -389,6 +389,19 @@ def test_the_width_of_equal_time_is_found(monkeypatch):
         assert hidden_dim <= found <= 1.1 * hidden_dim
 
 
+def test_without_a_compiler_the_rest_is_measured(monkeypatch):
+    def fail(self):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
+
+    subject = measurement.compiled_reference_subject(make_layer(D, N))
+    monkeypatch.setattr(measurement, "compiled_reference_subject", lambda layer: subject)
+    monkeypatch.setattr(type(subject), "forward", lambda self, x: fail(self) if self is subject else self.module(x))
+    result = measure(make_layer(D, N), rivals=("compiled_reference", "dense_equal_width"))
+    assert list(result["rivals"]) == ["dense_equal_width"]
+    told = "torch.compile failed (InvalidCxxCompiler: No working C++ compiler found)"
+    assert result["left_out"] == [f"reference, torch.compile: {told}"]
+
+
 def test_the_goals_of_the_readme_are_measured(monkeypatch):
     path = Path(__file__).parents[2] / "benchmarks/cpu_layer.py"
     spec = importlib.util.spec_from_file_location("cpu_layer", path)

@@ -119,8 +119,11 @@ def test_the_last_budget_is_spent_on_each_methods_best_width():
     small = scale()
     study = studies.isoflop(small)
     tuning, main, extend = study.stages
-    assert {run.axes["width"] for run in extend({})} == {small.middle_width}, "for a dry run"
-    assert extend({"tune-peer-default-seed0": 5.0}) == []
+    assert extend({}) == []
+    ahead = grid.runs_if_all_end_alike(study)
+    assert [run.name for run in ahead[:88]] == [run.name for run in [*tuning({}), *main({})]]
+    # The smallest width takes the most tokens.
+    assert {(run.config.training_flops, run.axes["width"]) for run in ahead[88:]} == {(3e8, 8)}
     losses = {run.name: 5.0 for run in tuning({})}
     losses["tune-peer-table-x2-seed0"] = 4.9
     best = {"dense": 8, "moe": 16, "pkm": 24, "peer": 16}
@@ -229,6 +232,7 @@ def test_a_study_that_is_killed_again_and_again_ends_in_the_same_tables(config, 
     whole = tmp_path / "whole"
     subprocess.run(command(whole), check=True, capture_output=True)
     killed, draw = tmp_path / "killed", random.Random(0)
+    unfinished = 0
     for _ in range(4):
         process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(draw.uniform(8, 20))
@@ -236,6 +240,8 @@ def test_a_study_that_is_killed_again_and_again_ends_in_the_same_tables(config, 
         for pid in [process.pid, *map(int, children)]:
             os.kill(pid, signal.SIGKILL)
         process.wait()
+        unfinished += not (killed / "report.html").exists()
+    assert unfinished, "no kill met unfinished work"
     subprocess.run(command(killed), check=True, capture_output=True)
     for table in (whole / "tables").glob("*.csv"):
         text = table.read_text().replace(str(whole), "FOLDER")
@@ -288,6 +294,19 @@ def test_the_minutes_end_a_slice_and_the_next_goes_on(config, children, monkeypa
     run_study(studies.num_experts, config)
     assert len(children.started) == 5
     assert not set(children.started) & set(done)
+
+
+def test_what_a_later_stage_lacks_is_told_before_the_first(config, children, monkeypatch):
+    monkeypatch.setattr(grid, "MAX_EPOCHS", 1e-3)
+    with pytest.raises(InputError, match="they would be repeated"):
+        run_study(studies.num_experts, config)
+    monkeypatch.undo()
+    for name, content, told in (("a.pdf", b"%PDF\0", "a.pdf is binary"), ("b.txt", b" \n", "b.txt has no text")):
+        path = config.output.with_name(name)
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=told):
+            run_study(studies.num_experts, replace(config, evaluation_corpora=(path,)))
+    assert (children.started, config.output.exists()) == ((), False)
 
 
 def test_a_second_process_on_a_study_is_refused(config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -22,8 +23,9 @@ from tinyexperts.study.grids.accounting import account
 from tinyexperts.study.grids.scales import scale_named
 from tinyexperts.study.grids.train_command import train_command
 from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
+from tinyexperts.study.reports.figures import loss_curves
 from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
-from tinyexperts.study.reports.study_figures import residuals
+from tinyexperts.study.reports.study_figures import difference_trend, residuals
 from tinyexperts.study.reports.study_points import read_points
 from tinyexperts.study.reports.study_report import write_study_report
 from tinyexperts.study.reports.table import Table
@@ -293,7 +295,53 @@ def test_the_report_in_a_browser(isoflop):
 
 def test_columns_of_words_are_told_from_columns_of_numbers():
     minus, dash = "\N{MINUS SIGN}", "\N{EN DASH}"
-    numbers = [f"{minus}0.05", "+0.1", "1.2 M", "3e+12", "4.5e-3", "12,345", f"{minus}0.1 to +0.2", "97.5 %", dash, ""]
-    rows = tuple((number, word) for number, word in zip(numbers, ["3x", *"abcdefghi"], strict=True))
+    numbers = [
+        f"{minus}0.05",
+        "+0.1",
+        "3.22 B",
+        "1 k to open",
+        "3e+12",
+        "4.5e-3",
+        "12,345",
+        f"{minus}0.1 to +0.2",
+        "97.5 %",
+        dash,
+        "",
+    ]
+    rows = tuple((number, word) for number, word in zip(numbers, ["3x", *"abcdefghij"], strict=True))
     table = Table(name="t", title="T", columns=("n", "w"), rows=rows)
     assert [table.is_text(column) for column in (0, 1)] == [False, True]
+    long = Table(name="t", title="T", columns=("n",), rows=(("2" * 40 + "x",),))
+    assert long.is_text(0), "and at once"
+
+
+def test_the_trend_shows_zero_and_no_interval_where_there_is_none(isoflop):
+    points, _ = read_points(isoflop)
+    found = difference_trend(IsoFlopAnalysis(points)).svg
+    assert "against dense \N{MINUS SIGN}0.050" in found
+    # With one seed there is no interval to draw: three caps less for each budget's bars.
+    one = difference_trend(IsoFlopAnalysis([point for point in points if point.seed == 0])).svg
+    assert one.count("<use") < found.count("<use")
+    only = IsoFlopAnalysis([point for point in points if point.run.axes["budget"] == 1e13])
+    assert difference_trend(only) is None
+    labels = [text for text in re.findall(r">([^<]+)</text>", found) if text.strip() in ("0.0", "0.00", "0")]
+    assert labels, "zero is inside of the frame"
+
+
+def test_losses_that_are_not_finite_are_no_difference(isoflop):
+    points, _ = read_points(isoflop)
+    for point in points:
+        if point.run.method == "dense" and point.seed == 1:
+            point.result.evaluation["loss_by_copy"]["stood_earlier"] = math.nan
+    difference = IsoFlopAnalysis(points).difference_of("dense", 1e13, "stood_earlier")
+    assert len(difference.values) == 2
+
+
+def test_curves_that_share_no_seconds_are_drawn(isoflop):
+    points, _ = read_points(isoflop)
+    pair = [point.result for point in points if point.run.method == "peer"][:2]
+    shifted = replace(
+        pair[1], validation=tuple({**line, "seconds": line["seconds"] + 1e4} for line in pair[1].validation)
+    )
+    runs = [replace(result, method="peer") for result in (pair[0], shifted)]
+    assert "It ends at PEER" in loss_curves(runs, "seconds").svg

@@ -3,7 +3,7 @@
 from tinyexperts.data.corpora import StandardLibraryCorpus, open_corpus
 from tinyexperts.data.document import Corpus, Document
 from tinyexperts.data.encoded_text import EncodedText
-from tinyexperts.data.fetch import FetchedText, download_progress, fetch, source_named
+from tinyexperts.data.fetch import FetchedText, download_progress, fetch_text, source_named
 from tinyexperts.data.files import FileCorpus
 from tinyexperts.data.hub import HubCorpus, HubSource
 from tinyexperts.data.loader import Batch, TokenLoader, evaluation_windows
@@ -32,7 +32,7 @@ __all__ = [
     "Tokenizer",
     "download_progress",
     "evaluation_windows",
-    "fetch",
+    "fetch_text",
     "open_corpus",
     "prepare",
     "source_named",

@@ -1,7 +1,7 @@
 """Bring a text by its name, check that it is what was published, and keep it as a file of JSON lines.
 
-<folder>/<name>.jsonl         a document a line, {"name": ..., "text": ...}, as `data prepare --files` reads it
-<folder>/<name>.source.json   where it came from, its licence, and the checksum of the file
+<folder>/<name>.jsonl          a document a line, {"name": ..., "text": ...}, as `data prepare --files` reads it
+<folder>/.<name>.source.json   where it came from, its licence, and the file's checksum; hidden, since it is no text
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -65,18 +66,23 @@ def source_named(name: str) -> TextSource:
     return TEXT_SOURCES[name]
 
 
-def fetch(name: str, folder: Path, *, max_bytes: int, progress: Progress) -> FetchedText:
+def fetch_text(name: str, folder: Path, *, max_bytes: int, progress: Progress) -> FetchedText:
     """Bring a text into the folder, or find that it is there; it appears as a whole or not at all.
 
     max_bytes: of text, for the data sets of the hub, of which so much is read; packages are taken as they are
 
     Raises:
-        InputError: an unknown name, no network, a checksum that differs, a text that lies there and has been changed.
+        InputError: an unknown name, no network, a checksum that differs, a text that lies there and has been changed or
+            was fetched from elsewhere or up to another limit.
     """
     source = source_named(name)
-    path, record_path = folder / f"{name}.jsonl", folder / f"{name}.source.json"
+    origin = {
+        "packages": [{"url": package.url, "sha256": package.sha256} for package in source.packages],
+        "max_bytes": None if source.hub is None else max_bytes,
+    }
+    path, record_path = folder / f"{name}.jsonl", folder / f".{name}.source.json"
     if path.exists():
-        return _found(path, record_path, source)
+        return _found(path, record_path, source, origin)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
         partial = Path(scratch, path.name)
@@ -84,18 +90,19 @@ def fetch(name: str, folder: Path, *, max_bytes: int, progress: Progress) -> Fet
         num_documents = num_bytes = 0
         with partial.open("wb") as file:
             for document in _documents(source, Path(scratch), max_bytes, progress):
-                line = json.dumps({"name": document.name, "text": document.text}, ensure_ascii=False).encode() + b"\n"
+                line = _line(document, source)
                 file.write(line)
                 digest.update(line)
                 num_documents += 1
                 num_bytes += len(document.text.encode())
         if not num_documents:
-            raise InputError(f"the text {name} came without a document ({source.page})")
+            limit = "" if source.hub is None else f", or its first is longer than {max_bytes:,} bytes: raise --max-mb"
+            raise InputError(f"the text {name} came without a document ({source.page}){limit}")
         record = {
             "description": source.description,
             "licence": source.licence,
             "page": source.page,
-            "packages": [{"url": package.url, "sha256": package.sha256} for package in source.packages],
+            **origin,
             "sha256": digest.hexdigest(),
             "num_documents": num_documents,
             "num_bytes": num_bytes,
@@ -112,12 +119,23 @@ def fetch(name: str, folder: Path, *, max_bytes: int, progress: Progress) -> Fet
     )
 
 
-def _found(path: Path, record_path: Path, source: TextSource) -> FetchedText:
+def _line(document: Document, source: TextSource) -> bytes:
+    try:
+        return json.dumps({"name": document.name, "text": document.text}, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError as error:
+        raise InputError(f"{document.name} ({source.page}) is not valid Unicode: {error.reason}") from error
+
+
+def _found(path: Path, record_path: Path, source: TextSource, origin: dict[str, Any]) -> FetchedText:
     try:
         record = json.loads(record_path.read_text(encoding="utf-8"))
         sha256, num_documents, num_bytes = record["sha256"], record["num_documents"], record["num_bytes"]
+        before = {name: record[name] for name in origin}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} exists, and {record_path} does not say where from: move it away") from error
+    differing = [f"{name} was {before[name]}, is {origin[name]}" for name in origin if before[name] != origin[name]]
+    if differing:
+        raise InputError(f"{path} was fetched otherwise ({'; '.join(differing)}): move it away to fetch it anew")
     found = sha256_of_file(path)
     if found != sha256:
         raise InputError(f"{path} has been changed since it was fetched: its sha256 was {sha256}, is {found}")
@@ -157,7 +175,7 @@ def _up_to(documents: Iterator[Document], max_bytes: int, name: str, progress: P
 
 def _download(package: PackageFile, archive: Path, progress: Progress) -> None:
     """Write the archive, and refuse another one than the one that was published."""
-    digest = hashlib.sha256()
+    digest, size, num_bytes = hashlib.sha256(), None, 0
     try:
         with urllib.request.urlopen(package.url, timeout=_TIMEOUT_SECONDS) as response, archive.open("wb") as file:
             size = response.headers.get("Content-Length")
@@ -165,10 +183,13 @@ def _download(package: PackageFile, archive: Path, progress: Progress) -> None:
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)
                 digest.update(chunk)
+                num_bytes += len(chunk)
                 progress.advance(task, len(chunk))
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(f"cannot fetch {package.url}: {reason}") from error
+    if size is not None and num_bytes < int(size):
+        raise InputError(f"{package.url} ended after {num_bytes:,} of {int(size):,} bytes: fetch it again")
     if digest.hexdigest() != package.sha256:
         raise InputError(
             f"{package.url} is not the file that was published: its sha256 is {digest.hexdigest()}, "

@@ -65,7 +65,8 @@ class PackageFile:
         """The documents of the downloaded archive, its files in the order of their sorted paths.
 
         Raises:
-            tarfile.TarError, zipfile.BadZipFile, ValueError, KeyError: the archive is not what it was.
+            tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError: the archive is
+                not what it was.
         """
         for name, content in _members(archive, re.compile(self.members)):
             yield from self.read(name, content.decode("utf-8-sig"))
@@ -117,7 +118,7 @@ _SYMPY = {
     "url": _PYPI + "83/d3/803453b36afefb7c2bb238361cd4ae6125a569b4db67cd9e79846ba2d68c/sympy-1.14.0.tar.gz",
     "sha256": "d3d3fe8df1e5a0b42f0e7bdf50541697dbe7d23746e894990c030e2b05e72517",
 }
-# Tables of cases, as in the standard library.
+# Without the tests, which are mostly tables of cases, as those of the standard library are.
 _PYTHON_MODULES = r"(?!.*/(?:tests?|testing)/).*\.py"
 
 

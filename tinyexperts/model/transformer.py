@@ -14,8 +14,8 @@ from tinyexperts.layers import FeedForward, ParameterCount
 from tinyexperts.model.attention import Attention, LayerCache, rotary_angles
 from tinyexperts.model.config import TransformerConfig
 
-# Logits that a chunk of the loss holds: 4 MiB of fp32.
-_CHUNK_LOGITS = 1 << 20
+# Of a chunk of the loss: 4 MiB of fp32 logits, but tokens enough to keep the matrix products wide.
+_CHUNK_LOGITS, _LEAST_CHUNK_TOKENS = 1 << 20, 128
 
 
 class Cache:
@@ -103,12 +103,18 @@ class Transformer(nn.Module):
 
         Equals F.cross_entropy of the logits. On a CPU in fp32 these never exist whole: they are made, turned into
         gradients and forgotten by chunks that stay in the cache.
+
+        Raises:
+            InputError: as `forward`.
         """
         if tokens.device.type != "cpu" or self.head.weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return F.cross_entropy(self(tokens).float().flatten(0, 1), targets.flatten())
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, _CHUNK_LOGITS // self.config.vocab_size))
+        chunk_tokens = max(_LEAST_CHUNK_TOKENS, _CHUNK_LOGITS // self.config.vocab_size)
         return F.linear_cross_entropy(
-            self.features(tokens).flatten(0, 1), self.head.weight, targets.flatten(), options=options
+            self.features(tokens).flatten(0, 1),
+            self.head.weight,
+            targets.flatten(),
+            options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens),
         )
 
     def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:

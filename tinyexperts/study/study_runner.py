@@ -6,20 +6,21 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
-from tinyexperts.data import TokenDataset
+from tinyexperts.data import FileCorpus, TokenDataset
+from tinyexperts.data.files import skipped_note
 from tinyexperts.errors import InputError
 from tinyexperts.study.demo import ENVIRONMENT, PROGRAM
 from tinyexperts.study.execution.run_queue import Job, Stage, run_jobs
 from tinyexperts.study.execution.study_folder import StudyFolder, StudySettings
 from tinyexperts.study.execution.study_status import print_status
-from tinyexperts.study.grids.grid import GridRun, Study, check_grid
+from tinyexperts.study.grids.grid import GridRun, Study, check_grid, runs_if_all_end_alike
 from tinyexperts.study.grids.scales import Scale, ScaleName, scale_named
 from tinyexperts.study.reports.study_report import write_study_report
 from tinyexperts.study.study_plan import print_plan
@@ -86,6 +87,9 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
     if config.dry_run or dataset is None:
         print_plan(study)
         return
+    # Later stages, too: what can't be run is told before hours are spent.
+    check_grid(runs_if_all_end_alike(study), dataset.split("train").num_tokens)
+    _check_corpora(config.evaluation_corpora)
     folder = StudyFolder(config.output or Path("runs", f"{study.name}-{study.scale}"))
     with folder.held():
         corpora = tuple(str(path) for path in config.evaluation_corpora)
@@ -106,6 +110,13 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
             _run_stage(folder, runs, config, deadline)
         print_status(folder)
         _report(folder)
+
+
+def _check_corpora(paths: Sequence[Path]) -> None:
+    for path in paths:
+        skipped: list[str] = []
+        if not any(document.text.strip() for document in FileCorpus([path]).documents(skipped)):
+            raise InputError(f"the evaluation corpus {path} has no text{skipped_note(skipped)}")
 
 
 def _report(folder: StudyFolder) -> None:

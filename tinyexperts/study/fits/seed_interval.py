@@ -30,16 +30,19 @@ class SeedInterval:
 
     @property
     def standard_deviation(self) -> float | None:
-        """Over seeds; None for one."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        """Over seeds; None for one, and where a value is not finite."""
+        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+            return None
+        return statistics.stdev(self.values)
 
     @property
     def bounds(self) -> tuple[float, float]:
         """The 95 % interval of the mean."""
-        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+        deviation = self.standard_deviation
+        if deviation is None:
             return -math.inf, math.inf
         quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(self.values) - 1))
-        half = quantile * statistics.stdev(self.values) / math.sqrt(len(self.values))
+        half = quantile * deviation / math.sqrt(len(self.values))
         return self.mean - half, self.mean + half
 
     @property

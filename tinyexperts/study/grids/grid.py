@@ -48,6 +48,17 @@ class Study:
     stages: tuple[Stage, ...]
 
 
+def runs_if_all_end_alike(study: Study) -> list[GridRun]:
+    """All runs of a study as if every run ended with the same loss: what it may cost, before anything is known."""
+    losses: dict[str, float] = {}
+    planned: list[GridRun] = []
+    for stage in study.stages:
+        runs = stage(losses)
+        planned += runs
+        losses |= dict.fromkeys((run.name for run in runs), 0.0)
+    return planned
+
+
 def check_grid(runs: Sequence[GridRun], num_train_tokens: int) -> None:
     """Refuse a grid that can't be run as it is meant.
 

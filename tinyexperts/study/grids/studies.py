@@ -203,12 +203,7 @@ def _best_settings(scale: Scale, method: str, losses: Mapping[str, float]) -> di
 
 
 def _best_width(scale: Scale, method: str, losses: Mapping[str, float]) -> int | None:
-    """Of least mean loss at the largest budget, among the widths whose seeds have all ended; None without one.
-
-    The middle width where nothing is known yet, for a dry run.
-    """
-    if not losses:
-        return scale.middle_width
+    """Of least mean loss at the largest budget, among the widths whose seeds have all ended; None without one."""
     means = {}
     budget = scale.budgets[-1]
     for width in scale.widths[budget]:

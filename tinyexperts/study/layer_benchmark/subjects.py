@@ -127,7 +127,7 @@ def reference_subject(ours: Subject) -> Subject:
 
 
 class _Reference(nn.Module):
-    """A PEER layer whose operators are their references: plain torch, all of it open to torch.compile."""
+    """A PEER layer whose operators are their references: plain torch, open to torch.compile but for settling ties."""
 
     def __init__(self, layer: PEER) -> None:
         super().__init__()

@@ -65,7 +65,8 @@ def figure(results: Sequence[_Result]) -> Markup:
                     points = [(r["num_experts"], y) for r in of_width if (y := _milliseconds(r, name, quantity))]
                     if points:
                         (lines[name],) = axes.plot(*zip(*points, strict=True), color=color, marker=marker)
-                        readings.append(f"{quantity}, D = {d_model}, {label}: {_number(points[-1][1])} ms")
+                        size, time = points[-1]
+                        readings.append(f"{quantity}, D = {d_model}, {label}: {_number(time)} ms at N = {_power(size)}")
                 axes.set_title(f"{quantity}, D = {d_model}, M = {num_tokens:,}", fontsize=11.5, loc="left")
                 _log_axes(axes, [r["num_experts"] for r in of_width])
             row[0].set_ylabel("milliseconds")
@@ -73,7 +74,7 @@ def figure(results: Sequence[_Result]) -> Markup:
         drawing.legend(named.values(), named.keys(), loc="outside upper left", ncols=legend_columns, frameon=False)
         description = (
             f"Line charts: milliseconds against the number of experts, {num_tokens} tokens, CPU threads: {threads}. "
-            f"At the most experts: {'; '.join(readings)}."
+            f"At the most experts each was measured with: {'; '.join(readings)}."
         )
         return svg_of(drawing, "layer-benchmark", description)
 

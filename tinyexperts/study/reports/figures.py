@@ -85,6 +85,8 @@ def loss_curves(runs: Sequence[RunResult], x: str, name: str = "") -> Drawing | 
                 axes.plot(points[:, 0] / divisor, points[:, 1], color=color, linewidth=0.9, alpha=0.55)
             mean = _mean_curve(seeds)
             axes.plot(mean[:, 0] / divisor, mean[:, 1], color=color, linewidth=2.4)
+            if not len(mean):  # curves that share nothing of the axis: the label stands at the end of the longest
+                mean = max(seeds, key=lambda points: float(points[-1, 0]))[-1:]
             axes.plot(mean[-1, 0] / divisor, mean[-1, 1], color=color, marker=marker, markersize=6)
             ends.append((mean[-1, 0] / divisor, mean[-1, 1], f"{method_label(method)} {mean[-1, 1]:.2f}", color))
         _frame(axes, [points / (divisor, 1) for points in curves.values()], room=1.22)

@@ -90,7 +90,8 @@ class IsoFlopAnalysis:
             by_seed = [
                 {p.seed: p.result.evaluated("loss_by_copy", value) for p in group.points} for group in (ours, theirs)
             ]
-            kept = [{seed: v for seed, v in values.items() if v is not None} for values in by_seed]
+            # A text without such tokens has no loss on them.
+            kept = [{seed: v for seed, v in values.items() if v is not None and math.isfinite(v)} for values in by_seed]
             return paired_difference(*kept)
         differences = []
         for our, their in ((o, t) for o in ours.points for t in theirs.points if o.seed == t.seed):

@@ -77,7 +77,8 @@ def difference_trend(analysis: IsoFlopAnalysis) -> Drawing | None:
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes("training FLOPs", "PEER minus baseline, nats a token")
         axes.axhline(0, color=GREY, linewidth=1.2)
-        readings, means = [], []
+        readings: list[str] = []
+        spread: list[float] = []
         for number, baseline in enumerate(BASELINES):
             found = {b: d for b in analysis.budgets if (d := analysis.difference(baseline, b)) is not None}
             if not found:
@@ -86,12 +87,11 @@ def difference_trend(analysis: IsoFlopAnalysis) -> Drawing | None:
             x = np.array(list(found)) * 1.05 ** (number - 1)  # beside each other, so that no bar hides another
             y = np.array([difference.mean for difference in found.values()])
             bounds = np.array([difference.bounds for difference in found.values()])
-            bars = np.where(np.isfinite(bounds), np.abs(bounds - y[:, None]), 0.0).T
-            axes.errorbar(
-                x, y, yerr=bars, color=color, marker=marker, linewidth=1.6, elinewidth=1.2, capsize=3,
-                label=f"against {method_label(baseline)}",
-            )  # fmt: skip
-            means.append(np.concatenate([y, *(bounds[np.isfinite(bounds)],)]))
+            known = np.isfinite(bounds).all(1)  # one seed has no interval, and gets no bar
+            axes.plot(x, y, color=color, marker=marker, linewidth=1.6, label=f"against {method_label(baseline)}")
+            bars = np.abs(bounds[known] - y[known, None]).T
+            axes.errorbar(x[known], y[known], yerr=bars, color=color, linestyle="", elinewidth=1.2, capsize=3)
+            spread += [*y, *bounds[known].ravel()]
             readings.append(f"against {method_label(baseline)} {signed(float(y[-1]))}")
         if not readings:
             return None
@@ -99,11 +99,9 @@ def difference_trend(analysis: IsoFlopAnalysis) -> Drawing | None:
         axes.set_xticks(analysis.budgets, [f"{budget:.0e}" for budget in analysis.budgets])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlim(analysis.budgets[0] / 1.4, analysis.budgets[-1] * 1.4)
-        # An interval of two seeds can be so wide that nothing else could be seen.
-        spread = np.concatenate(means)
-        middle = float(np.median(spread))
-        reach = max(4 * float(np.median(np.abs(spread - middle))), abs(middle)) * 1.3
-        axes.set_ylim(max(spread.min(), middle - reach) - 0.005, min(spread.max(), middle + reach) + 0.005)
+        # An interval of two seeds can be so wide that nothing else could be seen: such bars leave the frame.
+        reach = 1.3 * max(4 * float(np.median(np.abs(spread))), 0.01)
+        axes.set_ylim(max(min([*spread, 0.0]) - 0.005, -reach), min(max([*spread, 0.0]) + 0.005, reach))
         axes.legend(loc="best", frameon=False)
         text = f"PEER minus each baseline by budget, 95 percent intervals. At the largest: {', '.join(readings)}."
         svg = svg_of(figure, "difference-trend", text)

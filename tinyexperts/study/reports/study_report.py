@@ -47,7 +47,8 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     else:
         analysis = AblationAnalysis(settings.study, points)
         drawings = [ablation_curves(analysis)]
-    tables, claims = [*analysis.tables(), _commands(analysis.groups)], analysis.claims()
+    tables = [*analysis.tables(), _commands(analysis.groups, settings.evaluation_tokens)]
+    claims = analysis.claims()
     seconds = sum(point.result.last.get("seconds", 0.0) for point in points)
     title = f"The study {settings.study} at {settings.scale} scale"
     page = (
@@ -78,7 +79,7 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     return path
 
 
-def _commands(groups: Sequence[Group]) -> Table:
+def _commands(groups: Sequence[Group], evaluation_tokens: int | None) -> Table:
     """How to run each row of the grid again by itself."""
     rows = []
     for group in groups:
@@ -89,5 +90,6 @@ def _commands(groups: Sequence[Group]) -> Table:
         title="To run a row again",
         columns=("run", "command"),
         rows=tuple(rows),
-        note="Other seeds by --seed and --run; then tinyexperts evaluate and the run's folder.",
+        note="Other seeds by --seed and --run; then tinyexperts evaluate and the run's folder"
+        + (f", with --max-tokens {evaluation_tokens}." if evaluation_tokens else "."),
     )

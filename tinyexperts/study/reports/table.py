@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass
 
 MISSING = "\N{EN DASH}"
-# With its unit, and two of them as an interval; or nothing.
-_NUMBER = re.compile(r"(?:[-+\N{MINUS SIGN}]?[\d.,]+(?:e[-+]?\d+)?(?: ?[kMGT%])?(?: to )?)*|\N{EN DASH}")
+# With its unit; two of them are an interval.
+_ONE = r"[-+\N{MINUS SIGN}]?[\d.,]+(?:e[-+]?\d+)?(?: ?[kMGTB%])?"
+_NUMBER = re.compile("(?:" + _ONE + "(?: to (?:" + _ONE + "|open))?|" + MISSING + ")?")
 
 
 @dataclass(frozen=True, kw_only=True)
