@@ -1,6 +1,6 @@
 """The sum of a token's retrieved experts in plain torch, for devices without a kernel of their own.
 
-Must match reference.py; one vector of the experts and a chunk of tokens at a time, so that the gathered rows
+Must match reference.py; one vector of the experts and a chunk of tokens are gathered at a time, so that the rows
 [M, P, E, D] never exist whole. The token comes first in the products: the other way round, or with all vectors in one
 product, torch multiplies 5 to 30 times slower on a CPU.
 """
@@ -22,33 +22,41 @@ _CHUNK_ELEMENTS = 1 << 19
 
 
 class _Vectors:
-    """The vectors of a table, in chunks of tokens, as numbers of type `dtype`.
+    """The vectors of a table's experts, as numbers of type `dtype`, for the tokens that retrieved them.
 
-    They are gathered into memory that is used again: on a CPU, fresh pages would cost more than the gathering.
+    They are gathered in chunks of tokens, into memory that is used again: on a CPU, fresh pages would cost more than
+    the gathering.
     """
 
     def __init__(self, experts_NED: Tensor, scales_NE: Tensor | None, ids_MP: Tensor, dtype: torch.dtype) -> None:
         self._num_vectors, self._dim = experts_NED.shape[1:]
-        self._flat_experts, self._dtype = experts_NED.reshape(-1, self._dim), dtype
+        self._flat_experts, self._dtype, self._ids_MP = experts_NED.reshape(-1, self._dim), dtype, ids_MP
         self._flat_scales = None if scales_NE is None else scales_NE.reshape(-1, 1).to(dtype)
         num_tokens, num_retrieved = ids_MP.shape
         chunk = max(1, min(num_tokens, _CHUNK_ELEMENTS // max(1, num_retrieved * self._dim)))
-        self.chunks = [slice(start, start + chunk) for start in range(0, num_tokens, chunk)]
+        self._chunks = [slice(start, start + chunk) for start in range(0, num_tokens, chunk)]
         self._stored = experts_NED.new_empty(chunk * num_retrieved, self._dim)
         self._numbers = self._stored if experts_NED.dtype == dtype else torch.empty_like(self._stored, dtype=dtype)
 
-    def products(self, x_MD: Tensor, vector: int, ids_MP: Tensor) -> Tensor:
-        """Of the token with one vector of each of its experts, [M, P]."""
-        return torch.einsum("md,mpd->mp", x_MD, self._gather(vector, ids_MP))
+    def products(self, x_MD: Tensor, vector: int) -> Tensor:
+        """Of each token with one vector of each of its experts, [M, P]."""
+        out = x_MD.new_empty(self._ids_MP.shape, dtype=self._dtype)
+        for tokens in self._chunks:
+            out[tokens] = torch.einsum("md,mpd->mp", x_MD[tokens].to(self._dtype), self._gather(vector, tokens))
+        return out
 
-    def weighted_sum(self, factors_MP: Tensor, vector: int, ids_MP: Tensor) -> Tensor:
-        """The sum of factor * vector over a token's experts, [M, D]."""
+    def weighted_sum(self, factors_MP: Tensor, vector: int) -> Tensor:
+        """The sum of factor * vector over each token's experts, [M, D]."""
         if self._stored is self._numbers and self._flat_scales is None:  # read where they are: 3 times faster on a CPU
-            numbers = ids_MP * self._num_vectors + vector
+            numbers = self._ids_MP * self._num_vectors + vector
             return F.embedding_bag(numbers, self._flat_experts, mode="sum", per_sample_weights=factors_MP)
-        return torch.einsum("mp,mpd->md", factors_MP, self._gather(vector, ids_MP))
+        out = factors_MP.new_empty((len(factors_MP), self._dim))
+        for tokens in self._chunks:
+            out[tokens] = torch.einsum("mp,mpd->md", factors_MP[tokens], self._gather(vector, tokens))
+        return out
 
-    def _gather(self, vector: int, ids_MP: Tensor) -> Tensor:
+    def _gather(self, vector: int, tokens: slice) -> Tensor:
+        ids_MP = self._ids_MP[tokens]
         positions = ids_MP.flatten() * self._num_vectors + vector
         stored, numbers = self._stored[: len(positions)], self._numbers[: len(positions)]
         torch.index_select(self._flat_experts, 0, positions, out=stored)
@@ -62,20 +70,15 @@ class _Vectors:
 def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, count: int) -> Tensor:
     """x . vector of each of a token's experts, for `count` vectors from `first` on, in the type of x: [count, M, P]."""
     vectors = _Vectors(experts_NED, None, ids_MP, x_MD.dtype)
-    out = x_MD.new_empty((count, *ids_MP.shape))
-    for tokens in vectors.chunks:
-        for v in range(count):
-            out[v, tokens] = vectors.products(x_MD[tokens], first + v, ids_MP[tokens])
-    return out
+    return torch.stack([vectors.products(x_MD, vector) for vector in range(first, first + count)])
 
 
 def weighted_sum(factors_FMP: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int) -> Tensor:
     """The sum over a token's experts and F vectors from `first` on of factor * vector, in the factors' type: [M, D]."""
     vectors = _Vectors(experts_NED, None, ids_MP, factors_FMP.dtype)
     y = factors_FMP.new_zeros((len(ids_MP), experts_NED.shape[2]))
-    for tokens in vectors.chunks:
-        for v, factors_MP in enumerate(factors_FMP):
-            y[tokens] += vectors.weighted_sum(factors_MP[tokens], first + v, ids_MP[tokens])
+    for vector, factors_MP in enumerate(factors_FMP, start=first):
+        y += vectors.weighted_sum(factors_MP, vector)
     return y
 
 
@@ -89,18 +92,15 @@ def expert_mlp(
 ) -> tuple[Tensor, Tensor]:
     """y [M, D] and the pre-activations [E - 1, M, P]."""
     last = experts_NED.shape[1] - 1
-    y = torch.empty_like(x_MD, memory_format=torch.contiguous_format)
     dtype = accumulation_dtype(x_MD, experts_NED)
     vectors = _Vectors(experts_NED, scales_NE, ids_MP, dtype)
     pre_activations = x_MD.new_empty((last, *ids_MP.shape), dtype=dtype)
-    for tokens in vectors.chunks:
-        x, ids, factor = x_MD[tokens].to(dtype), ids_MP[tokens], weights_MP[tokens].to(dtype)
-        for vector in range(last):
-            pre_activations[vector, tokens] = vectors.products(x, vector, ids)
-        if activation is not None:
-            factor = factor * coefficients(pre_activations[:, tokens], activation)
-        y[tokens] = vectors.weighted_sum(factor, last, ids).to(x_MD.dtype)
-    return y, pre_activations
+    for vector in range(last):
+        pre_activations[vector] = vectors.products(x_MD, vector)
+    factors = weights_MP.to(dtype)
+    if activation is not None:
+        factors = factors * coefficients(pre_activations, activation)
+    return vectors.weighted_sum(factors, last).to(x_MD.dtype), pre_activations
 
 
 def expert_mlp_backward(
@@ -122,29 +122,24 @@ def expert_mlp_backward(
     num_vectors, model_dim = experts_NED.shape[1:]
     last = num_vectors - 1
     dtype = accumulation_dtype(x_MD, experts_NED)
-    grad_x = torch.zeros_like(x_MD, memory_format=torch.contiguous_format)
-    grad_weights = torch.empty_like(weights_MP, memory_format=torch.contiguous_format)
     # What multiplies x (for u and w) or grad_y (for v) in the gradient of an expert, one number a pair and vector.
     factors_EMP = pre_activations_FMP.new_empty((num_vectors, *ids_MP.shape), dtype=dtype)
     vectors = _Vectors(experts_NED, scales_NE, ids_MP, dtype)
-    for tokens in vectors.chunks:
-        ids, weights = ids_MP[tokens], weights_MP[tokens].to(dtype)
-        grad_scaled_MP = vectors.products(grad_y_MD[tokens].to(dtype), last, ids)
-        if activation is None:
-            grad_weights[tokens], factors_EMP[-1, tokens] = grad_scaled_MP, weights
-            continue
-        pre = pre_activations_FMP[:, tokens]
+    weights, grad_scaled_MP = weights_MP.to(dtype), vectors.products(grad_y_MD, last)
+    grad_x = torch.zeros_like(x_MD, dtype=dtype, memory_format=torch.contiguous_format)
+    if activation is None:
+        grad_weights, factors_EMP[-1] = grad_scaled_MP, weights
+    else:
+        pre = pre_activations_FMP
         coefficient = coefficients(pre, activation)
-        grad_weights[tokens] = grad_scaled_MP * coefficient
-        factors_EMP[-1, tokens] = weights * coefficient
-        factors_EMP[0, tokens] = grad_scaled_MP * weights * activation_derivative(pre[0], activation)
+        grad_weights, factors_EMP[-1] = grad_scaled_MP * coefficient, weights * coefficient
+        factors_EMP[0] = grad_scaled_MP * weights * activation_derivative(pre[0], activation)
         if len(pre) == 2:
-            factors_EMP[0, tokens] *= pre[1]
-            factors_EMP[1, tokens] = grad_scaled_MP * weights * activate(pre[0], activation)
-        grad = torch.zeros_like(x_MD[tokens], dtype=dtype)
+            factors_EMP[0] *= pre[1]
+            factors_EMP[1] = grad_scaled_MP * weights * activate(pre[0], activation)
         for vector in range(last):
-            grad += vectors.weighted_sum(factors_EMP[vector, tokens], vector, ids)
-        grad_x[tokens] = grad.to(x_MD.dtype)
+            grad_x += vectors.weighted_sum(factors_EMP[vector], vector)
+    grad_x, grad_weights = grad_x.to(x_MD.dtype), grad_weights.to(weights_MP.dtype)
     if not table_gradient:
         return grad_x, ids_MP.new_empty(0), experts_NED.new_empty(0, num_vectors, model_dim), grad_weights
     rows, grad_rows_RED = sum_by_expert(ids_MP, factors_EMP, x_MD.to(dtype), grad_y_MD.to(dtype))
