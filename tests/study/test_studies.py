@@ -54,7 +54,7 @@ def test_every_study_can_be_planned_at_every_scale(make, name):
 
 
 def test_the_papers_own_settings():
-    runs = studies.isoflop(scale("paper", vocab_size=32000)).stages[1]({})
+    runs = studies.isoflop(scale("paper", vocab_size=32000)).stages[2]({})
     assert {run.config.training_flops for run in runs} == {6e18, 2e19}
     assert {run.config.model.num_layers for run in runs} == {12}
     assert {run.config.model.sparse_blocks for run in runs} == {(6,)}
@@ -68,7 +68,7 @@ def test_the_papers_own_settings():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_account_of_a_run_is_that_of_its_model(method):
-    config = studies.isoflop(scale("laptop", vocab_size=512)).stages[1]({})[0].config
+    config = studies.isoflop(scale("laptop", vocab_size=512)).stages[2]({})[0].config
     layer = scale("laptop").layers[method]
     config = replace(config, model=replace(config.model, d_model=64, num_heads=4, sparse_layer=layer))
     cost, model = account(config), Transformer(config.model)
@@ -105,8 +105,15 @@ def test_tuning_decides_the_settings_of_the_main_runs():
     losses["tune-peer-batch-x0.5-seed0"] = 4.99
     losses["tune-dense-head-x0.5-seed0"] = 4.8
     losses["tune-moe-head-x2-seed0"] = float("nan")
-    by_method = {run.method: run.config for run in study.stages[1](losses)}
     base = scale().base
+    # Each winner is tried once more, twice as far; a batch of one sequence can't be halved again.
+    further = {run.name: run.config for run in study.stages[1](losses)}
+    assert set(further) == {"tune-peer-table-x4-seed0", "tune-dense-head-x0.25-seed0"}
+    assert further["tune-peer-table-x4-seed0"].table_learning_rate == 4 * base.table_learning_rate
+    farther = losses | {"tune-peer-table-x4-seed0": 4.95, "tune-dense-head-x0.25-seed0": 4.7}
+    dense = next(run.config for run in study.stages[2](farther) if run.method == "dense")
+    assert dense.head_learning_rate == base.head_learning_rate / 4
+    by_method = {run.method: run.config for run in study.stages[2](losses)}
     assert by_method["peer"].table_learning_rate == 2 * base.table_learning_rate
     assert by_method["peer"].batch_size == base.batch_size // 2
     assert by_method["peer"].head_learning_rate == base.head_learning_rate
@@ -118,7 +125,7 @@ def test_tuning_decides_the_settings_of_the_main_runs():
 def test_the_last_budget_is_spent_on_each_methods_best_width():
     small = scale()
     study = studies.isoflop(small)
-    tuning, main, extend = study.stages
+    tuning, _, main, extend = study.stages
     assert extend({}) == []
     ahead = grid.runs_if_all_end_alike(study)
     assert [run.name for run in ahead[:88]] == [run.name for run in [*tuning({}), *main({})]]
@@ -137,7 +144,7 @@ def test_the_last_budget_is_spent_on_each_methods_best_width():
     assert {run.config.training_flops for run in runs} == {small.last_budget}
     rates = {run.method: run.config.table_learning_rate for run in runs}
     assert rates["peer"] == 2 * small.base.table_learning_rate
-    assert studies.isoflop(scale("paper", vocab_size=4096)).stages[2](losses) == []
+    assert studies.isoflop(scale("paper", vocab_size=4096)).stages[3](losses) == []
 
 
 def test_a_budget_without_a_step_and_a_small_corpus_are_refused():
@@ -209,7 +216,9 @@ def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
 def test_the_main_study_from_start_to_report(config, children):
     run_study(studies.isoflop, replace(config, evaluation_tokens=64))
     folder = StudyFolder(config.output)
-    assert len(folder.planned_runs()) == 40 + 48 + 8
+    planned = [run.axes["stage"] for run in folder.planned_runs()]
+    assert planned.count("main") == 48 + 8
+    assert planned.count("tuning") > 40, "no setting of any method was better than the default"
     assert all(folder.status(run).state == "done" for run in folder.planned_runs())
     for text in ("evaluation", "evaluation-poems"):
         result = json.loads((folder.run_path("peer-d16-c1e08-seed0") / f"{text}.json").read_text())

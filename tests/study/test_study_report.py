@@ -328,6 +328,19 @@ def test_the_trend_shows_zero_and_no_interval_where_there_is_none(isoflop):
     assert labels, "zero is inside of the frame"
 
 
+def test_a_best_value_at_the_end_of_what_was_tried_is_told(tmp_path):
+    def loss(run):
+        return isoflop_loss(run) - 0.1 * (run.name in ("tune-dense-head-x2-seed0", "tune-peer-table-x2-seed0"))
+
+    def falling(run):
+        return loss(run) - 0.2 * (run.name == "tune-peer-table-x4-seed0")
+
+    points, _ = read_points(fill(tmp_path / "study", studies.isoflop, falling))
+    analysis = IsoFlopAnalysis(points)
+    assert len(analysis.tuning) == 40 + 2
+    assert analysis.doubts() == ["PEER: the best table is the last that was tried, 4 times the default."]
+
+
 def test_losses_that_are_not_finite_are_no_difference(isoflop):
     points, _ = read_points(isoflop)
     for point in points:

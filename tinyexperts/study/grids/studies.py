@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,10 @@ from tinyexperts.study.grids.grid import GridRun, Study
 from tinyexperts.study.grids.scales import METHODS, Scale
 from tinyexperts.training.config import TrainConfig
 
-# What a method's tuning changes, one at a time, by which factors; dense is tuned as hard as the others.
-_TUNED_RATES = ("matrix_learning_rate", "embedding_learning_rate", "head_learning_rate", "table_learning_rate")
+# What a method's tuning changes, one at a time, by which factors; dense is tuned as hard as the others. Where a factor
+# wins, its square is tried, too.
+_TUNED_WITHOUT_TABLE = ("matrix_learning_rate", "embedding_learning_rate", "head_learning_rate", "batch_size")
+_TUNED = (*_TUNED_WITHOUT_TABLE, "table_learning_rate")
 _FACTORS = (0.5, 2.0)
 
 
@@ -23,7 +25,14 @@ def isoflop(scale: Scale) -> Study:
         return [
             _run(scale, method, width=scale.middle_width, budget=scale.budgets[0], seed=0, tuning=label, **changes)
             for method in METHODS
-            for label, changes in _variants(scale, method)
+            for label, changes in _variants(scale, method, _FACTORS)
+        ]
+
+    def tune_further(losses: Mapping[str, float]) -> list[GridRun]:
+        return [
+            _run(scale, method, width=scale.middle_width, budget=scale.budgets[0], seed=0, tuning=label, **changes)
+            for method in METHODS
+            for label, changes in _further_variants(scale, method, losses)
         ]
 
     def measure(losses: Mapping[str, float]) -> list[GridRun]:
@@ -48,7 +57,7 @@ def isoflop(scale: Scale) -> Study:
         ]
 
     question = "At equal training FLOPs, does PEER reach a lower loss than dense, expert-choice MoE and PKM?"
-    return _study("isoflop", scale, question, tune, measure, extend)
+    return _study("isoflop", scale, question, tune, tune_further, measure, extend)
 
 
 def num_experts(scale: Scale) -> Study:
@@ -174,16 +183,30 @@ def _study(name: str, scale: Scale, question: str, *stages: Any) -> Study:
     return Study(name=name, scale=scale.name, question=question, stages=stages)
 
 
-def _variants(scale: Scale, method: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _variants(scale: Scale, method: str, factors: Sequence[float]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The default, and each setting changed by itself; dense and mixtures have no table."""
     yield "default", {}
-    for rate in _TUNED_RATES[: None if method in ("pkm", "peer") else -1]:
+    for setting in _TUNED if method in ("pkm", "peer") else _TUNED_WITHOUT_TABLE:
+        for factor in factors:
+            label, value = _changed(scale, setting, factor)
+            if value != getattr(scale.base, setting):
+                yield label, {setting: value}
+
+
+def _changed(scale: Scale, setting: str, factor: float) -> tuple[str, float]:
+    """A setting times a factor, and what to call it."""
+    value = getattr(scale.base, setting) * factor
+    name = setting.removesuffix("_learning_rate").removesuffix("_size")
+    return f"{name}-x{factor:g}", max(1, round(value)) if setting == "batch_size" else value
+
+
+def _further_variants(scale: Scale, method: str, losses: Mapping[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The squares of the factors that are the best of their settings."""
+    for setting, best in _best_settings(scale, method, losses).items():
         for factor in _FACTORS:
-            yield f"{rate.removesuffix('_learning_rate')}-x{factor:g}", {rate: getattr(scale.base, rate) * factor}
-    for factor in _FACTORS:
-        size = max(1, round(scale.base.batch_size * factor))
-        if size != scale.base.batch_size:
-            yield f"batch-x{factor:g}", {"batch_size": size}
+            label, value = _changed(scale, setting, factor**2)
+            if _changed(scale, setting, factor)[1] == best and value != best:
+                yield label, {setting: value}
 
 
 def _best_settings(scale: Scale, method: str, losses: Mapping[str, float]) -> dict[str, Any]:
@@ -195,7 +218,7 @@ def _best_settings(scale: Scale, method: str, losses: Mapping[str, float]) -> di
         return value if math.isfinite(value) else math.inf
 
     default, best, chosen = loss("default"), {}, {}
-    for label, changes in _variants(scale, method):
+    for label, changes in _variants(scale, method, (*_FACTORS, *(factor**2 for factor in _FACTORS))):
         for setting, value in changes.items():
             if loss(label) < best.get(setting, default):
                 best[setting], chosen[setting] = loss(label), value

@@ -135,6 +135,24 @@ class IsoFlopAnalysis:
             for baseline in BASELINES
         ]
 
+    def doubts(self) -> list[str]:
+        """A sentence for every setting whose best value is the last that was tried: a better one may lie beyond."""
+        sentences = []
+        for method in METHODS:
+            found = {_tuning_label(point): point.loss for point in self.tuning if point.run.method == method}
+            default = found.pop("default", math.inf)
+            for setting in dict.fromkeys(label.rsplit("-x", 1)[0] for label in found):
+                losses = {1.0: default} | {
+                    float(label.rsplit("-x", 1)[1]): loss
+                    for label, loss in found.items()
+                    if label.rsplit("-x", 1)[0] == setting
+                }
+                best = min(losses, key=lambda factor: losses[factor])
+                if best != 1.0 and best in (min(losses), max(losses)):
+                    told = f"the best {setting} is the last that was tried, {best:g} times the default"
+                    sentences.append(f"{method_label(method)}: {told}.")
+        return sentences
+
     def _perplexities(self) -> Table:
         texts = list(dict.fromkeys(text for group in self.groups for text in group.first.losses))
         rows = []
@@ -284,15 +302,20 @@ class IsoFlopAnalysis:
         rows = []
         for point in self.tuning:
             seconds = point.result.last.get("seconds", math.nan)
-            label = point.run.name.removeprefix(f"tune-{point.run.method}-").rsplit("-seed", 1)[0]
-            rows.append((method_label(point.run.method), label, f"{point.loss:.3f}", f"{seconds:,.0f}"))
+            rows.append((method_label(point.run.method), _tuning_label(point), f"{point.loss:.3f}", f"{seconds:,.0f}"))
         return Table(
             name="tuning",
             title="Tuning: one seed at the smallest budget and the middle width",
             columns=("method", "setting", "loss", "seconds"),
             rows=tuple(rows),
-            note="Each setting is changed by itself; the best value of each is taken, all together.",
+            note="Each setting is changed by itself, and twice as far where that was best; the best value of each is "
+            "taken, all together.",
         )
+
+
+def _tuning_label(point: Point) -> str:
+    """Of a tuning run: `default`, or a setting and its factor, as in `head-x2`."""
+    return point.run.name.removeprefix(f"tune-{point.run.method}-").rsplit("-seed", 1)[0]
 
 
 def _interval(found: SeedInterval) -> tuple[str, str, str]:

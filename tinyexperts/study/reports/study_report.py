@@ -40,6 +40,7 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     if settings.study == "isoflop":
         analysis = IsoFlopAnalysis(points)
         counts = ("active", "total", "matmul")
+        problems += analysis.doubts()
         drawings = [difference_trend(analysis)]
         drawings += [isoflop_curves(analysis, budget, count) for budget in analysis.budgets for count in counts]
         drawings += [time_curves(analysis, budget) for budget in analysis.budgets]
