@@ -115,6 +115,10 @@ def refuse(rank: int) -> None:
     for width, told in ((127, "127 columns can't be shared by 2 ranks"), (126, "leave at least 64 to each")):
         with pytest.raises(InputError, match=told):
             PEER(width, N, num_heads=1, experts_per_head=2, query_dim=4).shard_columns(groups)
+    layer = make("neurons")
+    layer.shard_columns(groups)
+    with pytest.raises(InputError, match='second_moment "row" is a mean over D'):
+        RowSparseAdam([layer.experts], second_moment="row")
 
 
 def count_elements(rank: int) -> None:

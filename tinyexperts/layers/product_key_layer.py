@@ -13,7 +13,7 @@ from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount, 
 from tinyexperts.layers.product_key_router import ProductKeyRouter, QueryBatchNorm, Routing
 from tinyexperts.ops import expert_mlp
 from tinyexperts.ops.expert_mlp.column_shards import ColumnGroups, expert_mlp_in_columns
-from tinyexperts.ops.expert_mlp.table_gradient import expert_mlp_deferred, is_deferred
+from tinyexperts.ops.expert_mlp.table_gradient import expert_mlp_deferred, is_deferred, mark_column_shard
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 
 # Of a rank: with fewer, exchanging the products of the P experts costs more than the columns save.
@@ -63,6 +63,7 @@ class ProductKeyLayer(FeedForward):
         part = self.experts.new_empty((*self.experts.shape[:2], columns))
         part.copy_(self.experts.detach()[:, :, start : start + columns])
         self.experts = nn.Parameter(prefer_huge_pages(part), requires_grad=self.experts.requires_grad)
+        mark_column_shard(self.experts)
         self.column_groups = groups
         if isinstance(self.router.norm, QueryBatchNorm):
             self.router.norm.statistics_group = statistics

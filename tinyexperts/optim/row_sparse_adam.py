@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.expert_mlp.table_gradient import ask_for, asked_for, can_be_left
+from tinyexperts.ops.expert_mlp.table_gradient import ask_for, asked_for, can_be_left, is_column_shard
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 from tinyexperts.ops.row_adam import row_adam_
 from tinyexperts.ops.row_adam.fused import row_adam_fused_
@@ -46,8 +46,8 @@ class RowSparseAdam(torch.optim.Optimizer):
     parameter's shape) and `exp_avg_sq` (of the parameter's shape; with "row" [N, ...], without D), both fp32 where the
     parameter is bf16 or fp16.
 
-    Raises InputError for a negative lr, eps or weight_decay, for betas outside [0, 1), for another second_moment, and
-    for fused where a table is elsewhere or of another type.
+    Raises InputError for a negative lr, eps or weight_decay, for betas outside [0, 1), for another second_moment, for
+    "row" where a table is shared by columns over ranks, and for fused where a table is elsewhere or of another type.
     """
 
     def __init__(
@@ -82,6 +82,10 @@ class RowSparseAdam(torch.optim.Optimizer):
             raise InputError(f"betas must be at least 0 and less than 1, got {options['betas']}")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if group["second_moment"] == "row" and any(map(is_column_shard, group["params"])):
+            raise InputError(
+                'second_moment "row" is a mean over D, and a table shared by columns holds a part of D: use "element"'
+            )
         for table in group["params"] if group["fused"] else ():
             if not can_be_left(table):
                 raise InputError(

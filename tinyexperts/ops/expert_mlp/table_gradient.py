@@ -111,6 +111,16 @@ def asked_for(table: Tensor) -> list[TableGradient] | None:
     return gradients
 
 
+def mark_column_shard(table: Tensor) -> None:
+    """Note that the table holds a part of the columns: a mean over D can't be taken of it."""
+    table._column_shard = True  # type: ignore[attr-defined]
+
+
+def is_column_shard(table: Tensor) -> bool:
+    """Whether `mark_column_shard` has been called."""
+    return getattr(table, "_column_shard", False)
+
+
 def is_deferred(table: Tensor) -> bool:
     """Whether the next forward pass is to leave its gradient for the optimiser."""
     return (
