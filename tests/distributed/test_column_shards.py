@@ -10,7 +10,14 @@ from ranks import run_ranks
 from tinyexperts.ops.expert_mlp import columns_cpu, portable
 
 
-@pytest.mark.parametrize(("num_ranks", "num_shards", "portably"), [(2, 2, False), (4, 2, False), (4, 4, True)])
+@pytest.mark.parametrize(
+    ("num_ranks", "num_shards", "portably"),
+    [
+        (2, 2, False),
+        pytest.param(4, 2, False, marks=pytest.mark.slow),
+        pytest.param(4, 4, True, marks=pytest.mark.slow),
+    ],
+)
 def test_shared_columns_give_what_the_whole_table_gives(num_ranks, num_shards, portably):
     run_ranks(compare_layers, num_ranks, num_shards, portably)
 
@@ -19,7 +26,7 @@ def test_shared_columns_are_trained_as_the_whole_table():
     run_ranks(train_layers, 4, 2)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_token_sends_what_the_formula_says(num_ranks):
     run_ranks(count_elements, num_ranks)
 
