@@ -22,6 +22,7 @@ def test_shared_columns_give_what_the_whole_table_gives(num_ranks, num_shards, p
     run_ranks(compare_layers, num_ranks, num_shards, portably)
 
 
+@pytest.mark.slow
 def test_shared_columns_are_trained_as_the_whole_table():
     run_ranks(train_layers, 4, 2)
 
