@@ -447,10 +447,12 @@ def test_an_installation_that_can_not_be_written_computes(tmp_path):
 
 
 FIRST_CALLS = """
-import json, time, torch
+import gc, json, time, torch
 from tinyexperts.ops.expert_mlp import cpu as mlp
 from tinyexperts.ops.product_key_topk import cpu as topk
 torch.manual_seed(0)
+collections = []
+gc.callbacks.append(lambda phase, info: collections.append(info["generation"]) if phase == "start" else None)
 start = time.perf_counter()
 scores, ids = topk.product_key_topk(torch.randn(5, 2, 8), torch.randn(2, 9, 4), 3)
 middle = time.perf_counter()
@@ -458,7 +460,8 @@ y, _ = mlp.expert_mlp(torch.randn(5, 7), torch.randn(81, 2, 7), ids.flatten(1), 
 seconds = {"product_key_topk": middle - start, "expert_mlp": time.perf_counter() - middle}
 counts = {kernel.__name__: [sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values())]
           for kernel in (topk._top_k_of_sums, mlp._forward)}
-print(json.dumps({"seconds": seconds, "hits and misses": counts, "y": y.tolist(), "ids": ids.tolist()}))
+print(json.dumps({"seconds": seconds, "full collections": collections.count(2), "enabled": gc.isenabled(),
+                  "hits and misses": counts, "y": y.tolist(), "ids": ids.tolist()}))
 """
 
 
@@ -467,6 +470,8 @@ def test_a_second_process_finds_the_kernels_compiled(tmp_path):
     told = [run_python(FIRST_CALLS, PACKAGE.parent, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     for process, answer in zip(("first", "second"), told, strict=True):
         print(f"{process} process, first calls: {answer['seconds']}")
+        assert answer["full collections"] == 0
+        assert answer["enabled"]
     assert told[0]["hits and misses"] == {"_top_k_of_sums": [0, 1], "_forward": [0, 1]}
     assert told[1]["hits and misses"] == {"_top_k_of_sums": [1, 0], "_forward": [1, 0]}
     assert told[0]["y"] == told[1]["y"]

@@ -8,6 +8,7 @@ kernel has none of it.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,27 @@ def _compiled(function: _Function, options: dict[str, Any]) -> _Function:
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         compiled = numba.njit(**options)(function)
+    compiled.compile = _without_collection(compiled.compile)
     return cast(_Function, compiled)
+
+
+def _without_collection(compile_: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, without collections of garbage: going through all that torch has made is half the time of a load.
+
+    Of two threads at once the first to begin turns them on again, perhaps before the other has ended.
+    """
+
+    @functools.wraps(compile_)
+    def wrapped(*arguments: Any) -> Any:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return compile_(*arguments)
+        finally:
+            if was_enabled:
+                gc.enable()
+
+    return wrapped
 
 
 def inlined(function: _Function) -> _Function:

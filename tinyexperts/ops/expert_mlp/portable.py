@@ -24,8 +24,8 @@ _CHUNK_ELEMENTS = 1 << 19
 class _Vectors:
     """The vectors of a table's experts, as numbers of type `dtype`, for the tokens that retrieved them.
 
-    They are gathered in chunks of tokens, into memory that is used again: on a CPU, fresh pages would cost more than
-    the gathering.
+    They are gathered in chunks of tokens. What is stored in another type goes through memory that is used again: on a
+    CPU, fresh pages would cost more than the gathering.
     """
 
     def __init__(self, experts_NED: Tensor, scales_NE: Tensor | None, ids_MP: Tensor, dtype: torch.dtype) -> None:
@@ -35,8 +35,10 @@ class _Vectors:
         num_tokens, num_retrieved = ids_MP.shape
         chunk = max(1, min(num_tokens, _CHUNK_ELEMENTS // max(1, num_retrieved * self._dim)))
         self._chunks = [slice(start, start + chunk) for start in range(0, num_tokens, chunk)]
-        self._stored = experts_NED.new_empty(chunk * num_retrieved, self._dim)
-        self._numbers = self._stored if experts_NED.dtype == dtype else torch.empty_like(self._stored, dtype=dtype)
+        self._converted = experts_NED.dtype != dtype
+        if self._converted:
+            self._stored = experts_NED.new_empty(chunk * num_retrieved, self._dim)
+            self._numbers = torch.empty_like(self._stored, dtype=dtype)
 
     def products(self, x_MD: Tensor, vector: int) -> Tensor:
         """Of each token with one vector of each of its experts, [M, P]."""
@@ -47,9 +49,9 @@ class _Vectors:
 
     def weighted_sum(self, factors_MP: Tensor, vector: int) -> Tensor:
         """The sum of factor * vector over each token's experts, [M, D]."""
-        if self._stored is self._numbers and self._flat_scales is None:  # read where they are: 3 times faster on a CPU
-            numbers = self._ids_MP * self._num_vectors + vector
-            return F.embedding_bag(numbers, self._flat_experts, mode="sum", per_sample_weights=factors_MP)
+        if not self._converted:  # read where they are: 3 times faster on a CPU
+            positions = self._ids_MP * self._num_vectors + vector
+            return F.embedding_bag(positions, self._flat_experts, mode="sum", per_sample_weights=factors_MP)
         out = factors_MP.new_empty((len(factors_MP), self._dim))
         for tokens in self._chunks:
             out[tokens] = torch.einsum("mp,mpd->md", factors_MP[tokens], self._gather(vector, tokens))
@@ -58,10 +60,12 @@ class _Vectors:
     def _gather(self, vector: int, tokens: slice) -> Tensor:
         ids_MP = self._ids_MP[tokens]
         positions = ids_MP.flatten() * self._num_vectors + vector
+        if not self._converted:  # by bags of one: their sum prefetches on a CPU, index_select does not
+            rows = F.embedding_bag(positions[:, None], self._flat_experts, mode="sum")
+            return rows.view(*ids_MP.shape, self._dim)
         stored, numbers = self._stored[: len(positions)], self._numbers[: len(positions)]
         torch.index_select(self._flat_experts, 0, positions, out=stored)
-        if numbers.dtype != stored.dtype:
-            numbers.copy_(stored)
+        numbers.copy_(stored)
         if self._flat_scales is not None:
             numbers *= self._flat_scales.index_select(0, positions)
         return numbers.view(*ids_MP.shape, self._dim)
