@@ -24,8 +24,9 @@ from torch import Tensor
 from tinyexperts import PEER
 from tinyexperts.ops import expert_mlp, huge_pages, quantise_vectors
 from tinyexperts.study.layer_benchmark import memory
+from tinyexperts.study.layer_benchmark.inputs import Inputs, pool_size
 from tinyexperts.study.layer_benchmark.kernel_check import check_experts, check_int8_experts, check_kernels
-from tinyexperts.study.layer_benchmark.measurement import Inputs, measure_setting, pool_size, torch_threads
+from tinyexperts.study.layer_benchmark.measurement import measure_setting, torch_threads
 from tinyexperts.study.layer_benchmark.run import describe_machine
 from tinyexperts.study.layer_benchmark.subjects import make_layer, our_subject, settle
 from tinyexperts.study.layer_benchmark.timing import Spread, interleaved, timed

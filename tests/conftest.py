@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tinyexperts import cli
 from tinyexperts.data import PrepareConfig, prepare
 from tinyexperts.model import DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig, TransformerConfig
 from tinyexperts.training import TrainConfig
@@ -20,6 +22,23 @@ SPARSE_LAYERS = {
     "pkm": ProductKeyMemoryConfig(num_values=64, num_heads=2, values_per_head=3, query_dim=6),
     "peer": PEERConfig(num_experts=64, num_heads=2, experts_per_head=3, query_dim=6),
 }
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments: object):
+        monkeypatch.setattr(sys, "argv", ["tinyexperts", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

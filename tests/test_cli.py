@@ -12,24 +12,6 @@ import pytest
 
 from tinyexperts import cli
 
-
-@pytest.fixture
-def run_cli(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments: object):
-        monkeypatch.setattr(sys, "argv", ["tinyexperts", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 TINY_MODEL = [
     *("--model.vocab-size", 300, "--model.context-length", 16, "--model.d-model", 16, "--model.num-layers", 2),
     *("--model.num-heads", 2, "--model.sparse-layer.num-experts", 64, "--model.sparse-layer.num-heads", 2),

@@ -6,7 +6,6 @@ import hashlib
 import http.server
 import io
 import json
-import sys
 import tarfile
 import threading
 import zipfile
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tinyexperts import cli
 from tinyexperts.data import FileCorpus, fetch, text_sources
 from tinyexperts.data.hub import HubSource
 from tinyexperts.data.text_sources import TEXT_SOURCES, PackageFile, TextSource
@@ -44,21 +42,14 @@ def package_of(path: Path, **changes: object) -> PackageFile:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(run_cli, monkeypatch, tmp_path):
     """Run `data fetch` with texts of the test's own; returns (exit code, standard output, error)."""
     monkeypatch.chdir(tmp_path)
 
     def run_with(source: TextSource | None, *arguments: object):
         if source is not None:
             monkeypatch.setattr(fetch, "TEXT_SOURCES", {"sayings": source})
-        monkeypatch.setattr(sys, "argv", ["tinyexperts", "data", "fetch", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_cli("data", "fetch", *arguments)
 
     return run_with
 

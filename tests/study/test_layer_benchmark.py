@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from tinyexperts import cli
 from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER
 from tinyexperts.ops.expert_mlp import _KERNELS as EXPERT_KERNELS
 from tinyexperts.ops.expert_mlp import cpu as expert_cpu
 from tinyexperts.ops.product_key_topk import cpu as topk_cpu
 from tinyexperts.optim import row_sparse_adam
-from tinyexperts.study.layer_benchmark import measurement, random_row_limit, timing, view
+from tinyexperts.study.layer_benchmark import measurement, random_row_limit, rivals, timing, view
+from tinyexperts.study.layer_benchmark.inputs import Inputs
 from tinyexperts.study.layer_benchmark.kernel_check import check_experts, check_kernels
+from tinyexperts.study.layer_benchmark.rivals import RIVALS
 from tinyexperts.study.layer_benchmark.subjects import (
     compiled_reference_subject,
     dense_subject,
@@ -45,22 +46,9 @@ def short_samples(monkeypatch):
     monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 0)
 
 
-@pytest.fixture
-def run_cli(monkeypatch, capsys, tmp_path):
-    """Run the command line in this process in a folder of its own; returns (exit code, standard output, error)."""
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object):
-        monkeypatch.setattr(sys, "argv", ["tinyexperts", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def spreads(value):
@@ -81,6 +69,9 @@ def test_a_tiny_run_reports_everything(run_cli, tmp_path):
     report = json.loads((tmp_path / "runs/bench/layer.json").read_text())
     assert report["skipped"] == []
     assert report["machine"]["versions"]["torch"] == torch.__version__
+    configuration = report["configuration"]
+    assert (configuration["d_model"], configuration["ids"], configuration["repeats"]) == ([D], ["uniform", "zipf"], 1)
+    assert configuration["rivals"] == list(RIVALS)
     single, batch = report["results"]
     for result, num_tokens in ((single, 1), (batch, M)):
         assert [result[key] for key in ("d_model", "num_experts", "num_tokens", "threads")] == [D, N, num_tokens, 1]
@@ -381,11 +372,19 @@ def test_kept_bytes_are_those_of_a_dense_layer():
 
 
 def test_the_width_of_equal_time_is_found(monkeypatch):
-    monkeypatch.setattr(measurement, "_step_of", lambda subject, inputs: lambda: (subject, 0.0, 0.0))
-    monkeypatch.setattr(measurement, "dense_subject", lambda d_model, hidden_dim: hidden_dim / 1000)
-    inputs = measurement.Inputs(M, D, trains=True, generator=torch.Generator())
+    class Sleeper:
+        """A layer whose step takes the seconds that it is told."""
+
+        def __init__(self, seconds):
+            self.seconds = seconds
+
+        def step_of(self, inputs):
+            return lambda: (self.seconds, 0.0, 0.0)
+
+    monkeypatch.setattr(rivals, "dense_subject", lambda d_model, hidden_dim: Sleeper(hidden_dim / 1000))
+    inputs = Inputs(M, D, trains=True, generator=torch.Generator())
     for seconds, hidden_dim in ((0.001, 16), (0.5, 512), (1.2, 1216), (1000.0, 1 << 16)):
-        found = measurement._hidden_dim_of_equal_time(seconds, inputs, True)
+        found = rivals._hidden_dim_of_equal_time(Sleeper(seconds), inputs)
         assert hidden_dim <= found <= 1.1 * hidden_dim
 
 
@@ -393,8 +392,8 @@ def test_without_a_compiler_the_rest_is_measured(monkeypatch):
     def fail(self):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
 
-    subject = measurement.compiled_reference_subject(make_layer(D, N))
-    monkeypatch.setattr(measurement, "compiled_reference_subject", lambda layer: subject)
+    subject = compiled_reference_subject(make_layer(D, N))
+    monkeypatch.setattr(rivals, "compiled_reference_subject", lambda layer: subject)
     monkeypatch.setattr(type(subject), "forward", lambda self, x: fail(self) if self is subject else self.module(x))
     result = measure(make_layer(D, N), rivals=("compiled_reference", "dense_equal_width"))
     assert list(result["rivals"]) == ["dense_equal_width"]

@@ -3,77 +3,26 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import cycle
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyexperts.layers import PEER, DenseFFN
+from tinyexperts.layers import PEER
 from tinyexperts.ops import expert_mlp, product_key_topk
 from tinyexperts.study.layer_benchmark import memory, random_row_limit
+from tinyexperts.study.layer_benchmark.inputs import Inputs, pool_size
 from tinyexperts.study.layer_benchmark.kernel_check import check_kernels, values_of
-from tinyexperts.study.layer_benchmark.subjects import (
-    Subject,
-    compiled_reference_subject,
-    dense_subject,
-    our_subject,
-    peer_pytorch_subject,
-    reference_subject,
-    settle,
-    without_kernels,
-)
-from tinyexperts.study.layer_benchmark.timing import Spread, interleaved, timed, timed_after
+from tinyexperts.study.layer_benchmark.rivals import RIVALS, RivalName, measure_rival
+from tinyexperts.study.layer_benchmark.subjects import Subject, our_subject, settle, without_kernels
+from tinyexperts.study.layer_benchmark.timing import interleaved, phases_of_step, spread, timed, timed_after
 
 SECOND_MOMENTS = ("element", "row")
-RivalName = Literal[
-    "reference",
-    "compiled_reference",
-    "dense_equal_width",
-    "dense_equal_time",
-    "peer_pytorch_adam",
-    "peer_pytorch_sparse_adam",
-]
-RIVALS: dict[RivalName, str] = {
-    "reference": "operators in plain torch",
-    "compiled_reference": "reference, torch.compile",
-    "dense_equal_width": "dense, equal width",
-    "dense_equal_time": "dense, equal time",
-    "peer_pytorch_adam": "PEER-pytorch, Adam",
-    "peer_pytorch_sparse_adam": "PEER-pytorch, SparseAdam",
-}
-# Batches that follow each other, so that the rows of one are no longer in the cache when it comes again.
-_MIN_POOL_TOKENS = 2048
-_MIN_POOL = 3
-# Equal time is looked for among multiples of this, up to this.
-_HIDDEN_STEP, _MAX_HIDDEN = 16, 1 << 16
-_SEARCH_REPEATS = 3
-
-
-class Inputs:
-    """Random tokens in turn, each batch [M, D] of standard normal numbers, and a gradient of the output.
-
-    In training the tokens want a gradient, as those of a layer within a model do.
-    """
-
-    def __init__(self, num_tokens: int, d_model: int, *, trains: bool, generator: torch.Generator) -> None:
-        self._trains = trains
-        self._x_MD = cycle(torch.randn(pool_size(num_tokens), num_tokens, d_model, generator=generator).unbind())
-        self.grad_y_MD = torch.randn(num_tokens, d_model, generator=generator)
-
-    def next(self) -> Tensor:
-        return next(self._x_MD).detach().requires_grad_(self._trains)
-
-
-def pool_size(num_tokens: int) -> int:
-    """Batches of a pool: odd, so that calls that take turns get each of them."""
-    return max(_MIN_POOL, _MIN_POOL_TOKENS // num_tokens + 1 | 1)
 
 
 @contextmanager
@@ -152,15 +101,15 @@ def measure_operator(
         "limit_variant": best,
         "limit_gb_per_second": _rate(num_bytes, seconds[best]),
         "limit_gb_per_second_by_variant": {variant: _rate(num_bytes, seconds[variant]) for variant in variants},
-        "forward_seconds": _spread(seconds["experts"]),
+        "forward_seconds": spread(seconds["experts"]),
         "gb_per_second": _rate(num_bytes, seconds["experts"]),
         "gflop_per_second": _rate(flops, seconds["experts"]),
-        "share_of_limit": _spread(seconds[best] / seconds["experts"]),
-        "reference_forward_seconds": _spread(seconds["reference"]),
-        "reference_forward_ratio": _spread(seconds["reference"] / seconds["experts"]),
-        "values_forward_seconds": _spread(seconds["values"]),
-        "embedding_bag_forward_seconds": _spread(seconds["embedding_bag"]),
-        "embedding_bag_forward_ratio": _spread(seconds["embedding_bag"] / seconds["values"]),
+        "share_of_limit": spread(seconds[best] / seconds["experts"]),
+        "reference_forward_seconds": spread(seconds["reference"]),
+        "reference_forward_ratio": spread(seconds["reference"] / seconds["experts"]),
+        "values_forward_seconds": spread(seconds["values"]),
+        "embedding_bag_forward_seconds": spread(seconds["embedding_bag"]),
+        "embedding_bag_forward_ratio": spread(seconds["embedding_bag"] / seconds["values"]),
     }
 
 
@@ -211,16 +160,17 @@ def measure_setting(
         ours, measured = _measure_ours(layer, inputs, moments[::-1] if trains else (), repeats=repeats)
         measured["peak_resident_bytes"] = memory.peak_resident_bytes()
         beside = {}
-        for rival in rivals:
-            if rival == "peer_pytorch_sparse_adam" and not trains:
+        for name in rivals:
+            rival = RIVALS[name]
+            if rival.only_trained and not trains:
                 continue
-            on_stage(RIVALS[rival])
-            result, reason = _measure_rival(rival, ours, inputs, repeats=repeats, max_bytes=max_bytes, trains=trains)
+            on_stage(rival.label)
+            result, reason = measure_rival(rival, ours, inputs, repeats=repeats, max_bytes=max_bytes)
             gc.collect()
             if result is not None:
-                beside[rival] = result
+                beside[name] = result
             if reason is not None:
-                left_out.append(f"{RIVALS[rival]}: {reason}")
+                left_out.append(f"{rival.label}: {reason}")
     return {
         "d_model": d_model,
         "num_experts": num_experts,
@@ -252,8 +202,8 @@ def _measure_ours(
         del ours  # and its state, before another takes as much
         ours = our_subject(layer, moment)
         settle(ours, inputs.next(), inputs.grad_y_MD)
-        phases = interleaved({"ours": _step_of(ours, inputs)}, repeats)["ours"]
-        steps[moment] = _phases(phases)
+        phases = interleaved({"ours": ours.step_of(inputs)}, repeats)["ours"]
+        steps[moment] = phases_of_step(phases)
         # Both passes read the retrieved rows; the update reads and writes the touched ones and both of their moments.
         step_bytes[moment] = 2 * expert_bytes + 2 * touched * (2 * row_bytes + moment_bytes[moment])
     router = layer.router
@@ -281,12 +231,12 @@ def _measure_ours(
         },
         repeats,
     )
-    shares = {name: _spread(times[name][:, 0] / times["layer"][:, 0]) for name in ("router", "topk", "experts")}
+    shares = {name: spread(times[name][:, 0] / times["layer"][:, 0]) for name in ("router", "topk", "experts")}
     return ours, {
-        "router_forward_seconds": _spread(times["router"][:, 0]),
-        "topk_forward_seconds": _spread(times["topk"][:, 0]),
-        "experts_forward_seconds": _spread(times["experts"][:, 0]),
-        "forward_seconds": _spread(times["layer"][:, 0]),
+        "router_forward_seconds": spread(times["router"][:, 0]),
+        "topk_forward_seconds": spread(times["topk"][:, 0]),
+        "experts_forward_seconds": spread(times["experts"][:, 0]),
+        "forward_seconds": spread(times["layer"][:, 0]),
         "forward_shares": shares,
         "forward_flops": num_tokens * flops.total,
         "forward_gflop_per_second": _rate(num_tokens * flops.total, times["layer"][:, 0]),
@@ -298,126 +248,8 @@ def _measure_ours(
     }
 
 
-def _measure_rival(
-    rival: RivalName, ours: Subject, inputs: Inputs, *, repeats: int, max_bytes: float, trains: bool
-) -> tuple[dict[str, Any] | None, str | None]:
-    """A rival in turns with our layer, and why it or its training step is left out, where it is.
-
-    Ratios are its time over ours, round by round; ours is that of the same rounds, and not of when it ran alone.
-    """
-    layer = ours.module
-    assert isinstance(layer, PEER)
-    d_model = layer.experts.shape[2]
-    if rival.startswith("peer_pytorch") and importlib.util.find_spec("PEER_pytorch") is None:
-        return None, "not installed (pip install PEER-pytorch)"
-    forward_bytes, step_bytes = _rival_bytes(rival, ours, inputs)
-    reason = None
-    if forward_bytes > max_bytes:
-        return None, f"it needs {memory.gib(forward_bytes)} beside ours"
-    if trains and step_bytes > max_bytes:
-        reason = f"the training step needs {memory.gib(step_bytes)} beside ours"
-    with_steps = trains and reason is None
-    make: dict[str, Callable[[], Subject]] = {
-        "reference": lambda: reference_subject(ours),
-        "compiled_reference": lambda: compiled_reference_subject(layer),
-        "dense_equal_width": lambda: dense_subject(d_model, layer.retrieved_per_token),
-        "dense_equal_time": lambda: dense_subject(d_model, _hidden_dim_of_equal_time(ours, inputs, trains)),
-        "peer_pytorch_adam": lambda: peer_pytorch_subject(layer, sparse=False),
-        "peer_pytorch_sparse_adam": lambda: peer_pytorch_subject(layer, sparse=True),
-    }
-    subject = make[rival]()
-    subject.module.train(trains)
-    if rival == "compiled_reference":
-        try:
-            subject.forward(inputs.next())
-        except RuntimeError as error:  # torch's compiler wants one for C++, which not every machine has
-            return None, f"torch.compile failed ({str(error).strip().splitlines()[0]})"
-    result: dict[str, Any] = {}
-    if isinstance(subject.module, DenseFFN):
-        result["hidden_dim"] = subject.module.up.out_features
-    pair = {"ours": ours, "rival": subject}
-    times = interleaved({name: timed(_call(_forward, one, inputs)) for name, one in pair.items()}, repeats)
-    result["forward_seconds"] = _spread(times["rival"][:, 0])
-    result["our_forward_seconds"] = _spread(times["ours"][:, 0])
-    result["forward_ratio"] = _spread(times["rival"][:, 0] / times["ours"][:, 0])
-    if with_steps:
-        times = interleaved({name: _step_of(one, inputs) for name, one in pair.items()}, repeats)
-        result["step"] = _phases(times["rival"])
-        result["our_step"] = _phases(times["ours"])
-        result["step_ratio"] = _spread(times["rival"].sum(1) / times["ours"].sum(1))
-        result["activation_bytes_per_token"] = subject.activation_bytes(inputs.next()) / len(inputs.grad_y_MD)
-    return result, reason
-
-
-def _rival_bytes(rival: str, ours: Subject, inputs: Inputs) -> tuple[int, int]:
-    """Memory that a forward pass and a training step of a rival need beside ours: a little above what was measured."""
-    layer = ours.module
-    assert isinstance(layer, PEER)
-    num_experts, _, d_model = layer.experts.shape
-    table = memory.table_bytes(d_model, num_experts)
-    num_pairs = len(inputs.grad_y_MD) * layer.retrieved_per_token
-    gathered = memory.table_bytes(d_model, num_pairs)
-    touched = memory.table_bytes(d_model, min(num_pairs, num_experts))
-    held = table + sum(
-        tensor.numel() * tensor.element_size()
-        for state in ours.optimizers[0].state.values()
-        for tensor in state.values()
-    )
-    forward, step = {
-        # The touched rows' gradient, and the values, moments and their new ones gathered.
-        "reference": (0, 8 * touched),
-        "compiled_reference": (2 * gathered, 3 * table + 2 * gathered),
-        "peer_pytorch_adam": (table + 2 * gathered, 4 * table + 2 * gathered),
-        "peer_pytorch_sparse_adam": (table + 2 * gathered, 3 * table + 5 * gathered),
-    }.get(rival, (0, 0))
-    return held + forward, held + step
-
-
-def _hidden_dim_of_equal_time(ours: Subject, inputs: Inputs, trains: bool) -> int:
-    """The width of a dense layer whose step (forward pass where nothing is trained) takes as long as ours."""
-
-    def is_faster(hidden_dim: int) -> bool:
-        """In turns with ours, as it is measured afterwards: what else the machine does meets both."""
-        pair = {"ours": ours, "dense": dense_subject(inputs.grad_y_MD.shape[1], hidden_dim)}
-        calls = {
-            name: _step_of(subject, inputs) if trains else timed(_call(_forward, subject, inputs))
-            for name, subject in pair.items()
-        }
-        times = interleaved(calls, _SEARCH_REPEATS)
-        return float(np.median(times["dense"].sum(1) / times["ours"].sum(1))) < 1
-
-    low, high = 0, _HIDDEN_STEP
-    while high < _MAX_HIDDEN and is_faster(high):
-        low, high = high, 2 * high
-    while high - low > max(_HIDDEN_STEP, low // 16):
-        middle = (low + high) // (2 * _HIDDEN_STEP) * _HIDDEN_STEP
-        if is_faster(middle):
-            low = middle
-        else:
-            high = middle
-    return high
-
-
 def _call(function: Callable[..., object], *arguments: Any) -> Callable[[], object]:
     return lambda: function(*arguments)
-
-
-def _forward(subject: Subject, inputs: Inputs) -> Tensor:
-    return subject.forward(inputs.next())
-
-
-def _step_of(subject: Subject, inputs: Inputs) -> Callable[[], tuple[float, float, float]]:
-    return lambda: subject.step(inputs.next(), inputs.grad_y_MD)
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    return asdict(Spread.of(values))
-
-
-def _phases(phases: np.ndarray) -> dict[str, dict[str, float]]:
-    """Seconds of a step and of its phases, from [repeats, 3]."""
-    columns = {"forward_seconds": phases[:, 0], "backward_seconds": phases[:, 1], "update_seconds": phases[:, 2]}
-    return {name: _spread(column) for name, column in {**columns, "step_seconds": phases.sum(1)}.items()}
 
 
 def _rate(amount: float, seconds: np.ndarray) -> float:

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tinyexperts.errors import InputError
 from tinyexperts.study.layer_benchmark import memory, view
-from tinyexperts.study.layer_benchmark.measurement import RIVALS, RivalName, measure_setting
+from tinyexperts.study.layer_benchmark.measurement import measure_setting
+from tinyexperts.study.layer_benchmark.rivals import RIVALS, RivalName
 from tinyexperts.study.layer_benchmark.subjects import make_layer
 from tinyexperts.training.run_folder import write_whole
 
@@ -90,7 +91,7 @@ def run_layer_benchmark(config: LayerBenchmarkConfig) -> dict[str, Any]:
     config.output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "machine": describe_machine(),
-        "repeats": config.repeats,
+        "configuration": {**asdict(config), "output": str(config.output)},
         "results": [],
         "skipped": skipped,
     }
@@ -155,7 +156,7 @@ def _name(d_model: int, num_experts: int) -> str:
 def describe_machine() -> dict[str, Any]:
     """The processor, its cores, the versions, and whether memory comes in huge pages: what the numbers depend on."""
     versions: dict[str, str | None] = {}
-    for package in ("torch", "numpy", "numba", "PEER-pytorch"):
+    for package in ("tinyexperts", "torch", "numpy", "numba", "PEER-pytorch"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -20,6 +20,7 @@ from tinyexperts.ops.product_key_topk import _KERNELS as TOPK_KERNELS
 from tinyexperts.ops.product_key_topk import reference as topk_reference
 from tinyexperts.ops.row_adam import _KERNELS as ADAM_KERNELS
 from tinyexperts.optim import RowSparseAdam
+from tinyexperts.study.layer_benchmark.inputs import Inputs
 
 QUERY_DIM = 128
 _LEARNING_RATE = 1e-3
@@ -51,6 +52,14 @@ class Subject:
                 optimizer.step()
                 optimizer.zero_grad()
             return forward_done - started, backward_done - forward_done, time.perf_counter() - backward_done
+
+    def forward_of(self, inputs: Inputs) -> Callable[[], Tensor]:
+        """`forward` of the next tokens, to be timed."""
+        return lambda: self.forward(inputs.next())
+
+    def step_of(self, inputs: Inputs) -> Callable[[], tuple[float, float, float]]:
+        """`step` on the next tokens, which times itself."""
+        return lambda: self.step(inputs.next(), inputs.grad_y_MD)
 
     def activation_bytes(self, x_MD: Tensor) -> int:
         """Bytes that a forward pass keeps for the backward pass: every storage once, the parameters' left out."""

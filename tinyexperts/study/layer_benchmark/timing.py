@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,18 @@ class Spread:
     def of(cls, values: np.ndarray) -> Spread:
         lower, median, upper = (float(value) for value in np.percentile(values, (25, 50, 75)))
         return cls(median=median, lower_quartile=lower, upper_quartile=upper)
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    """`Spread` as JSON wants it."""
+    return asdict(Spread.of(values))
+
+
+def phases_of_step(seconds: np.ndarray) -> dict[str, dict[str, float]]:
+    """The spread of a training step's seconds and of its phases', from [repeats, 3]."""
+    names = ("forward_seconds", "backward_seconds", "update_seconds")
+    phases = {name: spread(column) for name, column in zip(names, seconds.T, strict=True)}
+    return {**phases, "step_seconds": spread(seconds.sum(1))}
 
 
 def timed(function: Callable[[], object]) -> Callable[[], tuple[float]]:

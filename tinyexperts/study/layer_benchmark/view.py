@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich import box
 from rich.table import Table
 
-from tinyexperts.study.layer_benchmark.measurement import RIVALS
 from tinyexperts.study.layer_benchmark.memory import GIB
+from tinyexperts.study.layer_benchmark.rivals import RIVALS
 from tinyexperts.study.reports.figures import HEIGHT, STYLE, WIDTH, svg_of
 
 MISSING = "-"
@@ -24,11 +24,11 @@ _Result = dict[str, Any]
 _LINES = {
     "ours": ("tinyexperts", "#0072B2", "o"),
     "ours_row": ("tinyexperts, one 2nd moment a row", "#56B4E9", "o"),
-    "reference": (RIVALS["reference"], "#009E73", "^"),
-    "compiled_reference": (RIVALS["compiled_reference"], "#E69F00", "P"),
-    "dense_equal_width": (RIVALS["dense_equal_width"], "#D55E00", "s"),
-    "peer_pytorch_adam": (RIVALS["peer_pytorch_adam"], "#CC79A7", "D"),
-    "peer_pytorch_sparse_adam": (RIVALS["peer_pytorch_sparse_adam"], "#5b5f66", "v"),
+    "reference": (RIVALS["reference"].label, "#009E73", "^"),
+    "compiled_reference": (RIVALS["compiled_reference"].label, "#E69F00", "P"),
+    "dense_equal_width": (RIVALS["dense_equal_width"].label, "#D55E00", "s"),
+    "peer_pytorch_adam": (RIVALS["peer_pytorch_adam"].label, "#CC79A7", "D"),
+    "peer_pytorch_sparse_adam": (RIVALS["peer_pytorch_sparse_adam"].label, "#5b5f66", "v"),
 }
 # The batch that the figure shows, where it was measured.
 _FIGURE_TOKENS = 1024
@@ -184,7 +184,7 @@ def _rival_table(results: Sequence[_Result]) -> Table:
             kept = rival.get("activation_bytes_per_token")
             table.add_row(
                 *_setting(result),
-                RIVALS[name] + hidden,
+                RIVALS[name].label + hidden,
                 _ms(rival["forward_seconds"]),
                 _range(rival["forward_ratio"]),
                 _ms(rival.get("step", {}).get("step_seconds")),
