@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -96,6 +97,85 @@ def _train(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
 
     train.__doc__ = f"{recipe.__doc__}\n{train.__doc__}"
     return train
+
+
+def _plan(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
+    """The command that plans a recipe."""
+    default = recipe()
+
+    def plan(
+        devices: str,
+        config: Annotated[training.TrainConfig, tyro.conf.arg(name="")] = default,
+        tflops: float = 989.0,
+        memory_gb_per_second: float = 3350.0,
+        link_gb_per_second: float = 400.0,
+    ) -> None:
+        """
+        Args:
+            devices: Number of devices and the memory of each: 8x80GB.
+            tflops: Peak of a device in TFLOP/s, of which 40 % are counted on; default: an H100 SXM in bf16.
+            memory_gb_per_second: GB/s between a device and its memory.
+            link_gb_per_second: GB/s that a device sends to the others.
+        """
+        parsed = training.Devices.parse(
+            devices,
+            tflops=tflops,
+            memory_gb_per_second=memory_gb_per_second,
+            link_gb_per_second=link_gb_per_second,
+        )
+        _print_plans(parsed, training.plan(config, parsed), config.tokens_per_step)
+
+    plan.__doc__ = f"{recipe.__doc__}\n{plan.__doc__}"
+    return plan
+
+
+def _print_plans(devices: training.Devices, plans: list[training.MeshPlan], tokens_per_step: int) -> None:
+    gib = 2**30
+    table = Table(
+        title=f"GiB a rank, GB sent a step, seconds a step; {devices.count} x {devices.memory_bytes / gib:.1f} GiB",
+        title_justify="left",
+    )
+    table.add_column("replicate x table", no_wrap=True)
+    for column in (
+        "weights",
+        "gathered",
+        "gradients",
+        "moments",
+        "activations",
+        "total",
+        "sent",
+        "arithmetic",
+        "memory",
+        "exchanges",
+        "step",
+        "tokens/s",
+    ):
+        table.add_column(column, justify="right")
+    table.add_column("fits")
+    for mesh in plans:
+        table.add_row(
+            f"{mesh.replicate} x {mesh.table}",
+            *(f"{value / gib:.2f}" for value in (*vars(mesh.memory).values(), mesh.memory.total)),
+            f"{mesh.exchanges.total / 1e9:.2f}",
+            *(
+                f"{value:.3g}"
+                for value in (mesh.compute_seconds, mesh.memory_seconds, mesh.exchange_seconds, mesh.step_seconds)
+            ),
+            f"{tokens_per_step / mesh.step_seconds:,.0f}",
+            "yes" if mesh.fits(devices) else "no",
+        )
+    console = Console()
+    console.print(table)
+    fitting = [mesh for mesh in plans if mesh.fits(devices)]
+    if not fitting:
+        console.print("No mesh fits: take more devices, a smaller batch, or --table-second-moment row.")
+        return
+    best = min(fitting, key=lambda mesh: mesh.step_seconds)
+    console.print(
+        f"The quickest that fits: --mesh {best.replicate} {best.table}, ruled by {best.bound}. Weights, moments and "
+        "exchanges are counted, speeds are assumed.",
+        highlight=False,
+    )
 
 
 def evaluate(
@@ -320,6 +400,10 @@ VERBS = {
         "Train a language model by a recipe; --help after the recipe's name lists every setting.",
         {recipe.__name__.replace("_", "-"): _train(recipe) for recipe in RECIPES},
     ),
+    "plan": _group(
+        "Say what a recipe would take on several devices: memory, exchanges and time, for each mesh of them.",
+        {recipe.__name__.replace("_", "-"): _plan(recipe) for recipe in RECIPES},
+    ),
     "evaluate": evaluate,
     "generate": generate,
     "study": _group(
@@ -381,8 +465,14 @@ def main() -> None:
             registry=_plain_refusals(),
         )
     except (InputError, _RefusedConfig, OSError) as error:  # OSError: an unwritable folder, a full disk
-        print(f"tinyexperts: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(error, 2)
+    except training.LostRank as error:
+        _exit(error, 1)
     except (training.Interrupted, KeyboardInterrupt) as stop:
-        print(f"tinyexperts: {str(stop) or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
+        _exit(str(stop) or "interrupted", 130)
+
+
+def _exit(why: object, code: int) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(f"tinyexperts{'' if rank == '0' else f' (rank {rank})'}: {why}", file=sys.stderr)
+    sys.exit(code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import pytest
@@ -10,30 +9,36 @@ import torch
 import torch.distributed as dist
 
 from tinyexperts.errors import InputError
-from tinyexperts.layers import PEER, ProductKeyMemory
+from tinyexperts.layers import PEER, ExpertChoiceMoE, ProductKeyMemory
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
+from tinyexperts.ops.collectives import RankGroups
 from tinyexperts.ops.expert_mlp import column_shards, portable
-from tinyexperts.ops.expert_mlp.column_shards import ColumnGroups
 from tinyexperts.optim import RowSparseAdam
 
 D, N, M = 256, 64, 7  # tokens a rank
 
 
-def make(kind: str, *, sparse: bool = True, dtype: torch.dtype = torch.float64) -> ProductKeyLayer:
+def make(
+    kind: str, *, sparse: bool = True, dtype: torch.dtype = torch.float64, ranks: RankGroups | None = None
+) -> ProductKeyLayer:
     torch.manual_seed(0)
-    options = {"num_heads": 2, "query_dim": 6, "sparse": sparse, "dtype": dtype}
+    options = {"num_heads": 2, "query_dim": 6, "sparse": sparse, "dtype": dtype, "ranks": ranks}
     if kind == "memory":
         return ProductKeyMemory(D, N, values_per_head=3, **options)
     return PEER(D, N, experts_per_head=5 if kind == "gated" else 4, gated=kind == "gated", **options)
 
 
-def groups_of(rank: int, num_shards: int) -> ColumnGroups:
+def groups_of(rank: int, num_shards: int) -> RankGroups:
     """Neighbouring ranks share a table; ranks at the same place in their groups are replicas."""
     num_ranks = dist.get_world_size()
     columns = [dist.new_group(range(first, first + num_shards)) for first in range(0, num_ranks, num_shards)]
     replicas = [dist.new_group(range(place, num_ranks, num_shards)) for place in range(num_shards)]
     alone = num_ranks == num_shards
-    return ColumnGroups(columns=columns[rank // num_shards], replicas=None if alone else replicas[rank % num_shards])
+    return RankGroups(
+        tokens=dist.group.WORLD,
+        columns=columns[rank // num_shards],
+        replicas=None if alone else replicas[rank % num_shards],
+    )
 
 
 def part(whole: torch.Tensor, rank: int, num_shards: int) -> torch.Tensor:
@@ -57,8 +62,8 @@ def compare_layers(rank: int, num_shards: int, portably: bool) -> None:
         column_shards.columns_cpu = column_shards.cpu = portable
     for kind, sparse in (("neurons", True), ("neurons", False), ("gated", True), ("memory", False)):
         whole = make(kind, sparse=sparse)
-        ours = copy.deepcopy(whole)
-        ours.shard_columns(groups, statistics=dist.group.WORLD)
+        ours = make(kind, sparse=sparse, ranks=groups)
+        assert torch.equal(ours.experts, part(whole.experts, rank, num_shards)), "drawn as the whole"
         assert ours.experts.shape == (N, whole.experts.shape[1], D // num_shards)
         assert ours.flops_per_token() == whole.flops_per_token()
         assert ours.num_parameters() == whole.num_parameters()
@@ -75,9 +80,7 @@ def compare_layers(rank: int, num_shards: int, portably: bool) -> None:
         found = ours.experts.grad.to_dense() if sparse else ours.experts.grad
         torch.testing.assert_close(found, part(table_gradient, rank, num_shards))
         for (name, parameter), other in zip(ours.router.named_parameters(), whole.router.parameters(), strict=True):
-            torch.testing.assert_close(
-                summed(parameter.grad), other.grad, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(summed(parameter.grad), other.grad, msg=partial(told_of, name))
         for (name, buffer), other in zip(ours.named_buffers(), whole.buffers(), strict=True):
             torch.testing.assert_close(buffer, other, msg=partial(told_of, name))
         x = torch.randn(num_ranks * M, D, dtype=torch.float64)
@@ -89,8 +92,7 @@ def train_layers(rank: int, num_shards: int) -> None:
     """Several steps with the fused optimiser: each rank's columns go where those of the whole table go."""
     num_ranks = dist.get_world_size()
     whole = make("neurons", dtype=torch.float32)
-    ours = copy.deepcopy(whole)
-    ours.shard_columns(groups_of(rank, num_shards), statistics=dist.group.WORLD)
+    ours = make("neurons", dtype=torch.float32, ranks=groups_of(rank, num_shards))
     optimizers = [RowSparseAdam([layer.experts], fused=True) for layer in (whole, ours)]
     own = slice(rank * M, (rank + 1) * M)
     for _ in range(4):
@@ -110,13 +112,37 @@ def train_layers(rank: int, num_shards: int) -> None:
         assert torch.equal(replicas[other], ours.experts), "replicas stay equal to the bit"
 
 
+def compare_choices(rank: int) -> None:
+    """Experts choose among the tokens of all ranks, and a rank of which none was chosen has gradients all the same."""
+    num_ranks = dist.get_world_size()
+    groups = groups_of(rank, num_ranks)
+    layers = []
+    for ranks in (None, groups):
+        torch.manual_seed(0)
+        layers.append(ExpertChoiceMoE(16, 3, capacity_factor=0.5, hidden_dim=8, dtype=torch.float64, ranks=ranks))
+    whole, ours = layers
+    x, grad_y = torch.randn(2, num_ranks * M, 16, dtype=torch.float64)
+    own = slice(rank * M, (rank + 1) * M)
+    x[own] *= rank * 10  # the experts' scores for the first rank's tokens are even, and none is chosen
+    x_whole, x_own = x.clone().requires_grad_(), x[own].clone().requires_grad_()
+    dist.all_gather_single(x_whole.data, x_own.data)
+    y_whole, y_own = whole(x_whole), ours(x_own)
+    torch.testing.assert_close(y_own, y_whole[own])
+    assert (rank == 0) == (not y_own.any())
+    y_whole.backward(grad_y)
+    y_own.backward(grad_y[own])
+    torch.testing.assert_close(x_own.grad, x_whole.grad[own])
+    for (name, parameter), other in zip(ours.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(summed(parameter.grad), other.grad, msg=partial(told_of, name))
+    torch.testing.assert_close(ours.threshold, whole.threshold)
+
+
 def refuse(rank: int) -> None:
     groups = groups_of(rank, 2)
     for width, told in ((127, "127 columns can't be shared by 2 ranks"), (126, "leave at least 64 to each")):
         with pytest.raises(InputError, match=told):
-            PEER(width, N, num_heads=1, experts_per_head=2, query_dim=4).shard_columns(groups)
-    layer = make("neurons")
-    layer.shard_columns(groups)
+            PEER(width, N, num_heads=1, experts_per_head=2, query_dim=4, ranks=groups)
+    layer = make("neurons", ranks=groups)
     with pytest.raises(InputError, match='second_moment "row" is a mean over D'):
         RowSparseAdam([layer.experts], second_moment="row")
 
@@ -138,8 +164,7 @@ def count_elements(rank: int) -> None:
     dist.all_to_all_single = counted(dist.all_to_all_single, lambda count: count * others // num_ranks)
     dist.all_gather_single = counted(dist.all_gather_single, lambda count: count * others)
     dist.reduce_scatter_single = counted(dist.reduce_scatter_single, lambda count: count * others // num_ranks)
-    layer = make("neurons")
-    layer.shard_columns(groups_of(rank, num_ranks))
+    layer = make("neurons", ranks=groups_of(rank, num_ranks))
     x = torch.randn(M, D, dtype=torch.float64, requires_grad=True)
     y = layer(x)
     columns = 2 * D * others // num_ranks

@@ -1,9 +1,11 @@
-"""Runs a function in several processes that form a gloo group, as torchrun starts them."""
+"""Runs functions in several processes, as torchrun starts them: in a gloo group, or as training forms its own."""
 
 from __future__ import annotations
 
+import os
+import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tinyexperts.training import TrainConfig, train
 
 TIMEOUT = timedelta(seconds=120)
 
@@ -35,3 +39,33 @@ def _run(
         function(rank, *arguments)
     finally:
         dist.destroy_process_group()
+
+
+def train_on_ranks(runs: Sequence[TrainConfig], num_ranks: int, *, resume: bool = False) -> None:
+    """Train one configuration after the other on so many ranks."""
+    mp.start_processes(_train, args=(num_ranks, [(config, free_port()) for config in runs], resume), nprocs=num_ranks)
+
+
+def _train(rank: int, num_ranks: int, runs: list[tuple[TrainConfig, int]], resume: bool) -> None:
+    for config, port in runs:
+        os.environ |= environment(rank, num_ranks, port)
+        train(config, resume=resume, progress=False)
+
+
+def environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from column_shards_on_ranks import compare_layers, count_elements, refuse, train_layers
+from column_shards_on_ranks import compare_choices, compare_layers, count_elements, refuse, train_layers
 from ranks import run_ranks
 
 from tinyexperts.ops.expert_mlp import columns_cpu, portable
@@ -20,6 +20,10 @@ from tinyexperts.ops.expert_mlp import columns_cpu, portable
 )
 def test_shared_columns_give_what_the_whole_table_gives(num_ranks, num_shards, portably):
     run_ranks(compare_layers, num_ranks, num_shards, portably)
+
+
+def test_experts_choose_among_the_tokens_of_all_ranks():
+    run_ranks(compare_choices, 2)
 
 
 @pytest.mark.slow

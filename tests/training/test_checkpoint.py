@@ -7,13 +7,15 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tinyexperts.errors import InputError
 from tinyexperts.training import checkpoint as checkpoint_module
-from tinyexperts.training import load_model, train
+from tinyexperts.training import checkpoint_files, load_model, train
 from tinyexperts.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 
 
@@ -36,7 +38,7 @@ def test_no_file_of_a_checkpoint_is_a_pickle(trained):
 
 
 def test_large_tensors_are_written_in_parts(trained, monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint_module, "_FILE_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_files, "FILE_BYTES", 1000)
     model = load_model(trained.run)
     save_checkpoint(tmp_path, 1, model, [], {}, keep=1)
     files = list((tmp_path / "checkpoints/step-00000001").glob("*.safetensors"))
@@ -100,6 +102,51 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(trained, monkeypatch):
         save_checkpoint(trained.run, 9, model, [], {}, keep=1)
     assert [path.name for path in (trained.run / "checkpoints").iterdir()] == ["step-00000003"]
     assert load_model(trained.run)
+
+
+def test_checkpoints_written_beside_the_training_are_those_of_the_step(make_config, tmp_path):
+    whole = make_config(checkpoint_every=3)
+    train(whole, progress=False)
+    beside = make_config(run=tmp_path / "beside", checkpoint_every=3, asynchronous_checkpoints=True)
+    train(beside, progress=False)
+    assert [path.name for path in checkpoints(beside.run)] == [path.name for path in checkpoints(whole.run)]
+    for ours, theirs in zip(checkpoints(beside.run), checkpoints(whole.run), strict=True):
+        found, expected = (load_file(path / "model-00001-of-00001.safetensors") for path in (ours, theirs))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        states = [json.loads((path / "manifest.json").read_text())["state"] for path in (ours, theirs)]
+        assert [state["step"] for state in states] == [int(ours.name[-8:])] * 2
+
+
+def test_what_is_written_beside_the_training_is_a_copy(trained, monkeypatch):
+    model = load_model(trained.run)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    may_write = threading.Event()
+    write = checkpoint_module.write_tensors
+    monkeypatch.setattr(checkpoint_module, "write_tensors", lambda *args: may_write.wait() and write(*args))
+    writer = checkpoint_module.CheckpointWriter(trained.run, keep=5, ranks=checkpoint_module.ALONE, asynchronous=True)
+    writer.save(9, model, [], {})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert checkpoints(trained.run)[-1].name == "step-00000003"
+    may_write.set()
+    writer.wait()
+    for name, tensor in load_model(trained.run).state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_full_disk_is_told_when_the_write_beside_the_training_is_waited_for(trained, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "write_whole", full)
+    writer = checkpoint_module.CheckpointWriter(trained.run, keep=5, ranks=checkpoint_module.ALONE, asynchronous=True)
+    writer.save(9, load_model(trained.run), [], {})
+    with pytest.raises(InputError, match="step 9 could not be written"):
+        writer.wait()
+    writer.wait()
+    assert [path.name for path in (trained.run / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_a_write_that_really_fails_leaves_the_earlier_checkpoint_whole(trained):

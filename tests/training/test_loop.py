@@ -99,20 +99,20 @@ def test_sparse_and_dense_table_gradients_agree_on_the_first_steps(make_config, 
 def test_the_choice_of_table_gradients_follows_the_share_of_touched_rows(make_config):
     small = make_config()
     gpu, cpu = torch.device("cuda"), torch.device("cpu")  # named only
-    assert loop._choose_table_gradients(small, gpu) == (
+    assert loop.choose_table_gradients(small, gpu) == (
         False,
         "table gradients dense (AdamW): a step touches up to 100% of 64 rows",
     )
-    assert loop._choose_table_gradients(small, cpu)[0] is True
+    assert loop.choose_table_gradients(small, cpu)[0] is True
     layer = dataclasses.replace(small.model.sparse_layer, num_experts=256**2)
     large = dataclasses.replace(small, model=dataclasses.replace(small.model, sparse_layer=layer))
-    sparse, sentence = loop._choose_table_gradients(large, gpu)
+    sparse, sentence = loop.choose_table_gradients(large, gpu)
     assert sparse
     assert "sparse (RowSparseAdam)" in sentence
     model = Transformer(large.model, sparse_tables=True)
     assert any(isinstance(optimizer, RowSparseAdam) for optimizer in loop._optimizers(large, model, True))
-    assert loop._choose_table_gradients(dataclasses.replace(large, table_gradients="dense"), cpu)[0] is False
-    assert loop._choose_table_gradients(make_config("dense"), cpu)[0] is False
+    assert loop.choose_table_gradients(dataclasses.replace(large, table_gradients="dense"), cpu)[0] is False
+    assert loop.choose_table_gradients(make_config("dense"), cpu)[0] is False
 
 
 def test_learning_rates_follow_the_schedule_and_the_kinds(make_config, monkeypatch):

@@ -10,6 +10,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,28 +58,37 @@ def measure_perplexity(
     batch_size: int = 8,
     max_tokens: int | None = None,
     forward_context: AbstractContextManager[object] | None = None,
+    ranks: dist.ProcessGroup | None = None,
 ) -> Perplexity:
     """Loss of every token of the split, in windows of `context_length` that start afresh, model in evaluation mode.
 
     max_tokens: take whole windows, evenly spread over the split, until they hold so many tokens; bits per byte are not
         known then.
     forward_context: what the forward pass runs in, for example autocast.
+    ranks: processes that share the windows; all make as many forward passes, and all get the result.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     sums, counts = np.zeros(2), np.zeros(2, dtype=np.int64)
-    with torch.inference_mode():
+    with torch.inference_mode() if ranks is None else torch.no_grad():  # FSDP2 trains with what it has gathered here
         for inputs, targets in _batches(split, context_length, batch_size, max_tokens):
+            rows, num_own = _share(len(inputs), ranks)
             with forward_context or nullcontext():
-                logits = model(inputs.to(device))
-            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="none")
-            stood_earlier = bigram_stood_earlier(inputs, targets)
+                logits = model(inputs[rows].to(device))
+            own = rows[:num_own]
+            losses = F.cross_entropy(
+                logits[:num_own].float().flatten(0, 1), targets[own].to(device).flatten(), reduction="none"
+            )
+            stood_earlier = bigram_stood_earlier(inputs[own], targets[own])
             for kind in (0, 1):
                 chosen = losses.cpu()[stood_earlier.flatten() == bool(kind)].double()
                 sums[kind] += chosen.sum().item()
                 counts[kind] += chosen.numel()
     model.train(was_training)
+    if ranks is not None:
+        dist.all_reduce(torch.from_numpy(sums), group=ranks)
+        dist.all_reduce(torch.from_numpy(counts), group=ranks)
     num_tokens = int(counts.sum())
     means = [float(total / count) if count else math.nan for total, count in zip(sums, counts, strict=True)]
     return Perplexity(
@@ -89,6 +99,13 @@ def measure_perplexity(
             new=means[0], stood_earlier=means[1], share_stood_earlier=float(counts[1] / num_tokens)
         ),
     )
+
+
+def _share(num_windows: int, ranks: dist.ProcessGroup | None) -> tuple[list[int], int]:
+    """This rank's windows of a batch, as many as every other rank's, and how many of them are to be counted."""
+    rank, num_ranks = (0, 1) if ranks is None else (dist.get_rank(ranks), ranks.size())
+    own = list(range(rank, num_windows, num_ranks))
+    return own + [0] * (-(-num_windows // num_ranks) - len(own)), len(own)
 
 
 def bigram_stood_earlier(inputs: Tensor, targets: Tensor) -> Tensor:

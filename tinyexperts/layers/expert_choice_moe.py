@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount
 from tinyexperts.layers.recomputation import in_recomputation
 from tinyexperts.ops.activation import Activation, activate, check_activation
+from tinyexperts.ops.collectives import RankGroups, gathered
 
 EvaluationRouting = Literal["expert_choice", "threshold"]
 
@@ -39,6 +41,8 @@ class ExpertChoiceMoE(FeedForward):
         capacity_factor: experts a token gets on average.
         hidden_dim: hidden neurons of one expert; 4 * d_model when None.
         activation: "gelu" (exact), "relu", "relu2" or "silu".
+        ranks: the processes over whose tokens together the experts choose, each with as many; the parameters are whole
+            on each, and their gradients, of its own tokens, are to be summed.
 
     Raises:
         InputError: a size below 1, a capacity factor outside (0, num_experts], an unknown activation.
@@ -57,6 +61,7 @@ class ExpertChoiceMoE(FeedForward):
         activation: Activation = "gelu",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        ranks: RankGroups | None = None,
     ) -> None:
         super().__init__()
         hidden_dim = 4 * d_model if hidden_dim is None else hidden_dim
@@ -69,7 +74,7 @@ class ExpertChoiceMoE(FeedForward):
                 f"capacity_factor must be above 0 and at most num_experts = {num_experts}, got {capacity_factor}"
             )
         check_activation(activation)
-        self.capacity_factor, self.activation = capacity_factor, activation
+        self.capacity_factor, self.activation, self.ranks = capacity_factor, activation, ranks
         self.evaluation_routing: EvaluationRouting = "threshold"
         self.router = nn.Linear(d_model, num_experts, bias=False, device=device, dtype=dtype)
         self.up = nn.Parameter(torch.empty(num_experts, d_model, hidden_dim, device=device, dtype=dtype))
@@ -106,7 +111,7 @@ class ExpertChoiceMoE(FeedForward):
         if self.training or self.evaluation_routing == "expert_choice":
             y_MD = self._forward_by_expert_choice(x_MD, scores_ME)
         elif self.evaluation_routing == "threshold":
-            y_MD = self._forward_by_threshold(x_MD, scores_ME)
+            y_MD = self._forward_of_kept(x_MD, scores_ME, scores_ME > self.threshold)
         else:
             raise InputError(
                 f"evaluation_routing must be one of {', '.join(get_args(EvaluationRouting))}, "
@@ -115,11 +120,16 @@ class ExpertChoiceMoE(FeedForward):
         return y_MD.view(x.shape)
 
     def _forward_by_expert_choice(self, x_MD: Tensor, scores_ME: Tensor) -> Tensor:
-        num_tokens, num_experts = scores_ME.shape
+        of_all_ME = scores_ME if self.ranks is None else gathered(scores_ME.detach(), self.ranks.tokens)
+        num_tokens, num_experts = of_all_ME.shape
         capacity = min(num_tokens, math.ceil(self.capacity_factor * num_tokens / num_experts))
-        top = scores_ME.topk(min(capacity + 1, num_tokens), dim=0)
+        top = of_all_ME.topk(min(capacity + 1, num_tokens), dim=0)
         if self.training and num_tokens and not in_recomputation():
             self._update_threshold(top.values.detach(), capacity, num_tokens)
+        if self.ranks is not None:  # how many of the chosen are this rank's own depends on the data
+            chosen_ME = torch.zeros_like(of_all_ME, dtype=torch.bool).scatter_(0, top.indices[:capacity], True)
+            own_ME = chosen_ME.chunk(self.ranks.tokens.size())[dist.get_rank(self.ranks.tokens)]
+            return self._forward_of_kept(x_MD, scores_ME, own_ME)
         chosen_EC, weights_EC = top.indices[:capacity].T, top.values[:capacity].T
         hidden = activate(torch.bmm(x_MD[chosen_EC], self.up), self.activation)
         y_ECD = torch.bmm(hidden, self.down) * weights_EC.unsqueeze(-1).to(x_MD.dtype)
@@ -136,10 +146,11 @@ class ExpertChoiceMoE(FeedForward):
         momentum = (1 / self.num_batches_tracked).clamp(min=0.01)
         self.threshold.lerp_(cut_off, momentum)
 
-    def _forward_by_threshold(self, x_MD: Tensor, scores_ME: Tensor) -> Tensor:
+    def _forward_of_kept(self, x_MD: Tensor, scores_ME: Tensor, keeps_ME: Tensor) -> Tensor:
         y_MD = torch.zeros_like(x_MD)
-        keeps_ME = scores_ME > self.threshold
-        for expert in keeps_ME.any(0).nonzero().flatten().tolist():
+        has_work_E = keeps_ME.any(0)
+        has_work_E[0] = True  # so that the weights have a gradient, be it zero, on a rank of which no token was chosen
+        for expert in has_work_E.nonzero().flatten().tolist():
             tokens = keeps_ME[:, expert].nonzero().flatten()
             hidden = activate(x_MD[tokens] @ self.up[expert], self.activation)
             y = (hidden @ self.down[expert]) * scores_ME[tokens, expert, None].to(x_MD.dtype)
@@ -148,7 +159,7 @@ class ExpertChoiceMoE(FeedForward):
 
     def flops_per_token(self) -> Flops:
         """On average over a large batch; of a small one the capacity is rounded up."""
-        expert = 2 * (self.up[0].numel() + self.down[0].numel())
+        expert = 2 * (self.up.numel() + self.down.numel()) // len(self.up)
         return Flops(router=2 * self.router.weight.numel(), experts=round(self.capacity_factor * expert))
 
     def num_parameters(self) -> ParameterCount:

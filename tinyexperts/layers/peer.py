@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.layers.product_key_router import QueryNorm, RouterWeights
 from tinyexperts.ops.activation import Activation, check_activation
+from tinyexperts.ops.collectives import RankGroups
 
 
 class PEER(ProductKeyLayer):
@@ -32,10 +32,11 @@ class PEER(ProductKeyLayer):
         shared_sub_keys: one set of product keys for all heads (the paper), or one a head.
         sparse: give the gradient of `experts` as a sparse_coo tensor of the touched rows, as nn.Embedding(sparse=True);
             train it with tinyexperts.optim.RowSparseAdam or torch.optim.SparseAdam. Dense by default, for any loop.
+        ranks: the processes that share the layer's work, and its table by columns (see ProductKeyLayer).
 
     Raises:
         InputError (a ValueError): num_experts not a square, query_dim odd, experts_per_head > sqrt(num_experts), an
-            unknown option.
+            unknown option, ranks that do not divide d_model or leave less than 64 columns to each.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PEER(ProductKeyLayer):
         sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        ranks: RankGroups | None = None,
     ) -> None:
         check_activation(activation)
         super().__init__(
@@ -70,6 +72,7 @@ class PEER(ProductKeyLayer):
             sparse=sparse,
             device=device,
             dtype=dtype,
+            ranks=ranks,
         )
         self.reset_parameters()
 
@@ -79,6 +82,6 @@ class PEER(ProductKeyLayer):
         The paper leaves this open; the quarter is what the first runs at small scale were made with.
         """
         self.router.reset_parameters(generator)
-        nn.init.normal_(self.experts, std=1 / math.sqrt(self.experts.shape[-1]), generator=generator)
+        self._draw_experts(1 / math.sqrt(self.model_dim), generator)
         with torch.no_grad():
             self.experts[:, -1].mul_(0.5)

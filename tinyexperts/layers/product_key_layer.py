@@ -5,23 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount, ParameterGroups
 from tinyexperts.layers.product_key_router import ProductKeyRouter, QueryBatchNorm, Routing
 from tinyexperts.ops import expert_mlp
-from tinyexperts.ops.expert_mlp.column_shards import ColumnGroups, expert_mlp_in_columns
+from tinyexperts.ops.collectives import RankGroups
+from tinyexperts.ops.expert_mlp.column_shards import expert_mlp_in_columns
 from tinyexperts.ops.expert_mlp.table_gradient import expert_mlp_deferred, is_deferred, mark_column_shard
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 
 # Of a rank: with fewer, exchanging the products of the P experts costs more than the columns save.
 MIN_COLUMNS = 64
 
+# Of a shared table, drawn at a time: a multiple of 16, the numbers that torch's generator draws together.
+_DRAWN_ROWS = 1 << 12
+
 
 class ProductKeyLayer(FeedForward):
-    """A router and one table `experts` [N, E, D], of which each token reads P = H*K rows."""
+    """A router and one table `experts` [N, E, D], of which each token reads P = H*K rows.
+
+    With `ranks` the layer is one of those that all ranks make together. `experts` is this rank's columns of the table
+    alone, [N, E, D / T]; the other parameters are whole. Forward and backward passes are called by all ranks together,
+    each with as many tokens, and give what one layer gives for the tokens of all: outputs, the table's gradient, the
+    statistics of query batch norm. Gradients of the other parameters are of the rank's own tokens: to be summed.
+    """
 
     def __init__(
         self,
@@ -33,45 +42,35 @@ class ProductKeyLayer(FeedForward):
         sparse: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        ranks: RankGroups | None,
         **router_options: Any,
     ) -> None:
         super().__init__()
         self.router = ProductKeyRouter(d_model, num_experts, device=device, dtype=dtype, **router_options)
-        self.activation, self.sparse = activation, sparse
-        table = torch.empty(num_experts, vectors_per_expert, d_model, device=device, dtype=dtype)
+        self.activation, self.sparse, self.ranks = activation, sparse, ranks
+        columns = d_model if ranks is None else _columns_of_a_rank(d_model, ranks.num_shards)
+        table = torch.empty(num_experts, vectors_per_expert, columns, device=device, dtype=dtype)
         self.experts = nn.Parameter(prefer_huge_pages(table))
-        self.column_groups: ColumnGroups | None = None
+        if columns < d_model:
+            mark_column_shard(self.experts)
+        if ranks is not None and isinstance(self.router.norm, QueryBatchNorm):
+            self.router.norm.statistics_group = ranks.tokens
 
-    def shard_columns(self, groups: ColumnGroups, *, statistics: dist.ProcessGroup | None = None) -> None:
-        """Keep this rank's columns of the table alone: `experts` becomes [N, E, D / T]; call it on all ranks.
-
-        Forward and backward passes are then made by all ranks together, each with as many tokens, and give what the
-        whole layer gives. The other parameters stay whole.
-
-        statistics: the ranks over whose tokens together query batch norm takes its statistics
-
-        Raises:
-            InputError: T does not divide D, or leaves a rank less than 64 columns.
-        """
-        num_shards, columns = groups.num_shards, self.experts.shape[2] // groups.num_shards
-        if self.experts.shape[2] % num_shards or columns < MIN_COLUMNS:
-            raise InputError(
-                f"a table of {self.experts.shape[2]} columns can't be shared by {num_shards} ranks: the ranks must "
-                f"divide the columns, and leave at least {MIN_COLUMNS} to each"
-            )
-        start = dist.get_rank(groups.columns) * columns
-        part = self.experts.new_empty((*self.experts.shape[:2], columns))
-        part.copy_(self.experts.detach()[:, :, start : start + columns])
-        self.experts = nn.Parameter(prefer_huge_pages(part), requires_grad=self.experts.requires_grad)
-        mark_column_shard(self.experts)
-        self.column_groups = groups
-        if isinstance(self.router.norm, QueryBatchNorm):
-            self.router.norm.statistics_group = statistics
+    @torch.no_grad()
+    def _draw_experts(self, std: float, generator: torch.Generator | None) -> None:
+        """Normal numbers; of a shared table those of the whole one, which is drawn in parts and not kept."""
+        if self.ranks is None:
+            self.experts.normal_(std=std, generator=generator)
+            return
+        own = self.ranks.own_columns(self.model_dim)
+        for part in torch.split(self.experts, _DRAWN_ROWS):
+            whole = part.new_empty(*part.shape[:2], self.model_dim).normal_(std=std, generator=generator)
+            part.copy_(whole[:, :, own])
 
     @property
     def model_dim(self) -> int:
         """D, also where the table holds a part of its columns."""
-        return self.experts.shape[2] * (1 if self.column_groups is None else self.column_groups.num_shards)
+        return self.experts.shape[2] * (1 if self.ranks is None else self.ranks.num_shards)
 
     def route(self, x: Tensor) -> Routing:
         """The experts of each token, best first: x (float, [..., D]) -> Routing, each part [..., H, K].
@@ -87,9 +86,9 @@ class ProductKeyLayer(FeedForward):
         routing = self.route(x)
         x_MD = x.reshape(-1, x.shape[-1])
         ids_MP, weights_MP = (t.view(x_MD.shape[0], self.retrieved_per_token) for t in (routing.ids, routing.weights))
-        if self.column_groups is not None:
+        if self.ranks is not None:
             y_MD = expert_mlp_in_columns(
-                x_MD, self.experts, ids_MP, weights_MP, self.activation, self.column_groups, sparse=self.sparse
+                x_MD, self.experts, ids_MP, weights_MP, self.activation, self.ranks, sparse=self.sparse
             )
         elif is_deferred(self.experts):
             y_MD = expert_mlp_deferred(x_MD, self.experts, ids_MP, weights_MP, self.activation)
@@ -116,3 +115,13 @@ class ProductKeyLayer(FeedForward):
 
     def parameter_groups(self) -> ParameterGroups:
         return ParameterGroups(dense=list(self.router.parameters()), tables=[self.experts])
+
+
+def _columns_of_a_rank(width: int, num_shards: int) -> int:
+    columns = width // num_shards
+    if width % num_shards or (num_shards > 1 and columns < MIN_COLUMNS):
+        raise InputError(
+            f"a table of {width} columns can't be shared by {num_shards} ranks: the ranks must divide the columns, and "
+            f"leave at least {MIN_COLUMNS} to each"
+        )
+    return columns

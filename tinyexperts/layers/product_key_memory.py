@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.layers.product_key_router import QueryNorm
+from tinyexperts.ops.collectives import RankGroups
 
 
 class ProductKeyMemory(ProductKeyLayer):
@@ -25,10 +25,11 @@ class ProductKeyMemory(ProductKeyLayer):
         query_dim: Q, even.
         query_norm: "batch", "layer" or "none".
         sparse: give the gradient of the values as a sparse_coo tensor of the touched rows.
+        ranks: the processes that share the layer's work, and its table by columns (see ProductKeyLayer).
 
     Raises:
         InputError (a ValueError): num_values not a square, query_dim odd, values_per_head > sqrt(num_values), an
-            unknown option.
+            unknown option, ranks that do not divide d_model or leave less than 64 columns to each.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ProductKeyMemory(ProductKeyLayer):
         sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        ranks: RankGroups | None = None,
     ) -> None:
         super().__init__(
             d_model,
@@ -56,10 +58,11 @@ class ProductKeyMemory(ProductKeyLayer):
             sparse=sparse,
             device=device,
             dtype=dtype,
+            ranks=ranks,
         )
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Values normal of variance 1 / D (Lample et al.)."""
         self.router.reset_parameters(generator)
-        nn.init.normal_(self.experts, std=1 / math.sqrt(self.experts.shape[-1]), generator=generator)
+        self._draw_experts(1 / math.sqrt(self.model_dim), generator)

@@ -9,6 +9,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER, DenseFFN, ExpertChoiceMoE, FeedForward, ProductKeyMemory
 from tinyexperts.layers.product_key_router import QueryNorm, RouterWeights
 from tinyexperts.ops.activation import Activation
+from tinyexperts.ops.collectives import RankGroups
 
 _STRICT = {"extra": "forbid"}  # in a saved configuration the names of the fields tell the four kinds apart
 
@@ -24,7 +25,9 @@ class DenseConfig:
     activation: Activation = "gelu"
     """Activation of the hidden neurons."""
 
-    def build(self, d_model: int, *, sparse: bool = False, device: Any = None) -> FeedForward:
+    def build(
+        self, d_model: int, *, sparse: bool = False, device: Any = None, ranks: RankGroups | None = None
+    ) -> FeedForward:
         return DenseFFN(d_model, self.hidden_dim, activation=self.activation, device=device)
 
 
@@ -43,7 +46,9 @@ class ExpertChoiceMoEConfig:
     activation: Activation = "gelu"
     """Activation of the hidden neurons."""
 
-    def build(self, d_model: int, *, sparse: bool = False, device: Any = None) -> FeedForward:
+    def build(
+        self, d_model: int, *, sparse: bool = False, device: Any = None, ranks: RankGroups | None = None
+    ) -> FeedForward:
         return ExpertChoiceMoE(
             d_model,
             self.num_experts,
@@ -51,6 +56,7 @@ class ExpertChoiceMoEConfig:
             hidden_dim=self.hidden_dim,
             activation=self.activation,
             device=device,
+            ranks=ranks,
         )
 
 
@@ -71,7 +77,9 @@ class ProductKeyMemoryConfig:
     query_norm: QueryNorm = "batch"
     """Normalisation of the queries."""
 
-    def build(self, d_model: int, *, sparse: bool = False, device: Any = None) -> FeedForward:
+    def build(
+        self, d_model: int, *, sparse: bool = False, device: Any = None, ranks: RankGroups | None = None
+    ) -> FeedForward:
         return ProductKeyMemory(
             d_model,
             self.num_values,
@@ -81,6 +89,7 @@ class ProductKeyMemoryConfig:
             query_norm=self.query_norm,
             sparse=sparse,
             device=device,
+            ranks=ranks,
         )
 
 
@@ -109,7 +118,9 @@ class PEERConfig:
     shared_sub_keys: bool = True
     """Whether the heads share the product keys, as in the paper."""
 
-    def build(self, d_model: int, *, sparse: bool = False, device: Any = None) -> FeedForward:
+    def build(
+        self, d_model: int, *, sparse: bool = False, device: Any = None, ranks: RankGroups | None = None
+    ) -> FeedForward:
         return PEER(
             d_model,
             self.num_experts,
@@ -123,6 +134,7 @@ class PEERConfig:
             shared_sub_keys=self.shared_sub_keys,
             sparse=sparse,
             device=device,
+            ranks=ranks,
         )
 
 

@@ -13,6 +13,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.layers import FeedForward, ParameterCount
 from tinyexperts.model.attention import Attention, LayerCache, rotary_angles
 from tinyexperts.model.config import TransformerConfig
+from tinyexperts.ops.collectives import RankGroups
 
 # Of a chunk of the loss: 4 MiB of fp32 logits, but tokens enough to keep the matrix products wide.
 _CHUNK_LOGITS, _LEAST_CHUNK_TOKENS = 1 << 20, 128
@@ -50,17 +51,20 @@ class Transformer(nn.Module):
     Initial weights come from torch's global generator: seed it. Matrices are normal of variance 1 / fan-in, those that
     write into the residual stream scaled by 1 / sqrt(2 * num_layers) (GPT-2); the embedding has standard deviation 0.02
     (GPT-2) and the untied head starts at zero, so that the first loss is log V (assumption: as nanochat's).
-    Feed-forward layers initialise themselves.
+    Feed-forward layers initialise themselves. With `ranks`, the processes that train it together, tables are shared by
+    columns, and everything else is the whole model on each rank.
     """
 
-    def __init__(self, config: TransformerConfig, *, sparse_tables: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, sparse_tables: bool = False, ranks: RankGroups | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(
             Block(
                 config,
-                config.sparse_layer.build(config.d_model, sparse=sparse_tables)
+                config.sparse_layer.build(config.d_model, sparse=sparse_tables, ranks=ranks)
                 if number in config.sparse_blocks
                 else config.dense.build(config.d_model),
             )
@@ -153,8 +157,10 @@ class Transformer(nn.Module):
 
     def num_parameters(self) -> ParameterCount:
         """All parameters, and those that take part in one token; of an untied embedding that is one row."""
-        total = sum(parameter.numel() for parameter in self.parameters())
         counts = [block.feed_forward.num_parameters() for block in self.blocks]
+        in_layers = {parameter for block in self.blocks for parameter in block.feed_forward.parameters()}
+        total = sum(parameter.numel() for parameter in self.parameters() if parameter not in in_layers)
+        total += sum(count.total for count in counts)
         idle = sum(count.total - count.active for count in counts)
         if not self.config.tied_embeddings:
             idle += self.embedding.weight.numel() - self.config.d_model

@@ -6,14 +6,20 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tinyexperts.errors import InputError
+from tinyexperts.ops.collectives import RankGroups
+from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
 from tinyexperts.optim.sparse_gradients import coalesced_gradient, unwritten
 
 
 @torch.no_grad()
-def clip_gradient_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float | None) -> Tensor:
+def clip_gradient_norm_(
+    parameters: Tensor | Iterable[Tensor], max_norm: float | None, ranks: RankGroups | None = None
+) -> Tensor:
     """Scale all gradients in place so that their global L2 norm is at most `max_norm`; return the norm before scaling.
 
     Equals torch.nn.utils.clip_grad_norm_ on the densified gradients. A sparse `.grad` that holds a row several times is
@@ -22,13 +28,15 @@ def clip_gradient_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float |
 
     parameters: one or several; parameters without a gradient are passed over
     max_norm: positive; None or inf only measures
+    ranks: the processes that share the parameters, all of which call this: DTensors (FSDP2) lie by parts on all of
+        them, the other parameters are tables shared by columns
     returns the global norm (float, scalar)
 
     Raises InputError unless max_norm is positive.
     """
     if max_norm is not None and not max_norm > 0:
         raise InputError(f"max_norm must be positive, or None to measure only, got {max_norm}")
-    gradients, left = [], []
+    parts, gradients, left = [], [], []
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         left += unwritten(parameter)
         if parameter.grad is None:
@@ -36,18 +44,30 @@ def clip_gradient_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float |
         if parameter.grad.layout == torch.sparse_coo:
             parameter.grad = coalesced_gradient(parameter.grad)
             gradients.append(parameter.grad._values())
+        elif ranks is not None and isinstance(parameter.grad, DTensor):
+            parts.append(parameter.grad.to_local())
         else:
             gradients.append(parameter.grad)
-    total_norm = nn.utils.get_total_norm(gradients)
-    if left:
-        squares = sum(gradient.squared_norm() for gradient in left)
-        total_norm = (total_norm.double().square() + squares).sqrt().to(total_norm.dtype)
+    total_norm = _norm(gradients, left)
+    if ranks is not None:
+        num_replicas = 1 if ranks.replicas is None else ranks.replicas.size()
+        squares = nn.utils.get_total_norm(parts).double().square() + total_norm.double().square() / num_replicas
+        dist.all_reduce(squares, group=ranks.tokens)
+        total_norm = squares.sqrt().to(total_norm.dtype)
     if max_norm is None or math.isinf(max_norm):
         return total_norm
     # As torch does: the clamped factor multiplies always, which spares a GPU the wait for a comparison.
     factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
-    for gradient in gradients:
+    for gradient in parts + gradients:
         gradient.mul_(factor.to(gradient.device))
     for gradient in left:
         gradient.scale_(float(factor))
+    return total_norm
+
+
+def _norm(gradients: list[Tensor], left: list[TableGradient]) -> Tensor:
+    total_norm = nn.utils.get_total_norm(gradients)
+    if left:
+        squares = sum(gradient.squared_norm() for gradient in left)
+        total_norm = (total_norm.double().square() + squares).sqrt().to(total_norm.dtype)
     return total_norm

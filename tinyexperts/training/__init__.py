@@ -1,8 +1,20 @@
-"""Training: recipes, the loop, run folders, checkpoints."""
+"""Training: recipes, the loop, run folders, checkpoints, several processes and what they take."""
 
 from tinyexperts.training.checkpoint import load_model
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.device import choose_device
 from tinyexperts.training.loop import Interrupted, train
+from tinyexperts.training.plan import Devices, MeshPlan, plan
+from tinyexperts.training.ranks import LostRank
 
-__all__ = ["Interrupted", "TrainConfig", "choose_device", "load_model", "train"]
+__all__ = [
+    "Devices",
+    "Interrupted",
+    "LostRank",
+    "MeshPlan",
+    "TrainConfig",
+    "choose_device",
+    "load_model",
+    "plan",
+    "train",
+]

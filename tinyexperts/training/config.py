@@ -62,6 +62,13 @@ class TrainConfig:
     """bf16 computes under autocast; auto takes it on GPUs that have it, and fp32 on CPUs, where bf16 is slower."""
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
+    mesh: tuple[int, int] | None = None
+    """Ranks that torchrun starts, as (replicate, table): table ranks share each table by its columns. Default: one
+    group a node, as large as leaves 64 columns to each."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Of the exchanges between ranks; auto takes nccl on GPUs and gloo on CPUs."""
+    timeout_seconds: float = 600.0
+    """How long ranks wait for each other before the run ends and names those that did not answer."""
     threads: int | None = None
     """CPU threads; default: as torch chooses. Results are bit-equal only for equal numbers of threads."""
     seed: int = 0
@@ -74,6 +81,8 @@ class TrainConfig:
     """Tokens of one validation, in windows evenly spread over the held-out split."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step has one always."""
+    asynchronous_checkpoints: bool = False
+    """Write checkpoints while training goes on, from a copy of all weights and moments in memory."""
     keep_checkpoints: int = 2
     """Checkpoints to keep."""
 
@@ -106,6 +115,10 @@ class TrainConfig:
         for name in ("betas", "table_betas"):
             if not all(0 <= beta < 1 for beta in getattr(self, name)):
                 raise InputError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.mesh is not None and min(self.mesh) < 1:
+            raise InputError(f"mesh must be two numbers of at least 1, got {self.mesh[0]} x {self.mesh[1]}")
+        if not 0 < self.timeout_seconds < float("inf"):
+            raise InputError(f"timeout_seconds must be positive, got {self.timeout_seconds}")
         if not self.weight_decay >= 0:
             raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
         if self.gradient_clip is not None and not self.gradient_clip > 0:

@@ -10,10 +10,11 @@ import math
 import platform
 import shlex
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +36,12 @@ from tinyexperts.optim import (
     warmup_stable_decay,
 )
 from tinyexperts.training import run_folder
-from tinyexperts.training.checkpoint import checkpoints, is_finite, load_checkpoint, save_checkpoint
+from tinyexperts.training.checkpoint import CheckpointWriter, checkpoints, is_finite, load_checkpoint
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.device import autocast, choose_device, choose_precision, out_of_memory_told
 from tinyexperts.training.progress import TrainingBar
+from tinyexperts.training.ranks import ALONE, Ranks, joined
+from tinyexperts.training.sharding import give_back_gathered, shard_dense_part
 
 # On devices without a fused step of their own: sparse table gradients where a step is expected to touch a smaller share
 # of the rows; above it the dense gradient with a fused AdamW wins. On the CPU the fused step wins at any share.
@@ -54,6 +57,7 @@ class _Run:
     """What a run is made of; only the weights and the optimisers' states change."""
 
     config: TrainConfig
+    ranks: Ranks
     dataset: TokenDataset
     loader: TokenLoader
     model: Transformer
@@ -68,33 +72,68 @@ class _Run:
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> None:
     """Run a configuration to its end, in its run folder; `resume` goes on from the last checkpoint.
 
+    Under torchrun all ranks call it, and train one model together; the first of them writes the run folder.
+
     Raises:
         InputError: bad input, a loss that is not finite, or a disk that is full.
         Interrupted: after Ctrl-C or SIGTERM, when the run is saved.
+        LostRank: a rank did not answer.
     """
-    run = _prepare(config)
-    if resume:
-        run_folder.check_unchanged(config)
-    else:
-        run_folder.check_free(config.run)
-    with run_folder.held(config.run):
+    with ExitStack() as stack:
+        ranks = stack.enter_context(joined(config))
+        if ranks.restarted:  # whoever started it knew of no run yet
+            resume = ranks.all_of(resume or run_folder.is_run(config.run))[0]
+        with ranks.refused_together():
+            run = _prepare(config, ranks)
+            _claim_folder(run, resume, stack)
         state: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
-        if resume:
-            run_folder.check_data(config.run, run.dataset)
-            if found := checkpoints(config.run):  # none where the run was cut off before its first
-                state = load_checkpoint(found[-1], run.model, run.optimizers)
-        else:
-            run_folder.create(config, run.dataset.tokenizer, _describe(run))
+        if resume and (found := checkpoints(config.run)):  # none where the run was cut off before its first
+            state = load_checkpoint(found[-1], run.model, run.optimizers, ranks=ranks)
         if state["step"] >= run.num_steps:
-            print(f"{config.run} is finished: it has made all its {run.num_steps:,} steps", file=sys.stderr)
+            if ranks.is_first:
+                print(f"{config.run} is finished: it has made all its {run.num_steps:,} steps", file=sys.stderr)
             return
-        bar = TrainingBar(config.run.name, num_steps=run.num_steps, first_step=state["step"], enabled=progress)
-        with closing(run_folder.Metrics(config.run, after_step=state["step"])) as metrics, bar, _stop_signal() as stop:
-            bar.say(f"{config.run}: {run.num_steps:,} steps on {run.device} in {run.precision}; {run.table_choice}")
-            _steps(run, state, metrics, bar, stop)
+        bar = stack.enter_context(
+            TrainingBar(
+                config.run.name,
+                num_steps=run.num_steps,
+                first_step=state["step"],
+                enabled=progress and ranks.is_first,
+            )
+        )
+        metrics = None
+        if ranks.is_first:
+            metrics = run_folder.Metrics(config.run, after_step=state["step"])
+            stack.callback(metrics.close)
+        stop = stack.enter_context(_stop_signal())
+        bar.say(f"{config.run}: {run.num_steps:,} steps on {_place(run)} in {run.precision}; {run.table_choice}")
+        _steps(run, state, metrics, bar, stop)
 
 
-def _prepare(config: TrainConfig) -> _Run:
+def _claim_folder(run: _Run, resume: bool, stack: ExitStack) -> None:
+    """Begin the run's folder, or see that it is this run's; held, by the first rank, until the stack is left."""
+    folder = run.config.run
+    if not run.ranks.is_first:
+        return
+    if resume:
+        run_folder.check_unchanged(run.config)
+    else:
+        run_folder.check_free(folder)
+    stack.enter_context(run_folder.held(folder))
+    if resume:
+        run_folder.check_data(folder, run.dataset)
+    else:
+        run_folder.create(run.config, run.dataset.tokenizer, _describe(run))
+
+
+def _place(run: _Run) -> str:
+    """Where it is computed, in words."""
+    if run.ranks.mesh is None:
+        return str(run.device)
+    return f"{run.ranks.size} ranks ({' x '.join(map(str, run.ranks.mesh.shape))}) on {run.device.type}"
+
+
+def _prepare(config: TrainConfig, ranks: Ranks = ALONE) -> _Run:
     """Open the data and make the model as it is before its first step; nothing is written."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -106,15 +145,19 @@ def _prepare(config: TrainConfig) -> _Run:
         )
     loader = TokenLoader(
         dataset.split("train"),
-        batch_size=config.batch_size * config.gradient_accumulation,
+        batch_size=config.batch_size,
         context_length=config.model.context_length,
         seed=config.seed,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
     )
     device = choose_device(config.device)
-    sparse_tables, table_choice = _choose_table_gradients(config, device)
+    sparse_tables, table_choice = choose_table_gradients(config, device)
     torch.manual_seed(config.seed)
     with out_of_memory_told(device):
-        model = Transformer(config.model, sparse_tables=sparse_tables).to(device)
+        model = Transformer(config.model, sparse_tables=sparse_tables, ranks=ranks.groups).to(device)
+        if ranks.mesh is not None:
+            shard_dense_part(model, ranks)
     flops_per_step = 3 * model.flops_per_token(config.model.context_length) * config.tokens_per_step
     num_steps = config.num_steps or int((config.training_flops or 0) // flops_per_step)
     if num_steps < 1:
@@ -123,6 +166,7 @@ def _prepare(config: TrainConfig) -> _Run:
         )
     return _Run(
         config=config,
+        ranks=ranks,
         dataset=dataset,
         loader=loader,
         model=model,
@@ -136,10 +180,13 @@ def _prepare(config: TrainConfig) -> _Run:
 
 
 def _steps(
-    run: _Run, state: dict[str, Any], metrics: run_folder.Metrics, bar: TrainingBar, stop: Callable[[], str | None]
+    run: _Run, state: dict[str, Any], metrics: run_folder.Metrics | None, bar: TrainingBar, stop: Callable[[], int]
 ) -> None:
     """The loop: what `state` says was done is not done again."""
     config = run.config
+    writer = CheckpointWriter(
+        config.run, keep=config.keep_checkpoints, ranks=run.ranks, asynchronous=config.asynchronous_checkpoints
+    )
     while state["step"] < run.num_steps:
         started = time.perf_counter()
         scale_learning_rates(run.optimizers, _schedule(config, state["step"], run.num_steps))
@@ -159,34 +206,46 @@ def _steps(
             }
             learning_rate = run.optimizers[0].param_groups[0]["lr"]
             numbers = {"gradient_norm": gradient_norm, "learning_rate": learning_rate, "seconds": state["seconds"]}
-            metrics.write("train", step, loss=mean_loss, **done, **numbers, **speed)
+            if metrics is not None:
+                metrics.write("train", step, loss=mean_loss, **done, **numbers, **speed)
             bar.update(step, loss=mean_loss, **speed)
         if step % config.validation_every == 0 or is_last:
-            metrics.write("validation", step, loss=_validation_loss(run), **done, seconds=state["seconds"])
-        stopped = stop()
+            validation_loss = _validation_loss(run)
+            if metrics is not None:
+                metrics.write("validation", step, loss=validation_loss, **done, seconds=state["seconds"])
+        stopped = int(max(run.ranks.numbers(stop())))
         if stopped or step % config.checkpoint_every == 0 or is_last:
             _check_weights(run, step)
-            save_checkpoint(config.run, step, run.model, run.optimizers, state, keep=config.keep_checkpoints)
+            writer.save(step, run.model, run.optimizers, state)
+        if stopped or is_last:
+            writer.wait()
         if stopped and not is_last:
-            raise Interrupted(f"{stopped}: saved {config.run} at step {step}; to go on: {_resume_command()}")
+            name = signal.Signals(stopped).name
+            raise Interrupted(f"{name}: saved {config.run} at step {step}; to go on: {_resume_command(run.ranks)}")
 
 
 def _validation_loss(run: _Run) -> float:
-    return measure_perplexity(
+    result = measure_perplexity(
         run.model,
         run.dataset.split("validation"),
         context_length=run.config.model.context_length,
         batch_size=run.config.batch_size,
         max_tokens=run.config.validation_tokens,
         forward_context=autocast(run.precision, run.device),
-    ).loss
+        ranks=None if run.ranks.groups is None else run.ranks.groups.tokens,
+    )
+    give_back_gathered(run.model)
+    return result.loss
 
 
 def _check_weights(run: _Run, step: int) -> None:
     """A checkpoint that holds a weight that is not finite must not push out a good one."""
-    for name, parameter in run.model.named_parameters():
-        if not is_finite(parameter):
-            raise InputError(f"step {step} left weights that are not finite in {name}; {_last_good_checkpoint(run)}")
+    with run.ranks.refused_together():
+        for name, parameter in run.model.named_parameters():
+            if not is_finite(parameter):
+                raise InputError(
+                    f"step {step} left weights that are not finite in {name}; {_last_good_checkpoint(run)}"
+                )
 
 
 def _last_good_checkpoint(run: _Run) -> str:
@@ -200,24 +259,26 @@ def _step(run: _Run, step: int) -> tuple[float, float]:
     Raises:
         InputError: a loss or a gradient that is not finite, before any weight has changed.
     """
-    config = run.config
+    config, ranks = run.config, run.ranks
     run.model.train()
-    batch = run.loader.batch(step)
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    losses = []
-    micro_batches = zip(batch.inputs.split(config.batch_size), batch.targets.split(config.batch_size), strict=True)
-    for inputs, targets in micro_batches:
+    losses, sequence_ids = [], []
+    for micro_batch in range(config.gradient_accumulation):
+        batch = run.loader.batch(step * config.gradient_accumulation + micro_batch)
         with autocast(run.precision, run.device):
-            loss = run.model.loss(inputs.to(run.device), targets.to(run.device))
-        (loss / config.gradient_accumulation).backward()
+            loss = run.model.loss(batch.inputs.to(run.device), batch.targets.to(run.device))
+        # Gradients are summed over micro-batches and ranks, so that those of the mean loss come out.
+        (loss / (config.gradient_accumulation * ranks.size)).backward()
         losses.append(loss.detach())
-    mean_loss = torch.stack(losses).mean().item()
-    gradient_norm = clip_gradient_norm_(run.model.parameters(), config.gradient_clip).item()
+        sequence_ids += batch.sequence_ids.tolist()
+    mean_loss = statistics.fmean(ranks.numbers(torch.stack(losses).mean().item()))
+    gradient_norm = clip_gradient_norm_(run.model.parameters(), config.gradient_clip, ranks.groups).item()
     if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
+        of_all = [sequence for of_rank in ranks.all_of(sequence_ids) for sequence in of_rank]
         raise InputError(
             f"step {step + 1} gave a loss of {mean_loss} and a gradient norm of {gradient_norm}, on the sequences "
-            f"{batch.sequence_ids.tolist()} of {config.data}; {_last_good_checkpoint(run)}"
+            f"{of_all} of {config.data}; {_last_good_checkpoint(run)}"
         )
     for optimizer in run.optimizers:
         optimizer.step()
@@ -232,7 +293,7 @@ def _schedule(config: TrainConfig, step: int, num_steps: int) -> float:
     return warmup_stable_decay(step, num_steps=num_steps, warmup_steps=warmup_steps, decay_steps=decay_steps)
 
 
-def _choose_table_gradients(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
+def choose_table_gradients(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
     """Whether tables get sparse gradients, and a sentence that says why."""
     layer = config.model.sparse_layer.build(config.model.d_model, device="meta")
     if not isinstance(layer, ProductKeyLayer):
@@ -264,7 +325,8 @@ def _optimizers(config: TrainConfig, model: Transformer, sparse_tables: bool) ->
 def _describe(run: _Run) -> dict[str, Any]:
     model, count = run.model, run.model.num_parameters()
     return {
-        "command": shlex.join(["tinyexperts", *sys.argv[1:]]),
+        "command": _command(run.ranks, sys.argv[1:]),
+        "num_ranks": run.ranks.size,
         "versions": {
             "tinyexperts": tinyexperts.__version__,
             "torch": torch.__version__,
@@ -283,23 +345,29 @@ def _describe(run: _Run) -> dict[str, Any]:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[Callable[[], str | None]]:
-    """Yield a function that says which of Ctrl-C and SIGTERM has come, if any; a second Ctrl-C stops at once."""
-    came: list[str] = []
+def _stop_signal() -> Iterator[Callable[[], int]]:
+    """Yield a function that says which of Ctrl-C and SIGTERM has come, 0 if none; a second Ctrl-C stops at once."""
+    came: list[int] = []
 
     def note(number: int, frame: object) -> None:
         if came and number == signal.SIGINT:
             raise KeyboardInterrupt
-        came.append(signal.Signals(number).name)
+        came.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield lambda: came[0] if came else None
+        yield lambda: came[0] if came else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _resume_command() -> str:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return shlex.join(["tinyexperts", *arguments, "--resume"])
+def _resume_command(ranks: Ranks) -> str:
+    return _command(ranks, [*(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"])
+
+
+def _command(ranks: Ranks, arguments: list[str]) -> str:
+    """What starts the run; how torchrun finds its nodes is left to the reader."""
+    if ranks.size == 1:
+        return shlex.join(["tinyexperts", *arguments])
+    return shlex.join(["torchrun", "--nproc-per-node", str(ranks.size), "-m", "tinyexperts", *arguments])

@@ -31,6 +31,9 @@ from tinyexperts.training.config import TrainConfig
 
 _CONFIG = TypeAdapter(TrainConfig)
 
+# Where a run lies and who does it: what may change between two sittings.
+_MAY_CHANGE = {"run", "data", "mesh", "backend", "timeout_seconds", "asynchronous_checkpoints"}
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write beside and rename, so that a reader sees the old file or the new one."""
@@ -73,6 +76,11 @@ def check_free(run: Path) -> None:
         raise InputError(f"the run folder {run} exists: add --resume to go on with it, or choose another --run")
 
 
+def is_run(run: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    return (run / "config.json").is_file()
+
+
 def create(config: TrainConfig, tokenizer: Tokenizer, description: dict[str, Any]) -> None:
     """Write what a new run begins with into its folder, which is held; raises as check_free."""
     check_free(config.run)
@@ -105,9 +113,7 @@ def check_unchanged(config: TrainConfig) -> None:
         InputError: names the fields that differ, with both values.
     """
     old, new = read_config(config.run), config
-    changes = [
-        f"{name} was {was}, is {now}" for name, was, now in _differences(old, new) if name not in ("run", "data")
-    ]
+    changes = [f"{name} was {was}, is {now}" for name, was, now in _differences(old, new) if name not in _MAY_CHANGE]
     if changes:
         raise InputError(f"{config.run} can't be resumed with another configuration: {'; '.join(changes)}")
 

@@ -17,33 +17,16 @@ of, so that replicas stay equal to the bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tinyexperts.ops.activation import activate, activation_derivative
-from tinyexperts.ops.collectives import columns_at_home, columns_of_all, gathered, summed_at_home
+from tinyexperts.ops.collectives import RankGroups, columns_at_home, columns_of_all, gathered, summed_at_home
 from tinyexperts.ops.expert_mlp import columns_cpu, cpu, portable
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient, asked_for, is_deferred
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColumnGroups:
-    """Where the parts of a table lie: the ranks that hold its columns, in their order, and the replicas of this rank.
-
-    replicas: the ranks that hold the same columns, this one among them; None where there is no other
-    """
-
-    columns: dist.ProcessGroup
-    replicas: dist.ProcessGroup | None = None
-
-    @property
-    def num_shards(self) -> int:
-        return self.columns.size()
 
 
 def expert_mlp_in_columns(
@@ -52,7 +35,7 @@ def expert_mlp_in_columns(
     ids_MP: Tensor,
     weights_MP: Tensor,
     activation: str | None,
-    groups: ColumnGroups,
+    groups: RankGroups,
     *,
     sparse: bool,
 ) -> Tensor:
@@ -83,7 +66,7 @@ class _ExpertsInColumns(torch.autograd.Function):
         ids_MP: Tensor,
         weights_MP: Tensor,
         activation: str | None,
-        groups: ColumnGroups,
+        groups: RankGroups,
         sparse: bool,
         deferred: bool,
     ) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tinyexperts.ops.cpu_threads import in_parts
 from tinyexperts.ops.expert_mlp.cpu import min_tokens
 from tinyexperts.ops.expert_mlp.vectors import add_1, add_4, pairs_ahead, products_of_1, products_of_4
-from tinyexperts.ops.numba_kernel import array_of, kernel
+from tinyexperts.ops.numba_kernel import array_of, array_of_weights, kernel
 
 
 def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, count: int) -> Tensor:
@@ -23,7 +23,9 @@ def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, coun
     in_parts(
         _products,
         len(x_MD),
-        *(array_of(t) for t in (x_MD, experts_NED, ids_MP)),
+        array_of(x_MD),
+        array_of_weights(experts_NED),
+        array_of(ids_MP),
         first,
         array_of(out),
         min_items=min_tokens(experts_NED, ids_MP.shape[1]),
@@ -37,7 +39,9 @@ def weighted_sum(factors_FMP: Tensor, experts_NED: Tensor, ids_MP: Tensor, first
     in_parts(
         _weighted_sum,
         len(y),
-        *(array_of(t) for t in (factors_FMP, experts_NED, ids_MP)),
+        array_of(factors_FMP),
+        array_of_weights(experts_NED),
+        array_of(ids_MP),
         first,
         array_of(y),
         min_items=min_tokens(experts_NED, ids_MP.shape[1]),

@@ -29,7 +29,7 @@ from tinyexperts.ops.expert_mlp.vectors import (
     products_of_1,
     products_of_4,
 )
-from tinyexperts.ops.numba_kernel import array_of, inlined, kernel
+from tinyexperts.ops.numba_kernel import array_of, array_of_weights, inlined, kernel
 
 # Elements of gathered rows that are worth a part of their own.
 _MIN_ELEMENTS = 1 << 16
@@ -55,7 +55,7 @@ def expert_mlp(
         _forward,
         num_tokens,
         array_of(x_MD.to(dtype)),
-        array_of(experts_NED),
+        array_of_weights(experts_NED),
         array_of(ids_MP),
         array_of(weights_MP.to(dtype)),
         _array_of_scales(scales_NE, dtype),
@@ -121,7 +121,7 @@ def backward_of_tokens(
         _backward,
         len(x_MD),
         array_of(grad_y_MD.to(dtype)),
-        array_of(experts_NED),
+        array_of_weights(experts_NED),
         array_of(ids_MP),
         array_of(weights_MP.to(dtype)),
         array_of(coefficient.to(dtype)),

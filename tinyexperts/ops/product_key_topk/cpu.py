@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.ops.cpu_threads import in_parts
-from tinyexperts.ops.numba_kernel import array_of, exact_inlined, exact_kernel, kernel
+from tinyexperts.ops.numba_kernel import array_of, array_of_weights, exact_inlined, exact_kernel, kernel
 from tinyexperts.ops.product_key_topk.lanes import (
     COLUMN_LANES,
     MASK_LANES,
@@ -95,7 +95,7 @@ def product_key_topk_backward(
         array_of(grad_scores),
         array_of(ids),
         array_of(query_MHQ.to(dtype)),
-        array_of(keys),
+        array_of_weights(keys),
         array_of(grad_query),
         array_of(grad_keys),
     )

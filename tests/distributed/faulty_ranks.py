@@ -1,0 +1,52 @@
+"""What the ranks of test_faults.py do: train, and fail at it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import environment
+
+from tinyexperts.errors import InputError
+from tinyexperts.training import TrainConfig, checkpoint_files, train
+
+
+def be_refused(rank: int, num_ranks: int, port: int, configs: list[TrainConfig], message: str, resume: bool) -> None:
+    """Every rank gets the sentence."""
+    os.environ |= environment(rank, num_ranks, port)
+    with pytest.raises(InputError, match=message):
+        train(configs[rank % len(configs)], resume=resume, progress=False)
+
+
+def die_while_writing(rank: int, num_ranks: int, port: int, config: TrainConfig, step: int) -> None:
+    """The last rank is gone when it has written its part of the checkpoint of a step, but not said so."""
+    os.environ |= environment(rank, num_ranks, port)
+    write = checkpoint_files._write_small
+
+    def write_and_die(tensors: Any, folder: Path, ranks: Any) -> None:
+        write(tensors, folder, ranks)
+        if rank == num_ranks - 1 and folder.name.startswith(f"step-{step:08d}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint_files._write_small = write_and_die
+    train(config, progress=False)
+
+
+def have_no_room(rank: int, num_ranks: int, port: int, config: TrainConfig, file_bytes: int) -> None:
+    """A file-size limit on the last rank is the nearest thing to a full disk that a test can have without being root.
+
+    With a small `file_bytes` it is a table's part that does not fit.
+    """
+    os.environ |= environment(rank, num_ranks, port)
+    checkpoint_files.FILE_BYTES = file_bytes
+    if rank == num_ranks - 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
+    told = rf"step 4 could not be written \(File too large on rank {num_ranks - 1}\); the last good .* step-00000002"
+    told = told.replace(".* step", ".*step")
+    with pytest.raises(InputError, match=told):
+        train(config, resume=True, progress=False)

@@ -1,0 +1,189 @@
+"""Ranks that are killed, that hang, that can't write: nothing is lost, and what happened is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from faulty_ranks import be_refused, die_while_writing, have_no_room
+from ranks import environment, free_port, train_on_ranks
+from safetensors.torch import load_file
+
+from tinyexperts.errors import InputError
+from tinyexperts.training import checkpoint_files, load_model, train
+from tinyexperts.training.checkpoint import checkpoints
+
+CLOCK = {"seconds", "tokens_per_second", "flops_per_second"}
+
+
+@pytest.fixture
+def command(tiny_data):
+    """A function that makes the command line of a run."""
+
+    def make(run: Path, *more: object) -> list[str]:
+        options = {
+            "run": run,
+            "data": tiny_data,
+            "threads": 1,
+            "training-flops": None,
+            "num-steps": 80,
+            "log-every": 3,
+            "checkpoint-every": 7,
+            "validation-every": 50,
+            "validation-tokens": 64,
+            "model.vocab-size": 300,
+            "model.context-length": 16,
+            "model.d-model": 128,
+            "model.num-layers": 2,
+            "model.sparse-layer.num-experts": 64,
+            "model.sparse-layer.experts-per-head": 3,
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return ["-m", "tinyexperts", "train", "peer", *words, "--no-progress", *map(str, more)]
+
+    return make
+
+
+def start_ranks(num_ranks, command, **options):
+    port = free_port()
+    return [
+        subprocess.Popen([sys.executable, *command], env=os.environ | environment(rank, num_ranks, port), **options)
+        for rank in range(num_ranks)
+    ]
+
+
+def wait_for_lines(run, num_lines):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= num_lines:
+            return
+        time.sleep(0.01)
+    pytest.fail("the run did not start")
+
+
+def worker(torchrun, rank):
+    """The process of a rank that torchrun has started."""
+    for folder in Path("/proc").iterdir():
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1] if folder.name.isdigit() else ""
+            if parent == str(torchrun.pid) and f"RANK={rank}\0" in (folder / "environ").read_text().replace(
+                "LOCAL_RANK", "LOCAL"
+            ):
+                return int(folder.name)
+        except OSError:
+            continue  # it ended meanwhile
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def outcome(run):
+    """Metrics without clocks, and the last checkpoint."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    tensors = {path.name: load_file(path) for path in checkpoints(run)[-1].glob("*.safetensors")}
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows], tensors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(command, tmp_path):
+    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
+    for process in start_ranks(2, command(whole)):
+        assert process.wait(120) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    torchrun = subprocess.Popen([*launcher, *command(hurt)], stderr=subprocess.PIPE, text=True)
+    kill_at, victim = random.Random(time.time_ns()).randint(1, 20), time.time_ns() % 2
+    wait_for_lines(hurt, kill_at)
+    os.kill(worker(torchrun, victim), signal.SIGKILL)
+    _, said = torchrun.communicate(timeout=180)
+    assert torchrun.returncode == 0, f"rank {victim} was killed at line {kill_at}: {said}"
+    (metrics, tensors), (expected_metrics, expected) = outcome(hurt), outcome(whole)
+    assert metrics == expected_metrics
+    assert tensors.keys() == expected.keys()
+    for file, parts in expected.items():
+        for name, tensor in parts.items():
+            assert torch.equal(tensors[file][name], tensor), name
+
+
+def test_a_rank_that_hangs_is_named(command, tmp_path):
+    ranks = start_ranks(2, command(tmp_path / "run", "--timeout-seconds", 8), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for_lines(tmp_path / "run", 3)
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        _, said = ranks[0].communicate(timeout=60)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[0].returncode == 1
+    assert "tinyexperts: rank 1 of 2 did not answer in time" in said
+    assert "Traceback" not in said
+
+
+def test_a_checkpoint_cut_short_on_one_rank_is_not_taken_for_good(make_config, tmp_path):
+    options = {"model": {"d_model": 128}, "num_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 5}
+    config = make_config(**options)
+    with pytest.raises(mp.ProcessExitedException):
+        mp.start_processes(die_while_writing, args=(2, free_port(), config, 4), nprocs=2)
+    assert [path.name for path in checkpoints(config.run)] == ["step-00000002"]
+    assert [path.name for path in (config.run / "checkpoints").glob("*.partial")] == ["step-00000004.partial"]
+    train_on_ranks([config], 2, resume=True)
+    unhurt = make_config(**options, run=tmp_path / "unhurt")
+    train_on_ranks([unhurt], 2)
+    expected = load_model(unhurt.run).state_dict()
+    for name, tensor in load_model(config.run).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("file_bytes", [checkpoint_files.FILE_BYTES, 5_000])
+def test_a_full_disk_on_one_rank_is_told_by_all(make_config, file_bytes):
+    options = {"model": {"d_model": 128}, "num_steps": 4, "checkpoint_every": 2}
+    config = make_config(**options)
+    train_on_ranks([config], 2)
+    last = checkpoints(config.run)[-1]
+    last.rename(last.with_name("step-00000004.partial"))  # as a kill would have left it
+    before = load_model(config.run).state_dict()
+    mp.start_processes(have_no_room, args=(2, free_port(), config, file_bytes), nprocs=2)
+    assert [path.name for path in (config.run / "checkpoints").iterdir()] == ["step-00000002"]
+    after = load_model(config.run).state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_bad_input_is_told_by_every_rank(make_config, tmp_path):
+    config = make_config(model={"d_model": 128})
+
+    def refused(configs, message, resume=False):
+        mp.start_processes(be_refused, args=(2, free_port(), configs, message, resume), nprocs=2)
+
+    changed = dataclasses.replace(config, seed=1)
+    refused([config, changed], r"started with one configuration: that of rank \d .* is not that of rank \d")
+    refused([make_config(batch_size=3, model={"d_model": 128})], "batch_size must be a multiple of the 2 ranks, got 3")
+    narrow = make_config(mesh=(1, 2), model={"d_model": 64})
+    refused([narrow], "a table of 64 columns can't be shared by 2 ranks")
+    assert not config.run.exists()
+    train_on_ranks([config], 2)
+    refused([config], "exists: add --resume to go on with it")
+    next(checkpoints(config.run)[-1].glob("shard-00002*.safetensors")).unlink()
+    refused([config], "lacks its file shard-00002", resume=True)
+
+
+def test_a_mesh_and_a_backend_that_cannot_be_had_are_told(make_config, monkeypatch):
+    with pytest.raises(InputError, match="mesh must multiply up to the number of ranks, 1, got 1 x 2"):
+        train(make_config(mesh=(1, 2)), progress=False)
+    with pytest.raises(InputError, match="mesh must be two numbers of at least 1, got 0 x 2"):
+        make_config(mesh=(0, 2))
+    with pytest.raises(InputError, match="timeout_seconds must be positive, got 0"):
+        make_config(timeout_seconds=0.0)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="backend nccl needs GPUs, and there is none"):
+            train(make_config(backend="nccl"), progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(InputError, match="number of ranks, 6, got 2 x 2"):
+        train(make_config(mesh=(2, 2)), progress=False)

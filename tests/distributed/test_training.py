@@ -1,0 +1,148 @@
+"""Several ranks train what one process trains, and each number of ranks goes on from the checkpoints of any other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from ranks import free_port, run_ranks, train_on_ranks
+from training_on_ranks import TABLE, read_by_rows, save_again
+
+from tinyexperts.data import TokenDataset
+from tinyexperts.layers import ProductKeyLayer
+from tinyexperts.training import checkpoint_files, load_model, train
+from tinyexperts.training.checkpoint import checkpoints
+
+D = 256
+
+
+@pytest.fixture
+def make(make_config, tmp_path):
+    """Runs of one recipe, wide enough for four ranks."""
+
+    def make(name: str, kind: str = "peer", **changes):
+        options = {"num_steps": 50, "log_every": 1, "validation_every": 25, "checkpoint_every": 1000, "batch_size": 4}
+        # Gentle: at the recipe's rates a rounding has grown to 1e-4 of the loss after 15 steps.
+        rates = {f"{part}_learning_rate": 1e-3 for part in ("matrix", "embedding", "head", "table")}
+        return make_config(kind, run=tmp_path / name, model={"d_model": D}, **(options | rates | changes))
+
+    return make
+
+
+def metrics(config, split="train", after=0):
+    rows = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["split"] == split and row["step"] > after]
+
+
+def assert_same_course(config, reference, after=0):
+    """Losses and gradient norms of every step, and at the end the loss of held-out tokens and their experts."""
+    ours, theirs = metrics(config, after=after), metrics(reference, after=after)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], abs=1e-5)
+    norms = [[row["gradient_norm"] for row in rows] for rows in (ours, theirs)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    validations = [[row["loss"] for row in metrics(each, "validation")] for each in (config, reference)]
+    assert validations[0] == pytest.approx(validations[1], abs=1e-5)
+    for (name, ids), expected in zip(routes(config).items(), routes(reference).values(), strict=True):
+        assert torch.equal(ids, expected), name
+
+
+def routes(config):
+    """The experts, sorted, that held-out tokens retrieve."""
+    model, found = load_model(config.run), {}
+    for name, module in model.named_modules():
+        if isinstance(module, ProductKeyLayer):
+            module.router.register_forward_hook(
+                lambda _module, _inputs, routing, name=name: found.update({name: routing.ids.sort().values})
+            )
+    tokens = TokenDataset.open(config.data).split("validation").tokens[: 16 * 20]
+    with torch.inference_mode():
+        model(torch.from_numpy(tokens).view(20, 16))
+    return found
+
+
+@pytest.mark.parametrize(("num_ranks", "mesh"), [(2, (1, 2)), (4, (2, 2))])
+def test_ranks_train_what_one_process_trains(make, num_ranks, mesh):
+    kinds = {
+        "sparse": {"kind": "peer"},
+        "dense gradients": {"kind": "peer", "table_gradients": "dense", "gradient_accumulation": 2, "num_steps": 10},
+        "memory": {"kind": "pkm", "num_steps": 10},
+        "moe": {"kind": "moe", "num_steps": 10},
+        "tied": {"kind": "dense", "num_steps": 10},
+    }
+    alone = {name: make(f"{name} alone", **options) for name, options in kinds.items()}
+    shared = {name: make(name, **options, mesh=mesh) for name, options in kinds.items()}
+    for config in alone.values():
+        train(config, progress=False)
+    train_on_ranks(list(shared.values()), num_ranks)
+    for name, config in shared.items():
+        assert_same_course(config, alone[name])
+        described = [json.loads((each.run / "run.json").read_text()) for each in (config, alone[name])]
+        assert described[0]["num_parameters"] == described[1]["num_parameters"]
+        assert described[0]["num_ranks"] == num_ranks
+
+
+def tensors(run):
+    """All tensors of the last checkpoint, whole."""
+    folder = checkpoints(run)[-1]
+    entries = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    whole = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    dcp.load(whole, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return whole
+
+
+def cut_back(config, name, step):
+    """A copy of a run as it was at the checkpoint of a step."""
+    copy = dataclasses.replace(config, run=config.run.with_name(name), mesh=None)
+    shutil.copytree(config.run, copy.run)
+    for folder in checkpoints(copy.run):
+        if folder.name != f"step-{step:08d}":
+            shutil.rmtree(folder)
+    return copy
+
+
+@pytest.mark.parametrize("gradients", ["sparse", "dense"])
+def test_any_number_of_ranks_goes_on_from_the_checkpoint_of_any_other(make, gradients):
+    options = {"num_steps": 20, "checkpoint_every": 10, "keep_checkpoints": 5, "table_gradients": gradients}
+    one = make("one", **options)
+    train(one, progress=False)
+    two, four = cut_back(one, "one to two", 10), cut_back(one, "one to four", 10)
+    train_on_ranks([two], 2, resume=True)
+    train_on_ranks([four], 4, resume=True)
+    for config in (two, four):
+        assert_same_course(config, one, after=10)
+    begun = make("two", **options)
+    train_on_ranks([begun], 2)
+    back = cut_back(begun, "two to one", 10)
+    train(back, resume=True, progress=False)
+    assert_same_course(back, one, after=10)
+
+
+@pytest.mark.parametrize("file_bytes", [checkpoint_files.FILE_BYTES, 5_000])
+def test_a_checkpoint_of_two_ranks_is_that_of_one_and_of_four_to_the_bit(make, tmp_path, file_bytes):
+    config = make("run", num_steps=3)
+    train_on_ranks([config], 2)
+    expected = tensors(config.run)
+    assert f"optimizer.{TABLE.removeprefix('model.')}.exp_avg" in expected
+    for num_ranks in (1, 2, 4):
+        output = tmp_path / f"again on {num_ranks}"
+        arguments = (num_ranks, free_port(), dataclasses.replace(config, mesh=None), output, file_bytes)
+        mp.start_processes(save_again, args=arguments, nprocs=num_ranks)
+        found = tensors(output)
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name]), name
+        files = {path.name for path in checkpoints(output)[-1].glob(f"{TABLE}*.safetensors")}
+        assert bool(files) == (file_bytes == 5_000)
+
+
+def test_a_table_written_by_columns_is_read_by_rows_and_whole(make):
+    config = make("columns", num_steps=2)
+    train_on_ranks([config], 2)
+    table = load_model(config.run).blocks[1].feed_forward.experts.detach()
+    run_ranks(read_by_rows, 2, str(checkpoints(config.run)[-1]), table)

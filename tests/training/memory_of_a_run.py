@@ -1,0 +1,38 @@
+"""Trains a few steps in a process of its own and prints the most memory that they took, in bytes.
+
+Called as: python memory_of_a_run.py CONFIG.json WARM-UP.json
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from tinyexperts.training import TrainConfig, loop
+from tinyexperts.training.ranks import joined
+
+
+def status(name: str) -> int:
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def main() -> None:
+    large, small = (TypeAdapter(TrainConfig).validate_json(Path(path).read_text()) for path in sys.argv[1:])
+    with joined(large) as ranks:
+        run = loop._prepare(small, ranks)  # loads the kernels and what torch loads late
+        for step in range(2):
+            loop._step(run, step)
+        del run
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = status("VmRSS")
+        run = loop._prepare(large, ranks)
+        for step in range(3):
+            loop._step(run, step)
+        print(status("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main()

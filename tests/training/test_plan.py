@@ -1,0 +1,143 @@
+"""Plans: what is counted is what a run takes, and the meshes are those that the devices allow."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+from ranks import environment, free_port
+
+from tinyexperts.errors import InputError
+from tinyexperts.model import PEERConfig
+from tinyexperts.training import Devices, TrainConfig, plan, recipes
+from tinyexperts.training.plan import column_bytes_of_token
+
+SPEEDS = {"tflops": 100.0, "memory_gb_per_second": 1000.0, "link_gb_per_second": 50.0}
+
+
+def devices(text="8x80GB"):
+    return Devices.parse(text, **SPEEDS)
+
+
+@pytest.fixture
+def million(make_config):
+    """The paper's layer at D = 1024."""
+    model = {"d_model": 1024, "sparse_layer": PEERConfig(num_experts=1024**2)}
+    return make_config(model=model, batch_size=64, device="cuda", table_gradients="dense")
+
+
+def test_the_tables_of_a_million_experts_are_shared(million):
+    plans = plan(million, devices())
+    assert [(each.replicate, each.table) for each in plans] == [(1, 8), (2, 4), (4, 2), (8, 1)]
+    table = 2 * 1024**2 * 1024 * 4
+    for each in plans:
+        assert each.memory.weights == pytest.approx(table / each.table, rel=0.01)
+        assert each.memory.moments == pytest.approx(2 * table / each.table, rel=0.01)
+        assert each.memory.gradients == pytest.approx(table / each.table, rel=0.01)
+        assert each.exchanges.dense_part == plans[0].exchanges.dense_part
+    assert plans[0].exchanges.replicas == plans[-1].exchanges.columns == 0
+    assert plans[-1].memory.total > 32e9
+    assert not plans[-1].fits(devices("8x32GB"))
+    assert plans[0].fits(devices("8x32GB"))
+
+
+def test_a_token_sends_what_the_formula_says():
+    """2D (T-1)/T and 3P (T-1) elements of 4 bytes forward, of which the ids take 8, and 2P (T-1) backward."""
+    forward, backward = column_bytes_of_token(128, 2, 1024, 8)
+    assert forward == 4 * (2 * 1024 * 7 / 8 + 3 * 128 * 7) + 4 * 128 * 7
+    assert backward == 4 * (2 * 1024 * 7 / 8 + 2 * 128 * 7)
+    assert column_bytes_of_token(128, 2, 1024, 1) == (0, 0)
+
+
+def test_accumulation_moves_the_dense_part_again_and_keeps_the_memory(million):
+    once, twice = (plan(dataclasses.replace(million, gradient_accumulation=n), devices())[1] for n in (1, 2))
+    assert twice.memory.total == once.memory.total
+    assert twice.exchanges.total == 2 * once.exchanges.total
+    assert twice.compute_seconds == 2 * once.compute_seconds
+
+
+def test_one_device_exchanges_nothing_and_dense_models_share_no_table(million, make_config):
+    (alone,) = plan(million, devices("1x80GB"))
+    assert alone.exchanges.total == 0
+    assert alone.memory.gathered == 0
+    (dense,) = plan(make_config("dense", batch_size=8), devices())
+    assert (dense.replicate, dense.table) == (8, 1)
+    assert alone.bound in ("arithmetic", "memory")
+
+
+@pytest.mark.parametrize("text", ["8", "8x80", "8x80gb", "0x80GB", "8x0GB", "x80GB", ""])
+def test_devices_of_another_form_are_told(text):
+    with pytest.raises(InputError, match="as 8x80GB, got"):
+        devices(text)
+
+
+def test_what_cannot_be_planned_is_told(million, run_cli):
+    with pytest.raises(InputError, match="speeds must be positive, got 0, 1, 1"):
+        Devices.parse("8x80GB", tflops=0, memory_gb_per_second=1, link_gb_per_second=1)
+    with pytest.raises(InputError, match="batch_size must be a multiple of the 7 devices, got 64"):
+        plan(million, devices("7x80GB"))
+    code, out, err = run_cli("plan", "peer", "--devices", "eight")
+    assert (code, out) == (2, "")
+    assert "devices must be a number and the memory of each, as 8x80GB, got 'eight'" in err
+
+
+def test_the_command_says_which_mesh_fits(run_cli):
+    code, out, _ = run_cli(
+        "plan", "peer", "--devices", "4x80GB", "--model.d-model", 1024, "--model.num-heads", 8,
+        "--model.sparse-layer.num-experts", 4096**2,
+    )  # fmt: skip
+    assert code == 0
+    assert "The quickest that fits: --mesh 1 4" in out
+    code, out, _ = run_cli("plan", "peer", "--devices", "1x1GB", "--model.sparse-layer.num-experts", 4096**2)
+    assert code == 0
+    assert "No mesh fits" in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="measures by /proc")
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["tables", "activations"])
+def test_the_memory_of_a_plan_is_what_a_run_takes(tiny_data, tmp_path, num_ranks, kind):
+    """Within 15 %, where tables rule and where activations do."""
+    recipe = recipes.peer()
+    layer = dataclasses.replace(recipe.model.sparse_layer, num_experts=512**2 if kind == "tables" else 128**2)
+    model = dataclasses.replace(recipe.model, d_model=256, vocab_size=300, sparse_layer=layer)
+    config = dataclasses.replace(
+        recipe,
+        run=tmp_path / "run",
+        data=tiny_data,
+        model=model,
+        batch_size=(4 if kind == "tables" else 24) * num_ranks,
+        num_steps=3,
+        training_flops=None,
+        device="cpu",
+        threads=1,
+        table_gradients="dense",
+    )
+    small = dataclasses.replace(
+        config, model=dataclasses.replace(model, sparse_layer=dataclasses.replace(layer, num_experts=64**2))
+    )
+    small = dataclasses.replace(small, batch_size=2 * num_ranks)
+    paths = [tmp_path / "large.json", tmp_path / "small.json"]
+    for path, each in zip(paths, (config, small), strict=True):
+        path.write_bytes(TypeAdapter(TrainConfig).dump_json(each))
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("memory_of_a_run.py")), *map(str, paths)],
+            env=os.environ | environment(rank, num_ranks, port),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    measured = [int(process.communicate()[0]) for process in ranks]
+    planned = plan(config, devices(f"{num_ranks}x80GB"))[0].memory
+    print(f"\n{num_ranks} ranks, {kind}: planned {planned.total / 2**20:.0f} MiB {planned}, measured {measured}")
+    for peak in measured:
+        assert peak == pytest.approx(planned.total, rel=0.15)

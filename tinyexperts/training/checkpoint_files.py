@@ -1,0 +1,171 @@
+"""The files of a checkpoint: tensors in safetensors, as torch.distributed.checkpoint lays them out, and their digests.
+
+Each rank writes what it has of a tensor, and of what all have one writes; a file says where its part lies in the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tinyexperts.errors import InputError
+from tinyexperts.training.ranks import Ranks
+from tinyexperts.training.sharding import local
+
+# A table above this is cut into files of this size along its first dimension: a writer holds a file's bytes in memory.
+FILE_BYTES = 1 << 28
+
+T = TypeVar("T")
+
+
+class Unwritten(Exception):
+    """A file could not be written on one of the ranks; says why."""
+
+
+def on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """What `work` returns on each rank.
+
+    Raises:
+        Unwritten: on all, where it failed on one.
+    """
+    done, problem = None, None
+    try:
+        done = work()
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
+        problem = reason(error)
+    told = ranks.all_of((problem, done))
+    for rank, (why, _) in enumerate(told):
+        if why is not None:
+            raise Unwritten(why if ranks.size == 1 else f"{why} on rank {rank}")
+    return [result for _, result in told]
+
+
+def write_tensors(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dict[str, str]:
+    """Write this rank's part of the tensors; returns the SHA-256 of each file that any rank wrote, by its name.
+
+    Raises:
+        Unwritten: on all ranks, where it failed on one.
+    """
+    large = {name: tensor for name, tensor in tensors.items() if _is_written_in_parts(tensor)}
+    small = {name: tensor for name, tensor in tensors.items() if name not in large}
+    on_all(ranks, lambda: _write_large(large, folder, ranks))
+    on_all(ranks, lambda: _write_small(small, folder, ranks))
+    written = sorted(path.name for path in folder.iterdir())
+    shares = on_all(ranks, lambda: {name: sha256(folder / name) for name in written[ranks.rank :: ranks.size]})
+    return {name: digest for share in shares for name, digest in sorted(share.items())}
+
+
+def verified_manifest(checkpoint: Path, ranks: Ranks) -> dict[str, Any]:
+    """What manifest.json says, after each rank has read its share of the files.
+
+    Raises:
+        InputError: a missing, truncated or altered file.
+    """
+    with ranks.refused_together():
+        try:
+            manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
+            files = manifest["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{checkpoint} is not a whole checkpoint: manifest.json can't be read ({error})") from None
+        for name, digest in list(files.items())[ranks.rank :: ranks.size]:
+            path = checkpoint / name
+            if not path.is_file():
+                raise InputError(f"the checkpoint {checkpoint} lacks its file {name}")
+            if sha256(path) != digest:
+                raise InputError(
+                    f"{path} is truncated or altered: its SHA-256 is not that of the manifest; "
+                    "delete the folder to go back to the checkpoint before it"
+                )
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def reason(error: BaseException) -> str:
+    """The first plain sentence in an error, or in those that a CheckpointException collects."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    if isinstance(error, SafetensorError) and (told := re.search(r'message: "([^"]*)"', str(error))):
+        return told[1]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def one_process_is_meant() -> Iterator[None]:
+    """That there is no process group needs no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _is_written_in_parts(tensor: Tensor) -> bool:
+    """Tensors of FSDP2 are not: each rank has a small part of them."""
+    if isinstance(tensor, DTensor) and tensor.device_mesh.ndim == 1:
+        return False
+    return tensor.numel() * tensor.element_size() > FILE_BYTES
+
+
+def _write_small(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
+    if ranks.size == 1:
+        writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=dict.fromkeys(tensors, 1))
+        with one_process_is_meant():
+            dcp.save(tensors, storage_writer=writer, no_dist=True)
+    else:
+        assert ranks.groups is not None
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=ranks.groups.tokens)
+
+
+def _write_large(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
+    """The form in which DCP's safetensors hold a sharded tensor.
+
+    Names and keys are those that dcp.HuggingFaceStorageReader reads. Replicas take turns with the files.
+    """
+    for name, whole in tensors.items():
+        tensor = local(whole).detach()
+        shard, start = "", [0] * tensor.dim()
+        if isinstance(whole, DTensor):
+            assert ranks.groups is not None
+            start[-1] = ranks.groups.own_columns(whole.shape[-1]).start
+            shard = f"-columns-{start[-1]:05d}"
+        rows = max(1, FILE_BYTES * len(tensor) // (tensor.numel() * tensor.element_size()))
+        for number, part in enumerate(tensor.split(rows)):
+            if not _is_own_turn(number, ranks):
+                continue
+            start[0] = number * rows
+            sharding = {name: {"saved_offsets": start}}
+            file = f"{name}{shard}-{number:05d}.safetensors"
+            # A copy, since safetensors looks at the whole storage behind a view.
+            save_file(
+                {name: part.clone(memory_format=torch.contiguous_format)},
+                folder / file,
+                metadata={"DCP_SHARDING_INFO": json.dumps(sharding), "format": "pt"},
+            )
+
+
+def _is_own_turn(number: int, ranks: Ranks) -> bool:
+    replicas = None if ranks.groups is None else ranks.groups.replicas
+    return replicas is None or number % replicas.size() == dist.get_rank(replicas)

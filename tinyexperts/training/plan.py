@@ -1,0 +1,313 @@
+"""What a run would take on several devices: memory, exchanges, FLOPs and time of a step, for every mesh of them.
+
+Weights and moments are counted; what a forward pass keeps for the backward one is counted too, by running one of a
+sequence without data (fake tensors). Speeds are assumed, and so are the estimates of time.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tinyexperts.errors import InputError
+from tinyexperts.layers import ProductKeyLayer
+from tinyexperts.layers.product_key_layer import MIN_COLUMNS
+from tinyexperts.model import Transformer
+from tinyexperts.optim import expected_touched_share, split_parameters
+from tinyexperts.training.config import TrainConfig
+from tinyexperts.training.loop import choose_table_gradients
+
+_BYTES = 4  # of fp32
+_ID_BYTES = 8
+# Of a device's arithmetic, in large matrix products.
+UTILISATION = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """Equal devices; speeds are each device's.
+
+    memory_bytes: memory; flops: peak FLOP/s; memory_speed, link_speed: bytes a second of its memory, and to the others
+    """
+
+    count: int
+    memory_bytes: float
+    flops: float
+    memory_speed: float
+    link_speed: float
+
+    @classmethod
+    def parse(cls, text: str, *, tflops: float, memory_gb_per_second: float, link_gb_per_second: float) -> Devices:
+        """From "8x80GB" and speeds.
+
+        Raises:
+            InputError: another form, or a speed that is not positive.
+        """
+        match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)GB", text)
+        if match is None or int(match[1]) < 1 or not float(match[2]) > 0:
+            raise InputError(f"devices must be a number and the memory of each, as 8x80GB, got {text!r}")
+        speeds = (tflops, memory_gb_per_second, link_gb_per_second)
+        if not min(speeds) > 0:
+            raise InputError(f"speeds must be positive, got {', '.join(f'{speed:g}' for speed in speeds)}")
+        return cls(
+            count=int(match[1]),
+            memory_bytes=float(match[2]) * 1e9,
+            flops=tflops * 1e12,
+            memory_speed=memory_gb_per_second * 1e9,
+            link_speed=link_gb_per_second * 1e9,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank at its peak."""
+
+    weights: float
+    gathered: float
+    """Of FSDP2: the whole weights of the parts of the model that are at work, and their gradients."""
+    gradients: float
+    moments: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gathered + self.gradients + self.moments + self.activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchanges:
+    """Bytes that one rank sends in a step."""
+
+    dense_part: float
+    columns: float
+    replicas: float
+
+    @property
+    def total(self) -> float:
+        return self.dense_part + self.columns + self.replicas
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshPlan:
+    """A step of one mesh (replicate, table); the seconds are those that each bound alone would take."""
+
+    replicate: int
+    table: int
+    memory: Memory
+    exchanges: Exchanges
+    compute_seconds: float
+    memory_seconds: float
+    exchange_seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        """Arithmetic and memory at once, exchanges beside nothing."""
+        return max(self.compute_seconds, self.memory_seconds) + self.exchange_seconds
+
+    def fits(self, devices: Devices) -> bool:
+        """Whether the memory does, with a tenth left for what was not counted."""
+        return self.memory.total <= 0.9 * devices.memory_bytes
+
+    @property
+    def bound(self) -> str:
+        """Which of the three rules."""
+        bounds = {
+            "arithmetic": self.compute_seconds,
+            "memory": self.memory_seconds,
+            "exchanges": self.exchange_seconds,
+        }
+        return max(bounds, key=bounds.__getitem__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """One product-key layer: N experts of E vectors of width D, of which a token retrieves P."""
+
+    num_experts: int
+    num_vectors: int
+    width: int
+    retrieved: int
+
+    @property
+    def numbers(self) -> int:
+        return self.num_experts * self.num_vectors * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Numbers of parameters: in the blocks without tables, in the largest of them, and outside of the blocks."""
+
+    blocks: int
+    largest_block: int
+    outside: int
+    tables: list[_Table]
+    forward_flops: int
+    activation_bytes_of_token: float
+
+    @property
+    def dense(self) -> int:
+        return self.blocks + self.outside
+
+
+def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
+    """A plan for each mesh that the devices and the model's width allow, the largest table groups first.
+
+    Raises:
+        InputError: the devices do not divide the batch.
+    """
+    if config.batch_size % devices.count:
+        raise InputError(f"batch_size must be a multiple of the {devices.count} devices, got {config.batch_size}")
+    # Planned for a machine that is not this one: "auto" means GPUs.
+    device = torch.device("cuda" if config.device == "auto" else config.device)
+    sparse_tables, _ = choose_table_gradients(config, device)
+    sizes = _sizes(config)
+    width = config.model.d_model
+    shards = [
+        count
+        for count in range(1, (devices.count if sizes.tables else 1) + 1)
+        if devices.count % count == width % count == 0 and (count == 1 or width // count >= MIN_COLUMNS)
+    ]
+    return [_plan_of_mesh(config, devices, sizes, count, sparse_tables) for count in reversed(shards)]
+
+
+def column_bytes_of_token(retrieved: int, num_vectors: int, width: int, num_shards: int) -> tuple[float, float]:
+    """Bytes that a token sends to the ranks that share a table, in a forward and in a backward pass.
+
+    x and y by all-to-all; the ids, the parts of the products and the coefficients to or from all others.
+    """
+    others = num_shards - 1
+    columns = _BYTES * width * others / num_shards
+    products = _BYTES * retrieved * others
+    forward = 2 * columns + _ID_BYTES * retrieved * others + num_vectors * products
+    backward = (2 if num_vectors > 1 else 1) * columns + num_vectors * products
+    return forward, backward
+
+
+def _plan_of_mesh(
+    config: TrainConfig, devices: Devices, sizes: _Sizes, num_shards: int, sparse_tables: bool
+) -> MeshPlan:
+    num_ranks, num_replicas = devices.count, devices.count // num_shards
+    micro_tokens = config.batch_size * config.model.context_length / num_ranks
+    step_tokens = micro_tokens * config.gradient_accumulation
+    memory = _memory(config, sizes, num_ranks, num_shards, micro_tokens, sparse_tables)
+    exchanges = _exchanges(sizes, num_ranks, num_shards, num_replicas, micro_tokens)
+    exchanges = Exchanges(**{name: config.gradient_accumulation * value for name, value in vars(exchanges).items()})
+    return MeshPlan(
+        replicate=num_replicas,
+        table=num_shards,
+        memory=memory,
+        exchanges=exchanges,
+        compute_seconds=3 * sizes.forward_flops * step_tokens / (devices.flops * UTILISATION),
+        memory_seconds=_moved_bytes(config, sizes, num_ranks, num_shards, step_tokens, sparse_tables)
+        / devices.memory_speed,
+        exchange_seconds=exchanges.total / devices.link_speed,
+    )
+
+
+def _memory(
+    config: TrainConfig, sizes: _Sizes, num_ranks: int, num_shards: int, micro_tokens: float, sparse_tables: bool
+) -> Memory:
+    tables = sum(table.numbers for table in sizes.tables) / num_shards
+    dense = sizes.dense / num_ranks
+    gathered, gradients, table_moments, activations = 0.0, tables, 2 * tables, 0.0
+    if num_ranks > 1:  # weights and gradients of what lies outside, of the block at work, and the next one's weights
+        gathered = 2 * sizes.outside + 3 * sizes.largest_block
+    if sparse_tables:
+        gradients = sum(
+            table.numbers / num_shards * _touched_share(table, micro_tokens * num_ranks) for table in sizes.tables
+        )
+    if sparse_tables and config.table_second_moment == "row":
+        table_moments = tables + sum(table.num_experts * table.num_vectors for table in sizes.tables)
+    if num_shards > 1:  # ids and coefficients of the tokens of all others are kept
+        activations = sum((num_shards - 1) * table.retrieved * (_ID_BYTES + _BYTES) for table in sizes.tables)
+    return Memory(
+        weights=_BYTES * (dense + tables),
+        gathered=_BYTES * gathered,
+        gradients=_BYTES * (dense + gradients),
+        moments=_BYTES * (2 * dense + table_moments),
+        activations=micro_tokens * (sizes.activation_bytes_of_token + activations),
+    )
+
+
+def _exchanges(sizes: _Sizes, num_ranks: int, num_shards: int, num_replicas: int, micro_tokens: float) -> Exchanges:
+    """Of one micro-batch: FSDP2 gathers weights forward, those of the blocks again backward, and scatters gradients."""
+    columns = replicas = 0.0
+    for table in sizes.tables:
+        columns += sum(column_bytes_of_token(table.retrieved, table.num_vectors, table.width, num_shards))
+        pairs = num_shards * table.retrieved * (_ID_BYTES + table.num_vectors * _BYTES)
+        replicas += (num_replicas - 1) * (pairs + 2 * table.width * _BYTES)
+    return Exchanges(
+        dense_part=_BYTES * (num_ranks - 1) / num_ranks * (2 * sizes.dense + sizes.blocks),
+        columns=columns * micro_tokens,
+        replicas=replicas * micro_tokens,
+    )
+
+
+def _moved_bytes(
+    config: TrainConfig, sizes: _Sizes, num_ranks: int, num_shards: int, step_tokens: float, sparse_tables: bool
+) -> float:
+    """Between a device and its memory, in a step.
+
+    Weights forward and backward; activations written and read, and their gradients; retrieved rows forward and
+    backward; values and moments read and written by the optimiser, with the gradient.
+    """
+    moved = _BYTES * (2 * config.gradient_accumulation * sizes.dense + 8 * sizes.dense / num_ranks)
+    moved += 4 * sizes.activation_bytes_of_token * step_tokens
+    for table in sizes.tables:
+        moved += 2 * _BYTES * step_tokens * table.retrieved * table.num_vectors * table.width
+        share = _touched_share(table, step_tokens * num_ranks) if sparse_tables else 1.0
+        moved += 8 * _BYTES * share * table.numbers / num_shards
+    return moved
+
+
+def _touched_share(table: _Table, num_tokens: float) -> float:
+    return expected_touched_share(round(num_tokens), table.retrieved, table.num_experts)
+
+
+def _sizes(config: TrainConfig) -> _Sizes:
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    tables = set(split_parameters(model).tables.values())
+    blocks = [sum(p.numel() for p in block.parameters() if p not in tables) for block in model.blocks]
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter not in tables)
+    one, two = (_kept_bytes(config, num_sequences) for num_sequences in (1, 2))
+    return _Sizes(
+        blocks=sum(blocks),
+        largest_block=max(blocks),
+        outside=total - sum(blocks),
+        tables=[
+            _Table(
+                num_experts=len(layer.experts),
+                num_vectors=layer.experts.shape[1],
+                width=layer.experts.shape[2],
+                retrieved=layer.retrieved_per_token,
+            )
+            for layer in model.modules()
+            if isinstance(layer, ProductKeyLayer)
+        ],
+        forward_flops=model.flops_per_token(config.model.context_length),
+        activation_bytes_of_token=(two - one) / config.model.context_length,
+    )
+
+
+def _kept_bytes(config: TrainConfig, num_sequences: int) -> int:
+    """What a forward pass keeps for the backward pass, parameters left out."""
+    kept: dict[object, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        model = Transformer(config.model, sparse_tables=True)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        tokens = torch.zeros(num_sequences, config.model.context_length, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.loss(tokens, tokens)
+        assert loss.requires_grad  # keeps what was kept
+    return sum(count for storage, count in kept.items() if storage not in own)

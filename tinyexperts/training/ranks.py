@@ -1,0 +1,204 @@
+"""The processes of one run: what torchrun started, the mesh that they form, and what they agree on.
+
+Started by itself, a process is the only rank and none of this costs anything. Under torchrun the ranks form the mesh
+(replicate, table): those of a row share each table by its columns, those of a column hold the same columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from tinyexperts.errors import InputError
+from tinyexperts.layers.product_key_layer import MIN_COLUMNS
+from tinyexperts.ops.collectives import RankGroups
+from tinyexperts.training.config import TrainConfig
+
+# How long the ranks that gave up wait for each other before they name those that did not.
+_GRACE_SECONDS = 5.0
+
+
+class LostRank(Exception):
+    """A rank did not answer, or is gone; the message names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """The processes of a run, as seen from this one; `groups` and `mesh` are None where it is the only one.
+
+    restarted: torchrun has started them again after one had failed
+    """
+
+    rank: int = 0
+    size: int = 1
+    restarted: bool = False
+    groups: RankGroups | None = None
+    mesh: DeviceMesh | None = None
+    store: dist.Store | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def numbers(self, value: float) -> list[float]:
+        """A number of each rank, in their order; costs less than `all_of`."""
+        if self.groups is None:
+            return [value]
+        values = [torch.zeros((), dtype=torch.float64) for _ in range(self.size)]
+        dist.all_gather(values, torch.tensor(value, dtype=torch.float64), group=self.groups.tokens)
+        return [each.item() for each in values]
+
+    def all_of(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order; small ones."""
+        values = [value] * self.size
+        if self.groups is not None:
+            dist.all_gather_object(values, value, group=self.groups.tokens)
+        return values
+
+    @contextmanager
+    def refused_together(self) -> Iterator[None]:
+        """What one rank refuses all refuse; to be entered by all, and to hold no exchange between them.
+
+        Raises:
+            InputError: that of the lowest rank that has one.
+        """
+        refusal = None
+        try:
+            yield
+        except InputError as error:
+            refusal = error
+        sentence = next(filter(None, self.all_of(None if refusal is None else str(refusal))), None)
+        if sentence is not None:
+            raise InputError(sentence) from refusal
+
+    @contextmanager
+    def lost_ones_named(self) -> Iterator[None]:
+        """Where ranks wait for each other.
+
+        Raises:
+            LostRank: an exchange timed out or a connection broke; names the ranks that did not notice.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error)
+            if self.store is None or not any(sign in text for sign in ("imed out", "onnection", "Broken pipe")):
+                raise
+            reason = next(line for line in text.splitlines() if line.strip())
+            raise LostRank(f"{self._who_is_lost()} (rank {self.rank} was told: {reason})") from error
+
+    def _who_is_lost(self) -> str:
+        """Each rank that gave up signs; those that have not signed after a while hang or are gone."""
+        assert self.store is not None
+        lost: list[int] = []
+        until = time.monotonic() + _GRACE_SECONDS
+        try:
+            self.store.set(f"gave up/{self.rank}", "")
+            while time.monotonic() < until:
+                lost = [rank for rank in range(self.size) if not self.store.check([f"gave up/{rank}"])]
+                if not lost:
+                    return "the ranks lost each other"
+                time.sleep(0.1)
+        except RuntimeError:
+            return "the process that held the rendezvous is gone"
+        return f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} of {self.size} did not answer in time"
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[Ranks]:
+    """The ranks of this run, while they are joined; waits for all of them.
+
+    Raises:
+        InputError: the mesh is not that of the ranks, the backend can't be had, or the ranks were started with
+            different configurations.
+        LostRank: one did not come.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    backend, shape = _backend(config), mesh_shape(config, size)
+    if size == 1:
+        yield replace(ALONE, restarted=restarted)
+        return
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=config.timeout_seconds)
+    store, rank, _ = next(rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    # Small things that ranks tell each other go over gloo always.
+    backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
+    dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        mesh = init_device_mesh("cuda" if backend == "nccl" else "cpu", shape, mesh_dim_names=("replicate", "table"))
+        groups = RankGroups(
+            tokens=dist.group.WORLD,
+            columns=mesh.get_group("table"),
+            replicas=mesh.get_group("replicate") if shape[0] > 1 else None,
+        )
+        ranks = Ranks(
+            rank=rank, size=size, restarted=restarted, groups=groups, mesh=mesh, store=dist.PrefixStore("lost", store)
+        )
+        with ranks.lost_ones_named():
+            _check_all_alike(config, ranks)
+            yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def mesh_shape(config: TrainConfig, size: int) -> tuple[int, int]:
+    """(replicate, table) of `size` ranks: as configured, or the largest table group of a node that the width allows.
+
+    Raises:
+        InputError: the configured mesh does not multiply up to `size`.
+    """
+    if config.mesh is not None:
+        if math.prod(config.mesh) != size:
+            raise InputError(
+                f"mesh must multiply up to the number of ranks, {size}, got {config.mesh[0]} x {config.mesh[1]} "
+                "(torchrun --nproc-per-node starts several)"
+            )
+        return config.mesh
+    if config.table_second_moment == "row":  # a mean over all columns
+        return size, 1
+    width, of_node = config.model.d_model, int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    fitting = [
+        shards
+        for shards in range(2, of_node + 1)
+        if size % shards == of_node % shards == width % shards == 0 and width // shards >= MIN_COLUMNS
+    ]
+    num_shards = max(fitting, default=1)
+    return size // num_shards, num_shards
+
+
+def _backend(config: TrainConfig) -> str:
+    if config.backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
+        raise InputError("backend nccl needs GPUs, and there is none: use --backend gloo")
+    if config.backend != "auto":
+        return config.backend
+    return "nccl" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "gloo"
+
+
+def _check_all_alike(config: TrainConfig, ranks: Ranks) -> None:
+    own = hashlib.sha256(TypeAdapter(TrainConfig).dump_json(config)).hexdigest()[:12]
+    others = [rank for rank, digest in enumerate(ranks.all_of(own)) if digest != own]
+    if others:
+        raise InputError(
+            f"all ranks must be started with one configuration: that of rank {ranks.rank} (sha256 {own}) is not that "
+            f"of {'ranks' if len(others) > 1 else 'rank'} {', '.join(map(str, others))}"
+        )

@@ -1,0 +1,49 @@
+"""How a model lies on the ranks: tables by columns, as the layers make them, everything else by FSDP2."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from tinyexperts.model import Transformer
+from tinyexperts.ops.expert_mlp.table_gradient import is_column_shard
+from tinyexperts.optim import split_parameters
+from tinyexperts.training.ranks import Ranks
+
+
+def shard_dense_part(model: Transformer, ranks: Ranks) -> None:
+    """Put all parameters but the tables under FSDP2, over all ranks; gradients are summed over them."""
+    assert ranks.mesh is not None
+    mesh = init_device_mesh(ranks.mesh.device_type, (ranks.size,), mesh_dim_names=("rank",))
+    # Sparse gradients do not pass fully_shard, and the layers have summed those of the tables already.
+    tables = set(split_parameters(model).tables.values())
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, ignored_params=tables)
+    register_fsdp_forward_method(model, "loss")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def give_back_gathered(model: Transformer) -> None:
+    """After forward passes without backward ones: FSDP2 would keep the outermost weights whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def as_part(tensor: Tensor, parameter: Tensor, ranks: Ranks) -> Tensor:
+    """A parameter or a part of its optimiser's state as what it is of the whole: a DTensor, where it is a part."""
+    if not is_column_shard(parameter) or tensor.shape != parameter.shape:
+        return tensor
+    placements = [Replicate(), Shard(tensor.dim() - 1)]
+    part: Tensor = DTensor.from_local(tensor, ranks.mesh, placements, run_check=False)  # type: ignore[no-untyped-call]
+    return part
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
