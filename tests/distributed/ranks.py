@@ -1,40 +1,94 @@
-"""Runs functions in several processes, as torchrun starts them: in a gloo group, or as training forms its own."""
+"""Runs functions in several processes, as torchrun starts them: in a gloo group, or as training forms its own.
+
+The processes are kept for the next test, since to start one takes longer than most tests.
+"""
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import socket
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tinyexperts.training import TrainConfig, train
 
-TIMEOUT = timedelta(seconds=120)
+TIMEOUT_SECONDS = 120
+
+_CONTEXT = multiprocessing.get_context("spawn")
+_kept: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+
+
+def on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> None:
+    """Call function(rank, *arguments), a module's own, in `num_ranks` processes; what fails in one fails here."""
+    while len(_kept) < num_ranks:
+        ours, theirs = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        _kept.append((process, ours))
+    called = list(enumerate(_kept[:num_ranks]))
+    for rank, (_, pipe) in called:
+        pipe.send((function, rank, arguments))
+    failures = [failure for rank, (_, pipe) in called if (failure := _answer(rank, pipe))]
+    if failures:
+        dismiss()  # the others may wait for what failed
+        raise AssertionError("\n".join(failures))
+
+
+def _answer(rank: int, pipe: Connection) -> str | None:
+    try:
+        if pipe.poll(2 * TIMEOUT_SECONDS):
+            failure: str | None = pipe.recv()
+            return failure and f"rank {rank}: {failure}"
+    except EOFError:
+        return f"rank {rank} died"
+    return f"rank {rank} hangs"
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, rank, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            function(rank, *arguments)
+            pipe.send(None)
+        except BaseException:
+            pipe.send(traceback.format_exc())
+
+
+@atexit.register
+def dismiss() -> None:
+    """End the processes that are kept."""
+    for process, pipe in _kept:
+        pipe.close()
+        process.kill()
+    _kept.clear()
 
 
 def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> None:
-    """Call function(rank, *arguments), a module's own, in `num_ranks` processes; what fails in one fails here."""
+    """As `on_ranks`, in a gloo group."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            _run,
-            args=(function, num_ranks, Path(folder, "rendezvous"), arguments),
-            nprocs=num_ranks,
-            start_method="spawn",
-        )
+        on_ranks(_in_group, num_ranks, num_ranks, Path(folder, "rendezvous"), function, arguments)
 
 
-def _run(
-    rank: int, function: Callable[..., None], num_ranks: int, rendezvous: Path, arguments: tuple[Any, ...]
+def _in_group(
+    rank: int, num_ranks: int, rendezvous: Path, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=num_ranks, timeout=TIMEOUT)
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=num_ranks, timeout=timeout)
     try:
         function(rank, *arguments)
     finally:
@@ -43,13 +97,13 @@ def _run(
 
 def train_on_ranks(runs: Sequence[TrainConfig], num_ranks: int, *, resume: bool = False) -> None:
     """Train one configuration after the other on so many ranks."""
-    mp.start_processes(_train, args=(num_ranks, [(config, free_port()) for config in runs], resume), nprocs=num_ranks)
+    for config in runs:
+        on_ranks(_train, num_ranks, num_ranks, free_port(), config, resume)
 
 
-def _train(rank: int, num_ranks: int, runs: list[tuple[TrainConfig, int]], resume: bool) -> None:
-    for config, port in runs:
-        os.environ |= environment(rank, num_ranks, port)
-        train(config, resume=resume, progress=False)
+def _train(rank: int, num_ranks: int, port: int, config: TrainConfig, resume: bool) -> None:
+    os.environ |= environment(rank, num_ranks, port)
+    train(config, resume=resume, progress=False)
 
 
 def environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:

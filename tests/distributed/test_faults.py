@@ -10,18 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from faulty_ranks import be_refused, die_while_writing, have_no_room
-from ranks import environment, free_port, train_on_ranks
+from ranks import environment, free_port, on_ranks, train_on_ranks
 from safetensors.torch import load_file
 
 from tinyexperts.errors import InputError
 from tinyexperts.training import checkpoint_files, load_model, train
 from tinyexperts.training.checkpoint import checkpoints
+from tinyexperts.training.run_folder import read_config
 
 CLOCK = {"seconds", "tokens_per_second", "flops_per_second"}
 
@@ -49,26 +51,35 @@ def command(tiny_data):
             "model.sparse-layer.experts-per-head": 3,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return ["-m", "tinyexperts", "train", "peer", *words, "--no-progress", *map(str, more)]
+        return ["train", "peer", *words, "--no-progress", *map(str, more)]
 
     return make
 
 
-def start_ranks(num_ranks, command, **options):
-    port = free_port()
-    return [
-        subprocess.Popen([sys.executable, *command], env=os.environ | environment(rank, num_ranks, port), **options)
-        for rank in range(num_ranks)
-    ]
+@contextmanager
+def started(module, more_environment=()):
+    """A module run as a program; killed where it is left."""
+    with subprocess.Popen(
+        [sys.executable, "-m", *module],
+        env=os.environ | dict(more_environment),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def wait_for_lines(run, num_lines):
+def wait_for_lines(run, num_lines, process):
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= num_lines:
             return
         time.sleep(0.01)
-    pytest.fail("the run did not start")
+    process.kill()
+    pytest.fail(f"the run did not start: {process.communicate()[1]}")
 
 
 def worker(torchrun, rank):
@@ -94,18 +105,18 @@ def outcome(run):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(command, tmp_path):
-    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
-    for process in start_ranks(2, command(whole)):
-        assert process.wait(120) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    torchrun = subprocess.Popen([*launcher, *command(hurt)], stderr=subprocess.PIPE, text=True)
+    hurt = tmp_path / "hurt"
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "--", "tinyexperts"]
     kill_at, victim = random.Random(time.time_ns()).randint(1, 20), time.time_ns() % 2
-    wait_for_lines(hurt, kill_at)
-    os.kill(worker(torchrun, victim), signal.SIGKILL)
-    _, said = torchrun.communicate(timeout=180)
-    assert torchrun.returncode == 0, f"rank {victim} was killed at line {kill_at}: {said}"
-    (metrics, tensors), (expected_metrics, expected) = outcome(hurt), outcome(whole)
+    with started([*torchrun, *command(hurt)]) as launcher:
+        wait_for_lines(hurt, kill_at, launcher)
+        os.kill(worker(launcher, victim), signal.SIGKILL)
+        _, said = launcher.communicate(timeout=180)
+    assert launcher.returncode == 0, f"rank {victim} was killed at line {kill_at}: {said}"
+    whole = dataclasses.replace(read_config(hurt), run=tmp_path / "whole")
+    train_on_ranks([whole], 2)
+    (metrics, tensors), (expected_metrics, expected) = outcome(hurt), outcome(whole.run)
     assert metrics == expected_metrics
     assert tensors.keys() == expected.keys()
     for file, parts in expected.items():
@@ -114,15 +125,16 @@ def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(com
 
 
 def test_a_rank_that_hangs_is_named(command, tmp_path):
-    ranks = start_ranks(2, command(tmp_path / "run", "--timeout-seconds", 8), stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for_lines(tmp_path / "run", 3)
-        os.kill(ranks[1].pid, signal.SIGSTOP)
-        _, said = ranks[0].communicate(timeout=60)
-    finally:
-        for process in ranks:
-            process.kill()
-    assert ranks[0].returncode == 1
+    port, run = free_port(), tmp_path / "run"
+    arguments = ["tinyexperts", *command(run, "--timeout-seconds", 8)]
+    with (
+        started(arguments, environment(0, 2, port)) as first,
+        started(arguments, environment(1, 2, port)) as second,
+    ):
+        wait_for_lines(run, 3, first)
+        os.kill(second.pid, signal.SIGSTOP)
+        _, said = first.communicate(timeout=60)
+    assert first.returncode == 1
     assert "tinyexperts: rank 1 of 2 did not answer in time" in said
     assert "Traceback" not in said
 
@@ -150,7 +162,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all(make_config, file_bytes):
     last = checkpoints(config.run)[-1]
     last.rename(last.with_name("step-00000004.partial"))  # as a kill would have left it
     before = load_model(config.run).state_dict()
-    mp.start_processes(have_no_room, args=(2, free_port(), config, file_bytes), nprocs=2)
+    on_ranks(have_no_room, 2, 2, free_port(), config, file_bytes)
     assert [path.name for path in (config.run / "checkpoints").iterdir()] == ["step-00000002"]
     after = load_model(config.run).state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -160,7 +172,7 @@ def test_bad_input_is_told_by_every_rank(make_config, tmp_path):
     config = make_config(model={"d_model": 128})
 
     def refused(configs, message, resume=False):
-        mp.start_processes(be_refused, args=(2, free_port(), configs, message, resume), nprocs=2)
+        on_ranks(be_refused, 2, 2, free_port(), configs, message, resume)
 
     changed = dataclasses.replace(config, seed=1)
     refused([config, changed], r"started with one configuration: that of rank \d .* is not that of rank \d")

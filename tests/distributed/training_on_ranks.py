@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from ranks import environment
@@ -21,8 +22,8 @@ TABLE = "model.blocks.1.feed_forward.experts"
 def save_again(rank: int, num_ranks: int, port: int, config: TrainConfig, output: Path, file_bytes: int) -> None:
     """Load the last checkpoint of a run and write it elsewhere, without a step between."""
     os.environ |= environment(rank, num_ranks, port)
-    checkpoint_files.FILE_BYTES = file_bytes
-    with joined(config) as ranks:
+    with pytest.MonkeyPatch.context() as patch, joined(config) as ranks:
+        patch.setattr(checkpoint_files, "FILE_BYTES", file_bytes)
         run = loop._prepare(config, ranks)
         state = load_checkpoint(checkpoints(config.run)[-1], run.model, run.optimizers, ranks=ranks)
         save_checkpoint(output, state["step"], run.model, run.optimizers, state, keep=1, ranks=ranks)

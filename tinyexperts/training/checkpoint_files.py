@@ -48,10 +48,13 @@ def on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
         done = work()
     except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
         problem = reason(error)
+        if ranks.size > 1:
+            failed = isinstance(error, dcp.api.CheckpointException) and error.failures  # by rank; raised on all
+            problem += f" on rank {next(iter(failed), ranks.rank) if failed else ranks.rank}"
     told = ranks.all_of((problem, done))
-    for rank, (why, _) in enumerate(told):
+    for why, _ in told:
         if why is not None:
-            raise Unwritten(why if ranks.size == 1 else f"{why} on rank {rank}")
+            raise Unwritten(why)
     return [result for _, result in told]
 
 
@@ -108,7 +111,7 @@ def reason(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
-    if isinstance(error, SafetensorError) and (told := re.search(r'message: "([^"]*)"', str(error))):
+    if isinstance(error, SafetensorError) and (told := re.search(r"I/O error: (.*) \(os error", str(error))):
         return told[1]
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

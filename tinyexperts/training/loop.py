@@ -367,7 +367,10 @@ def _resume_command(ranks: Ranks) -> str:
 
 
 def _command(ranks: Ranks, arguments: list[str]) -> str:
-    """What starts the run; how torchrun finds its nodes is left to the reader."""
+    """What starts the run; how torchrun finds its nodes is left to the reader.
+
+    Without the two dashes torchrun would take --run for the beginning of an option of its own.
+    """
     if ranks.size == 1:
         return shlex.join(["tinyexperts", *arguments])
-    return shlex.join(["torchrun", "--nproc-per-node", str(ranks.size), "-m", "tinyexperts", *arguments])
+    return shlex.join(["torchrun", "--nproc-per-node", str(ranks.size), "-m", "--", "tinyexperts", *arguments])
