@@ -131,39 +131,20 @@ def _plan(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
 
 def _print_plans(devices: training.Devices, plans: list[training.MeshPlan], tokens_per_step: int) -> None:
     gib = 2**30
-    table = Table(
-        title=f"GiB a rank, GB sent a step, seconds a step; {devices.count} x {devices.memory_bytes / gib:.1f} GiB",
-        title_justify="left",
-    )
-    table.add_column("replicate x table", no_wrap=True)
-    for column in (
-        "weights",
-        "gathered",
-        "gradients",
-        "moments",
-        "activations",
-        "total",
-        "sent",
-        "arithmetic",
-        "memory",
-        "exchanges",
-        "step",
-        "tokens/s",
-    ):
-        table.add_column(column, justify="right")
-    table.add_column("fits")
+    table = Table(title=f"{devices.count} devices of {devices.memory_bytes / gib:.1f} GiB", title_justify="left")
+    table.add_column("mesh (replicate x table)", no_wrap=True)
     for mesh in plans:
-        table.add_row(
-            f"{mesh.replicate} x {mesh.table}",
-            *(f"{value / gib:.2f}" for value in (*vars(mesh.memory).values(), mesh.memory.total)),
-            f"{mesh.exchanges.total / 1e9:.2f}",
-            *(
-                f"{value:.3g}"
-                for value in (mesh.compute_seconds, mesh.memory_seconds, mesh.exchange_seconds, mesh.step_seconds)
-            ),
-            f"{tokens_per_step / mesh.step_seconds:,.0f}",
-            "yes" if mesh.fits(devices) else "no",
-        )
+        table.add_column(f"{mesh.replicate} x {mesh.table}", justify="right")
+    for name in ("weights", "gathered", "gradients", "moments", "activations", "total"):
+        table.add_row(f"{name}, GiB a rank", *(f"{getattr(mesh.memory, name) / gib:.2f}" for mesh in plans))
+    table.add_row("fits", *("yes" if mesh.fits(devices) else "no" for mesh in plans), end_section=True)
+    for name, sent in (("for the dense part", "dense_part"), ("by columns", "columns"), ("to replicas", "replicas")):
+        table.add_row(f"sent {name}, MB a step", *(f"{getattr(mesh.exchanges, sent) / 1e6:,.1f}" for mesh in plans))
+    table.add_row("TFLOPs a rank and step", *(f"{mesh.flops / 1e12:.3g}" for mesh in plans), end_section=True)
+    for name in ("compute", "memory", "exchange", "step"):
+        table.add_row(f"{name}, ms a step", *(f"{1e3 * getattr(mesh, name + '_seconds'):.3g}" for mesh in plans))
+    table.add_row("ruled by", *(mesh.bound for mesh in plans))
+    table.add_row("tokens a second", *(f"{tokens_per_step / mesh.step_seconds:,.0f}" for mesh in plans))
     console = Console()
     console.print(table)
     fitting = [mesh for mesh in plans if mesh.fits(devices)]

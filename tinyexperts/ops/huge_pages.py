@@ -16,7 +16,8 @@ _LEAST_BYTES = 1 << 24
 def prefer_huge_pages(tensor: Tensor) -> Tensor:
     """Ask for huge pages behind a tensor that has not been written yet; returns it. Elsewhere it does nothing."""
     num_bytes = tensor.numel() * tensor.element_size()
-    if sys.platform == "linux" and tensor.device.type == "cpu" and num_bytes >= _LEAST_BYTES:
+    has_memory = type(tensor) is Tensor and tensor.device.type == "cpu"  # a fake one has none
+    if sys.platform == "linux" and has_memory and num_bytes >= _LEAST_BYTES:
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = (tensor.data_ptr() + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
         # Advice only: where the system has no huge pages the call fails, and nothing is lost.

@@ -99,6 +99,8 @@ class MeshPlan:
     table: int
     memory: Memory
     exchanges: Exchanges
+    flops: float
+    """Of one rank in a step"""
     compute_seconds: float
     memory_seconds: float
     exchange_seconds: float
@@ -196,12 +198,14 @@ def _plan_of_mesh(
     memory = _memory(config, sizes, num_ranks, num_shards, micro_tokens, sparse_tables)
     exchanges = _exchanges(sizes, num_ranks, num_shards, num_replicas, micro_tokens)
     exchanges = Exchanges(**{name: config.gradient_accumulation * value for name, value in vars(exchanges).items()})
+    flops = 3 * sizes.forward_flops * step_tokens
     return MeshPlan(
         replicate=num_replicas,
         table=num_shards,
         memory=memory,
         exchanges=exchanges,
-        compute_seconds=3 * sizes.forward_flops * step_tokens / (devices.flops * UTILISATION),
+        flops=flops,
+        compute_seconds=flops / (devices.flops * UTILISATION),
         memory_seconds=_moved_bytes(config, sizes, num_ranks, num_shards, step_tokens, sparse_tables)
         / devices.memory_speed,
         exchange_seconds=exchanges.total / devices.link_speed,
