@@ -126,7 +126,7 @@ def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(com
 
 def test_a_rank_that_hangs_is_named(command, tmp_path):
     port, run = free_port(), tmp_path / "run"
-    arguments = ["tinyexperts", *command(run, "--timeout-seconds", 8)]
+    arguments = ["tinyexperts", *command(run, "--timeout-seconds", 5)]
     with (
         started(arguments, environment(0, 2, port)) as first,
         started(arguments, environment(1, 2, port)) as second,

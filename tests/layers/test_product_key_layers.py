@@ -280,6 +280,6 @@ def test_a_norm_that_was_replaced_is_applied(query_norm):
 @pytest.mark.parametrize("make", [PEER, ProductKeyMemory])
 def test_the_memory_of_parameters_stays_their_owners_to_shrink(make):
     """As FSDP2 does with what it has gathered; a view of a parameter by numpy() would forbid it for good."""
-    layer = make(16, 64, num_heads=2, query_dim=4)
+    layer = make(16, 32**2, num_heads=2, query_dim=4)
     layer(torch.randn(3, 16)).sum().backward()
     assert all(parameter.untyped_storage().resizable() for parameter in layer.parameters())

@@ -427,6 +427,7 @@ print(json.dumps({"package": tinyexperts.__file__, "cache": cpu._forward.stats.c
 """
 
 
+@pytest.mark.slow
 def test_an_installation_that_can_not_be_written_computes(tmp_path):
     copy = tmp_path / "site" / "tinyexperts"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -504,6 +505,7 @@ print(json.dumps([starts, sum(touched_rows._find_starts.stats.cache_hits.values(
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_is_compiled_anew_when_a_function_of_another_file_has_changed(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "tinyexperts", ignore=shutil.ignore_patterns("__pycache__"))
     other_file = tmp_path / "tinyexperts" / "ops" / "cpu_threads.py"

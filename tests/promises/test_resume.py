@@ -71,7 +71,14 @@ def assert_same_end(got, expected):
         assert torch.equal(tensors[name], tensor), name
 
 
-@pytest.mark.parametrize(("kind", "table_gradients"), [("peer", "sparse"), ("peer", "dense"), ("moe", "auto")])
+@pytest.mark.parametrize(
+    ("kind", "table_gradients"),
+    [
+        ("peer", "sparse"),
+        pytest.param("peer", "dense", marks=pytest.mark.slow),
+        pytest.param("moe", "auto", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_a_random_step_and_resumed(make_config, tmp_path, kind, table_gradients):
     options = {
         "num_steps": 120,
@@ -93,7 +100,7 @@ def test_killed_at_a_random_step_and_resumed(make_config, tmp_path, kind, table_
     assert_same_end(killed.run, whole.run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_resume(make_config, tmp_path, number):
     options = {"num_steps": 150, "log_every": 1, "validation_every": 100, "checkpoint_every": 1000}
     stopped = make_config(run=tmp_path / "stopped", **options)

@@ -150,7 +150,9 @@ def test_run_demo_refuses_another_budget_in_the_same_folder(output: Path) -> Non
         run_demo(DemoConfig(output=output, training_flops=1e12))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["Ctrl-C", "SIGTERM"]
+)
 def test_run_demo_interrupted_lets_children_save_and_says_how_to_go_on(output: Path, number: signal.Signals) -> None:
     (output / "hold").touch()
     command = [sys.executable, "-c", DRIVER, str(output)]

@@ -45,6 +45,8 @@ class DenseFFN(FeedForward):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal weights of variance 1 / fan-in."""
+        if self.up.weight.is_meta:
+            return
         for linear in (self.up, self.down):
             nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features), generator=generator)
 

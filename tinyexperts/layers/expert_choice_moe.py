@@ -94,6 +94,8 @@ class ExpertChoiceMoE(FeedForward):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal weights of variance 1 / fan-in; thresholds of a uniform router."""
+        if self.up.is_meta:
+            return
         for weight, fan_in in (
             (self.router.weight, self.up.shape[1]),
             (self.up, self.up.shape[1]),

@@ -59,6 +59,8 @@ class ProductKeyLayer(FeedForward):
     @torch.no_grad()
     def _draw_experts(self, std: float, generator: torch.Generator | None) -> None:
         """Normal numbers; of a shared table those of the whole one, which is drawn in parts and not kept."""
+        if self.experts.is_meta:
+            return
         if self.ranks is None:
             self.experts.normal_(std=std, generator=generator)
             return

@@ -143,6 +143,8 @@ class ProductKeyRouter(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal queries of variance 1 / D; sub-keys uniform on the unit sphere; the norm as torch makes it."""
+        if self.sub_keys.is_meta:  # torch takes 10 ms to draw nothing
+            return
         nn.init.normal_(self.query.weight, std=1 / math.sqrt(self.query.in_features), generator=generator)
         nn.init.normal_(self.sub_keys, generator=generator)
         with torch.no_grad():
