@@ -213,12 +213,16 @@ def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
     assert len(children.started) == 8
 
 
-def test_the_main_study_from_start_to_report(config, children):
-    run_study(studies.isoflop, replace(config, evaluation_tokens=64))
+@pytest.mark.parametrize("methods", [("dense", "peer"), pytest.param(METHODS, marks=pytest.mark.slow)])
+def test_the_main_study_from_start_to_report(config, children, methods):
+    def make(scale):
+        return studies.isoflop(replace(scale, layers={method: scale.layers[method] for method in methods}))
+
+    run_study(make, replace(config, evaluation_tokens=64))
     folder = StudyFolder(config.output)
     planned = [run.axes["stage"] for run in folder.planned_runs()]
-    assert planned.count("main") == 48 + 8
-    assert planned.count("tuning") > 40, "no setting of any method was better than the default"
+    assert planned.count("main") == 14 * len(methods)
+    assert planned.count("tuning") > 10 * len(methods), "no setting of any method was better than the default"
     assert all(folder.status(run).state == "done" for run in folder.planned_runs())
     for text in ("evaluation", "evaluation-poems"):
         result = json.loads((folder.run_path("peer-d16-c1e08-seed0") / f"{text}.json").read_text())
@@ -227,7 +231,7 @@ def test_the_main_study_from_start_to_report(config, children):
     assert page.count("At 3e+08 FLOPs PEER reaches a lower loss than") == 3
     assert len(list((config.output / "tables").glob("*.csv"))) == 8
     with pytest.raises(InputError, match="evaluation_tokens was 64, is None"):
-        run_study(studies.isoflop, config)
+        run_study(make, config)
 
 
 @pytest.mark.slow

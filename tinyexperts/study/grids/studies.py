@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tinyexperts.study.grids.grid import GridRun, Study
-from tinyexperts.study.grids.scales import METHODS, Scale
+from tinyexperts.study.grids.scales import Scale
 from tinyexperts.training.config import TrainConfig
 
 # What a method's tuning changes, one at a time, by which factors; dense is tuned as hard as the others. Where a factor
@@ -24,35 +24,35 @@ def isoflop(scale: Scale) -> Study:
     def tune(losses: Mapping[str, float]) -> list[GridRun]:
         return [
             _run(scale, method, width=scale.middle_width, budget=scale.budgets[0], seed=0, tuning=label, **changes)
-            for method in METHODS
+            for method in scale.layers
             for label, changes in _variants(scale, method, _FACTORS)
         ]
 
     def tune_further(losses: Mapping[str, float]) -> list[GridRun]:
         return [
             _run(scale, method, width=scale.middle_width, budget=scale.budgets[0], seed=0, tuning=label, **changes)
-            for method in METHODS
+            for method in scale.layers
             for label, changes in _further_variants(scale, method, losses)
         ]
 
     def measure(losses: Mapping[str, float]) -> list[GridRun]:
-        best = {method: _best_settings(scale, method, losses) for method in METHODS}
+        best = {method: _best_settings(scale, method, losses) for method in scale.layers}
         return [
             _run(scale, method, width=width, budget=budget, seed=seed, **best[method])
             for budget in scale.budgets
             for seed in scale.seeds
             for width in scale.widths[budget]
-            for method in METHODS
+            for method in scale.layers
         ]
 
     def extend(losses: Mapping[str, float]) -> list[GridRun]:
         if scale.last_budget is None:
             return []
-        best = {method: _best_settings(scale, method, losses) for method in METHODS}
+        best = {method: _best_settings(scale, method, losses) for method in scale.layers}
         return [
             _run(scale, method, width=width, budget=scale.last_budget, seed=seed, **best[method])
             for seed in scale.seeds
-            for method in METHODS
+            for method in scale.layers
             if (width := _best_width(scale, method, losses)) is not None
         ]
 
