@@ -21,7 +21,7 @@ from ranks import environment, free_port, on_ranks, train_on_ranks
 from safetensors.torch import load_file
 
 from tinyexperts.errors import InputError
-from tinyexperts.training import checkpoint_files, load_model, train
+from tinyexperts.training import LostRank, checkpoint_files, load_model, train
 from tinyexperts.training.checkpoint import checkpoints
 from tinyexperts.training.run_folder import read_config
 
@@ -196,6 +196,22 @@ def test_a_mesh_and_a_backend_that_cannot_be_had_are_told(make_config, monkeypat
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="backend nccl needs GPUs, and there is none"):
             train(make_config(backend="nccl"), progress=False)
+    with pytest.raises(InputError, match="backend nccl is for --device cuda, got cpu"):
+        train(make_config(backend="nccl", device="cpu"), progress=False)
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(InputError, match="number of ranks, 6, got 2 x 2"):
         train(make_config(mesh=(2, 2)), progress=False)
+
+
+def test_ranks_that_do_not_come_are_told(make_config, monkeypatch):
+    config = make_config(timeout_seconds=1.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=r"WORLD_SIZE is 2, but this is not how torchrun starts a rank: .*expected"):
+        train(config, progress=False)
+    for name, value in environment(0, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LostRank, match="not all 2 ranks came within 1 s"):
+        train(config, progress=False)
+    assert not config.run.exists()

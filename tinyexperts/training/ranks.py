@@ -126,8 +126,8 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     """The ranks of this run, while they are joined; waits for all of them.
 
     Raises:
-        InputError: the mesh is not that of the ranks, the backend can't be had, or the ranks were started with
-            different configurations.
+        InputError: the mesh is not that of the ranks, the backend can't be had, the environment is not that of
+            torchrun, or the ranks were started with different configurations.
         LostRank: one did not come.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -139,11 +139,17 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(seconds=config.timeout_seconds)
-    store, rank, _ = next(rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     # Small things that ranks tell each other go over gloo always.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
-    dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=timeout)
+    except ValueError as error:
+        raise InputError(f"WORLD_SIZE is {size}, but this is not how torchrun starts a rank: {error}") from None
+    except RuntimeError as error:
+        reason = next(line for line in str(error).splitlines() if line.strip())
+        raise LostRank(f"not all {size} ranks came within {config.timeout_seconds:g} s ({reason})") from error
     try:
         mesh = init_device_mesh("cuda" if backend == "nccl" else "cpu", shape, mesh_dim_names=("replicate", "table"))
         groups = RankGroups(
@@ -187,6 +193,8 @@ def mesh_shape(config: TrainConfig, size: int) -> tuple[int, int]:
 
 
 def _backend(config: TrainConfig) -> str:
+    if config.backend == "nccl" and config.device not in ("auto", "cuda"):
+        raise InputError(f"backend nccl is for --device cuda, got {config.device}")
     if config.backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
         raise InputError("backend nccl needs GPUs, and there is none: use --backend gloo")
     if config.backend != "auto":
