@@ -66,7 +66,9 @@ def _ids_of_top_k(scores_1: Tensor, scores_2: Tensor, k: int) -> Tensor:
     return settled
 
 
-@torch.compiler.disable(reason="which rows tie depends on the data")  # type: ignore[no-untyped-call,untyped-decorator]
+# Which rows tie depends on the data, so this is not compiled. The public decorator, torch.compiler.disable, imports the
+# compiler at once: 2 s for everyone who imports the layer.
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _with_ties_settled(
     chosen: Tensor,
     tied_inside: Tensor,

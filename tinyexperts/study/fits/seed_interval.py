@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy import stats
+from scipy import special  # scipy.stats would take a second to import
 
 CONFIDENCE = 0.95
 Outcome = Literal["lower", "higher", "undecided"]
@@ -41,7 +41,7 @@ class SeedInterval:
         deviation = self.standard_deviation
         if deviation is None:
             return -math.inf, math.inf
-        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(self.values) - 1))
+        quantile = float(special.stdtrit(len(self.values) - 1, (1 + CONFIDENCE) / 2))
         half = quantile * deviation / math.sqrt(len(self.values))
         return self.mean - half, self.mean + half
 
