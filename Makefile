@@ -25,10 +25,10 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n 3 -m "not slow"
+	$(BIN)/pytest -n 3 --dist loadgroup -m "not slow"
 
 test-all: lint
-	$(BIN)/pytest -n 3
+	$(BIN)/pytest -n 3 --dist loadgroup
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

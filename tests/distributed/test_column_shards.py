@@ -9,6 +9,8 @@ from ranks import run_ranks
 
 from tinyexperts.ops.expert_mlp import columns_cpu, portable
 
+pytestmark = pytest.mark.xdist_group("ranks")  # they share the processes that `ranks` keeps
+
 
 @pytest.mark.parametrize(
     ("num_ranks", "num_shards", "portably"),

@@ -31,6 +31,8 @@ from tinyexperts.study.reports.study_report import write_study_report
 from tinyexperts.study.reports.table import Table
 from tinyexperts.training import TrainConfig, recipes
 
+pytestmark = pytest.mark.xdist_group("study report")  # its folder and its page take seconds to make
+
 # Per method: by how much it is better than dense at any budget, in nats, and how far its seeds lie apart.
 ADVANTAGE = {"dense": 0.0, "moe": 0.03, "pkm": 0.05, "peer": 0.05}
 NOISE = {0: -0.004, 1: 0.001, 2: 0.003}
@@ -101,6 +103,12 @@ def isoflop(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def isoflop_page(isoflop):
+    """Its report, with the tables beside it."""
+    return write_study_report(isoflop, command="tinyexperts study isoflop")
+
+
 def rows_of(folder, name):
     with (folder.path / "tables" / f"{name}.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -139,8 +147,8 @@ def test_each_method_stands_at_its_own_best_size(isoflop):
     assert analysis.best("peer", 3e13) is not lacking
 
 
-def test_the_report_is_whole_and_escaped(isoflop):
-    page = write_study_report(isoflop, command="tinyexperts study isoflop").read_text(encoding="utf-8")
+def test_the_report_is_whole_and_escaped(isoflop, isoflop_page):
+    page = isoflop_page.read_text(encoding="utf-8")
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
     assert "How often data was repeated is not known" in page
@@ -150,8 +158,8 @@ def test_the_report_is_whole_and_escaped(isoflop):
     assert "### Perplexity of each method at its own best size" in markdown
 
 
+@pytest.mark.usefixtures("isoflop_page")
 def test_the_tables_hold_what_was_measured(isoflop):
-    write_study_report(isoflop, command="x")
     points, _ = read_points(isoflop)
     analysis = IsoFlopAnalysis(points)
     row = next(row for row in rows_of(isoflop, "perplexity") if (row["FLOPs"], row["method"]) == ("1e+13", "PEER"))
@@ -203,8 +211,8 @@ def test_the_residuals_are_those_of_the_law_and_tell_a_run_astray(isoflop):
     assert residuals(few) is None
 
 
+@pytest.mark.usefixtures("isoflop_page")
 def test_every_row_has_its_command(isoflop):
-    write_study_report(isoflop, command="x")
     commands = {row["run"]: row["command"] for row in rows_of(isoflop, "commands")}
     points, _ = read_points(isoflop)
     for group in IsoFlopAnalysis(points).groups:
@@ -272,16 +280,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_the_report_in_a_browser(isoflop):
+def test_the_report_in_a_browser(isoflop_page):
     sync_api = pytest.importorskip("playwright.sync_api")
-    page_file = write_study_report(isoflop, command="x")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 390, "height": 900})
         errors = []
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("request", lambda request: errors.append(request.url) if not request.url.startswith("file:") else None)
-        page.goto(page_file.as_uri())
+        page.goto(isoflop_page.as_uri())
         sizes = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         texts = page.evaluate(
             "[...document.querySelectorAll('figure svg')].map(svg => svg.querySelectorAll('text').length)"
