@@ -195,6 +195,7 @@ def test_the_tables_hold_what_was_measured(isoflop):
     assert len(rows_of(isoflop, "scaling-law")) == 4
 
 
+@pytest.mark.usefixtures("isoflop_page")
 def test_the_residuals_are_those_of_the_law_and_tell_a_run_astray(isoflop):
     points, _ = read_points(isoflop)
     analysis = IsoFlopAnalysis(points)
