@@ -156,9 +156,12 @@ def test_a_checkpoint_cut_short_on_one_rank_is_not_taken_for_good(make_config, t
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("file_bytes", [checkpoint_files.FILE_BYTES, 5_000])
-def test_a_full_disk_on_one_rank_is_told_by_all(make_config, file_bytes):
+@pytest.mark.parametrize(
+    ("file_bytes", "asynchronous"), [(checkpoint_files.FILE_BYTES, False), (5_000, False), (5_000, True)]
+)
+def test_a_full_disk_on_one_rank_is_told_by_all(make_config, file_bytes, asynchronous):
     options = {"model": {"d_model": 128}, "num_steps": 4, "checkpoint_every": 2}
+    options["asynchronous_checkpoints"] = asynchronous
     config = make_config(**options)
     train_on_ranks([config], 2)
     last = checkpoints(config.run)[-1]

@@ -89,9 +89,8 @@ def test_ranks_train_what_one_process_trains(make, num_ranks, mesh, only):
         assert described[0]["num_ranks"] == num_ranks
 
 
-def tensors(run):
-    """All tensors of the last checkpoint, whole."""
-    folder = checkpoints(run)[-1]
+def tensors(folder):
+    """All tensors of a checkpoint, whole."""
     entries = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     whole = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     with checkpoint_files.one_process_is_meant():
@@ -130,18 +129,30 @@ def test_any_number_of_ranks_goes_on_from_the_checkpoint_of_any_other(make, grad
 def test_a_checkpoint_of_two_ranks_is_that_of_one_and_of_four_to_the_bit(make, tmp_path, file_bytes):
     config = make("run", num_steps=3)
     train_on_ranks([config], 2)
-    expected = tensors(config.run)
+    expected = tensors(checkpoints(config.run)[-1])
     assert f"optimizer.{TABLE.removeprefix('model.')}.exp_avg" in expected
     for num_ranks in (1, 2, 4):
         output = tmp_path / f"again on {num_ranks}"
         alike = dataclasses.replace(config, mesh=None)
         on_ranks(save_again, num_ranks, num_ranks, free_port(), alike, output, file_bytes)
-        found = tensors(output)
+        found = tensors(checkpoints(output)[-1])
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             assert torch.equal(tensor, expected[name]), name
         files = {path.name for path in checkpoints(output)[-1].glob(f"{TABLE}*.safetensors")}
         assert bool(files) == (file_bytes == 5_000)
+
+
+def test_checkpoints_written_beside_the_training_are_those_that_are_waited_for(make):
+    options = {"num_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 5}
+    waiting, beside = make("waiting", **options), make("beside", **options, asynchronous_checkpoints=True)
+    train_on_ranks([waiting, beside], 2)
+    assert len(checkpoints(waiting.run)) == 3
+    for ours, theirs in zip(checkpoints(beside.run), checkpoints(waiting.run), strict=True):
+        assert ours.name == theirs.name
+        found, expected = tensors(ours), tensors(theirs)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_table_written_by_columns_is_read_by_rows_and_whole(make):

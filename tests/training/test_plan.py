@@ -101,9 +101,9 @@ def test_the_command_says_which_mesh_fits(run_cli):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures by /proc")
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize(("kind", "least", "most"), [("tables", 0.85, 1.15), ("activations", 1.0, 1.75)])
-def test_the_memory_of_a_plan_is_what_a_run_takes(tiny_data, tmp_path, num_ranks, kind, least, most):
-    """Within 15 % where tables rule; where activations do, the backward pass's temporary tensors come on top."""
+@pytest.mark.parametrize("kind", ["tables", "activations"])
+def test_the_memory_of_a_plan_is_what_a_run_takes(tiny_data, tmp_path, num_ranks, kind):
+    """Within 15 %, whether tables or activations rule; malloc gives back what is freed, as it does not of itself."""
     recipe = recipes.peer()
     layer = dataclasses.replace(recipe.model.sparse_layer, num_experts=512**2 if kind == "tables" else 128**2)
     model = dataclasses.replace(recipe.model, d_model=256, vocab_size=300, sparse_layer=layer)
@@ -130,7 +130,7 @@ def test_the_memory_of_a_plan_is_what_a_run_takes(tiny_data, tmp_path, num_ranks
     ranks = [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("memory_of_a_run.py")), *map(str, paths)],
-            env=os.environ | environment(rank, num_ranks, port),
+            env=os.environ | environment(rank, num_ranks, port) | {"MALLOC_MMAP_THRESHOLD_": "65536"},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -140,4 +140,4 @@ def test_the_memory_of_a_plan_is_what_a_run_takes(tiny_data, tmp_path, num_ranks
     planned = plan(config, devices(f"{num_ranks}x80GB"))[0].memory
     print(f"\n{num_ranks} ranks, {kind}: planned {planned.total / 2**20:.0f} MiB {planned}, measured {measured}")
     for peak in measured:
-        assert least < peak / planned.total < most
+        assert 0.85 < peak / planned.total < 1.15

@@ -1,17 +1,22 @@
 """What a run would take on several devices: memory, exchanges, FLOPs and time of a step, for every mesh of them.
 
-Weights and moments are counted; what a forward pass keeps for the backward one is counted too, by running one of a
+Weights and moments are counted; the activations of a forward and a backward pass are counted too, by running one of a
 sequence without data (fake tensors). Speeds are assumed, and so are the estimates of time.
 """
 
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers import ProductKeyLayer
@@ -278,7 +283,7 @@ def _sizes(config: TrainConfig) -> _Sizes:
     tables = set(split_parameters(model).tables.values())
     blocks = [sum(p.numel() for p in block.parameters() if p not in tables) for block in model.blocks]
     total = sum(parameter.numel() for parameter in model.parameters() if parameter not in tables)
-    one, two = (_kept_bytes(config, num_sequences) for num_sequences in (1, 2))
+    one, two = (_peak_bytes(config, num_sequences) for num_sequences in (1, 2))
     return _Sizes(
         blocks=sum(blocks),
         largest_block=max(blocks),
@@ -298,20 +303,42 @@ def _sizes(config: TrainConfig) -> _Sizes:
     )
 
 
-def _kept_bytes(config: TrainConfig, num_sequences: int) -> int:
-    """What a forward pass keeps for the backward pass, parameters left out."""
-    kept: dict[object, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with FakeTensorMode():
+def _peak_bytes(config: TrainConfig, num_sequences: int) -> int:
+    """The most that a forward and a backward pass hold at once, but for parameters and sparse gradients of tables."""
+    # Tables' gradients have as many rows as the data makes them touch: a size that is a symbol here.
+    with FakeTensorMode(shape_env=ShapeEnv()):
         model = Transformer(config.model, sparse_tables=True)
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         tokens = torch.zeros(num_sequences, config.model.context_length, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model.loss(tokens, tokens)
-        assert loss.requires_grad  # keeps what was kept
-    return sum(count for storage, count in kept.items() if storage not in own)
+        with _LiveBytes() as live:
+            model.loss(tokens, tokens).backward()
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators make, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._now = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self._now)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size, key = storage.nbytes(), storage._cdata
+        if isinstance(size, int) and key not in self._sizes:
+            self._sizes[key] = size
+            self._now += size
+            weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
