@@ -9,8 +9,6 @@ from ranks import run_ranks
 
 from tinyexperts.ops.expert_mlp import columns_cpu, portable
 
-pytestmark = pytest.mark.xdist_group("ranks")  # they share the processes that `ranks` keeps
-
 
 @pytest.mark.parametrize(
     ("num_ranks", "num_shards", "portably"),

@@ -25,8 +25,6 @@ from tinyexperts.training import LostRank, checkpoint_files, load_model, train
 from tinyexperts.training.checkpoint import checkpoints
 from tinyexperts.training.run_folder import read_config
 
-pytestmark = pytest.mark.xdist_group("ranks")  # they share the processes that `ranks` keeps
-
 CLOCK = {"seconds", "tokens_per_second", "flops_per_second"}
 
 

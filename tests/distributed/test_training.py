@@ -17,8 +17,6 @@ from tinyexperts.layers import ProductKeyLayer
 from tinyexperts.training import checkpoint_files, load_model, train
 from tinyexperts.training.checkpoint import checkpoints
 
-pytestmark = pytest.mark.xdist_group("ranks")  # they share the processes that `ranks` keeps
-
 D = 256
 
 

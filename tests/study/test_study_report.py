@@ -31,8 +31,6 @@ from tinyexperts.study.reports.study_report import write_study_report
 from tinyexperts.study.reports.table import Table
 from tinyexperts.training import TrainConfig, recipes
 
-pytestmark = pytest.mark.xdist_group("study report")  # its folder and its page take seconds to make
-
 # Per method: by how much it is better than dense at any budget, in nats, and how far its seeds lie apart.
 ADVANTAGE = {"dense": 0.0, "moe": 0.03, "pkm": 0.05, "peer": 0.05}
 NOISE = {0: -0.004, 1: 0.001, 2: 0.003}
