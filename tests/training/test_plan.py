@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import TypeAdapter
 from ranks import environment, free_port
@@ -52,6 +54,29 @@ def test_a_token_sends_what_the_formula_says():
     assert forward == 4 * (2 * 1024 * 7 / 8 + 3 * 128 * 7) + 4 * 128 * 7
     assert backward == 4 * (2 * 1024 * 7 / 8 + 2 * 128 * 7)
     assert column_bytes_of_token(128, 2, 1024, 1) == (0, 0)
+
+
+def test_the_widths_above_which_columns_send_less_than_rows_are_those_of_the_guide():
+    """The guide's formulas, and its R: the other ranks that hold one of a token's P experts at least."""
+    guide = Path(__file__).parents[2].joinpath("docs/how-to/several-processes.md").read_text()
+    (first, rest) = re.search(r"for D above (\d+) at T = 8, (.*?)\. Columns", guide).groups()
+    widths = {8: int(first), **{int(t): int(d) for d, t in re.findall(r"above (\d+) at (\d+)", rest)}}
+    assert widths.keys() == {8, 64, 512}
+    retrieved, draw = 128, np.random.default_rng(0)
+    for num_ranks, width in widths.items():
+        others = num_ranks - 1
+        holders = others * (1 - (1 - 1 / num_ranks) ** retrieved)
+        drawn = [len(set(draw.integers(num_ranks, size=retrieved)) - {0}) for _ in range(2000)]
+        assert np.mean(drawn) == pytest.approx(holders, rel=0.01)
+
+        def by_columns(width, others=others, num_ranks=num_ranks):
+            return 2 * width * others / num_ranks + 3 * retrieved * others
+
+        def by_rows(width, holders=holders, others=others, num_ranks=num_ranks):
+            return 2 * holders * width + 2 * retrieved * others / num_ranks
+
+        assert by_columns(width - 1) > by_rows(width - 1)
+        assert by_columns(width + 1) < by_rows(width + 1)
 
 
 def test_accumulation_moves_the_dense_part_again_and_keeps_the_memory(million):
