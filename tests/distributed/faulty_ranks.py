@@ -5,21 +5,56 @@ from __future__ import annotations
 import os
 import resource
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import environment
 
 from tinyexperts.errors import InputError
 from tinyexperts.training import TrainConfig, checkpoint_files, train
+from tinyexperts.training.checkpoint import CheckpointWriter
+from tinyexperts.training.ranks import joined
 
 
-def be_refused(rank: int, num_ranks: int, port: int, configs: list[TrainConfig], message: str, resume: bool) -> None:
-    """Every rank gets the sentence."""
+def be_refused(
+    rank: int,
+    num_ranks: int,
+    port: int,
+    configs: list[TrainConfig],
+    message: str,
+    resume: tuple[bool, ...],
+    attempt: dict[str, str] | None = None,
+) -> None:
+    """Every rank gets the sentence; configurations and resumption are dealt out in turns."""
     os.environ |= environment(rank, num_ranks, port)
-    with pytest.raises(InputError, match=message):
-        train(configs[rank % len(configs)], resume=resume, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (attempt or {}).items():
+            patch.setenv(name, value)
+        with pytest.raises((InputError, OSError), match=message):
+            train(configs[rank % len(configs)], resume=resume[rank % len(resume)], progress=False)
+
+
+def start_again(rank: int, num_ranks: int, port: int, config: TrainConfig, attempt: dict[str, str]) -> None:
+    """As torchrun does when a rank has died: by the same command."""
+    os.environ |= environment(rank, num_ranks, port)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in attempt.items():
+            patch.setenv(name, value)
+        train(config, progress=False)
+
+
+def see_time_outs(rank: int, num_ranks: int, port: int, config: TrainConfig) -> None:
+    """Of all groups, and of that which writes checkpoints beside the training."""
+    os.environ |= environment(rank, num_ranks, port)
+    with joined(config) as ranks:
+        writer = CheckpointWriter(config.run, keep=1, ranks=ranks, asynchronous=True)
+        groups = [ranks.groups.tokens, ranks.groups.columns, ranks.groups.replicas, writer._ranks.groups.tokens]
+        assert [group.size() for group in groups] == [4, 2, 2, 4]
+        time_outs = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+        assert time_outs == [timedelta(seconds=config.timeout_seconds)] * 4
 
 
 def die_while_writing(rank: int, num_ranks: int, port: int, config: TrainConfig, step: int) -> None:

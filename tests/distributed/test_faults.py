@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
-from faulty_ranks import be_refused, die_while_writing, have_no_room
+from faulty_ranks import be_refused, die_while_writing, have_no_room, see_time_outs, start_again
 from ranks import environment, free_port, on_ranks, train_on_ranks
 from safetensors.torch import load_file
 
@@ -174,19 +175,46 @@ def test_a_full_disk_on_one_rank_is_told_by_all(make_config, file_bytes, asynchr
 def test_bad_input_is_told_by_every_rank(make_config, tmp_path):
     config = make_config(model={"d_model": 128})
 
-    def refused(configs, message, resume=False):
+    def refused(configs, message, resume=(False,)):
         on_ranks(be_refused, 2, 2, free_port(), configs, message, resume)
 
     changed = dataclasses.replace(config, seed=1)
     refused([config, changed], r"started with one configuration: that of rank \d .* is not that of rank \d")
     refused([make_config(batch_size=3, model={"d_model": 128})], "batch_size must be a multiple of the 2 ranks, got 3")
+    message = r"all ranks must be started with --resume, or none; got it on 1 of 2 alone"
+    refused([config], message, resume=(False, True))
     narrow = make_config(mesh=(1, 2), model={"d_model": 64})
     refused([narrow], "a table of 64 columns can't be shared by 2 ranks")
     assert not config.run.exists()
+    wide = make_config(model={"d_model": 256})
+    meshes = [dataclasses.replace(wide, mesh=mesh) for mesh in ((2, 2), (1, 4))]
+    on_ranks(be_refused, 4, 4, free_port(), meshes, "started with one configuration", (False,))
     train_on_ranks([config], 2)
     refused([config], "exists: add --resume to go on with it")
     next(checkpoints(config.run)[-1].glob("shard-00002*.safetensors")).unlink()
-    refused([config], "lacks its file shard-00002", resume=True)
+    refused([config], "lacks its file shard-00002", resume=(True,))
+
+
+def test_ranks_started_again_go_on_with_their_own_run_only(make_config):
+    config, port = make_config(model={"d_model": 128}, num_steps=4), free_port()
+    of_launcher = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    attempts = [{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(n)} for n in range(3)]
+    train_on_ranks([config], 2)
+    for attempt in attempts[:2]:
+        on_ranks(be_refused, 2, 2, port, [config], "exists: add --resume to go on with it", (False,), attempt)
+    of_launcher.delete_key("tinyexperts/refused")  # as if another rank's death had ended the attempt before
+    on_ranks(start_again, 2, 2, port, config, attempts[2])
+
+
+def test_every_group_of_ranks_gives_up_after_the_time_out(make_config):
+    config = make_config(model={"d_model": 128}, mesh=(2, 2), timeout_seconds=7.0)
+    on_ranks(see_time_outs, 4, 4, free_port(), config)
+
+
+def test_what_one_rank_cannot_write_all_are_told(make_config, tmp_path):
+    tmp_path.joinpath("file").write_text("no folder")
+    config = make_config(model={"d_model": 128}, run=tmp_path / "file" / "run")
+    on_ranks(be_refused, 2, 2, free_port(), [config], "Not a directory", (False,))
 
 
 def test_a_mesh_and_a_backend_that_cannot_be_had_are_told(make_config, monkeypatch):

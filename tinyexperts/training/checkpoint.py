@@ -66,7 +66,7 @@ def save_checkpoint(
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, one after the other.
+    """Writes the checkpoints of a run, one after the other; left, it waits for the last of them.
 
     asynchronous: in a thread of its own, from a copy of all tensors; what the ranks then tell each other goes over a
         gloo group of its own
@@ -75,10 +75,18 @@ class CheckpointWriter:
     def __init__(self, run: Path, *, keep: int, ranks: Ranks, asynchronous: bool) -> None:
         self._run, self._keep, self._ranks, self._asynchronous = run, keep, ranks, asynchronous
         if asynchronous and ranks.groups is not None:
-            own_group = dist.new_group(backend="gloo")
+            own_group = dist.new_group(backend="gloo", timeout=ranks.timeout)
             self._ranks = replace(ranks, groups=replace(ranks.groups, tokens=own_group))
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Not where a rank is lost, which would be waited for in vain.
+        if kind is None or issubclass(kind, InputError):
+            self.wait()
 
     def save(self, step: int, model: nn.Module, optimizers: Sequence[Optimizer], state: dict[str, Any]) -> None:
         """Write the checkpoint of a step, or begin to when the one before is written.

@@ -68,7 +68,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dic
     small = {name: tensor for name, tensor in tensors.items() if name not in large}
     on_all(ranks, lambda: _write_large(large, folder, ranks))
     on_all(ranks, lambda: _write_small(small, folder, ranks))
-    written = sorted(path.name for path in folder.iterdir())
+    written = on_all(ranks, lambda: sorted(path.name for path in folder.iterdir()))[0]  # a folder may lag elsewhere
     shares = on_all(ranks, lambda: {name: sha256(folder / name) for name in written[ranks.rank :: ranks.size]})
     return {name: digest for share in shares for name, digest in sorted(share.items())}
 

@@ -81,13 +81,13 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(joined(config))
-        if ranks.restarted:  # whoever started it knew of no run yet
-            resume = ranks.all_of(resume or run_folder.is_run(config.run))[0]
-        with ranks.refused_together():
+        resume = _resumption_agreed(resume, config, ranks)
+        with ranks.begun_or_refused():
             run = _prepare(config, ranks)
             _claim_folder(run, resume, stack)
         state: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
-        if resume and (found := checkpoints(config.run)):  # none where the run was cut off before its first
+        # None where the run was cut off before its first; the first rank's, since a folder may lag elsewhere.
+        if resume and (found := ranks.all_of(checkpoints(config.run))[0]):
             state = load_checkpoint(found[-1], run.model, run.optimizers, ranks=ranks)
         if state["step"] >= run.num_steps:
             if ranks.is_first:
@@ -108,6 +108,15 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         stop = stack.enter_context(_stop_signal())
         bar.say(f"{config.run}: {run.num_steps:,} steps on {_place(run)} in {run.precision}; {run.table_choice}")
         _steps(run, state, metrics, bar, stop)
+
+
+def _resumption_agreed(resume: bool, config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether to go on from a checkpoint: as told, or where torchrun has started the ranks of a run again."""
+    told = ranks.all_of((resume, ranks.restarted, run_folder.is_run(config.run)))
+    if len({asked for asked, _, _ in told}) > 1:
+        with_it = ", ".join(str(rank) for rank, (asked, _, _) in enumerate(told) if asked)
+        raise InputError(f"all ranks must be started with --resume, or none; got it on {with_it} of {ranks.size} alone")
+    return resume or (any(restarted for _, restarted, _ in told) and told[0][2])
 
 
 def _claim_folder(run: _Run, resume: bool, stack: ExitStack) -> None:
@@ -184,44 +193,43 @@ def _steps(
 ) -> None:
     """The loop: what `state` says was done is not done again."""
     config = run.config
-    writer = CheckpointWriter(
+    with CheckpointWriter(
         config.run, keep=config.keep_checkpoints, ranks=run.ranks, asynchronous=config.asynchronous_checkpoints
-    )
-    while state["step"] < run.num_steps:
-        started = time.perf_counter()
-        scale_learning_rates(run.optimizers, _schedule(config, state["step"], run.num_steps))
-        loss, gradient_norm = _step(run, state["step"])
-        seconds = time.perf_counter() - started
-        state["step"] += 1
-        state["seconds"] += seconds
-        state["losses"].append(loss)
-        step, is_last = state["step"], state["step"] == run.num_steps
-        done = {"num_tokens": step * config.tokens_per_step, "training_flops": step * run.flops_per_step}
-        if step % config.log_every == 0 or is_last:
-            mean_loss = math.fsum(state["losses"]) / len(state["losses"])
-            state["losses"] = []
-            speed = {
-                "tokens_per_second": config.tokens_per_step / seconds,
-                "flops_per_second": run.flops_per_step / seconds,
-            }
-            learning_rate = run.optimizers[0].param_groups[0]["lr"]
-            numbers = {"gradient_norm": gradient_norm, "learning_rate": learning_rate, "seconds": state["seconds"]}
-            if metrics is not None:
-                metrics.write("train", step, loss=mean_loss, **done, **numbers, **speed)
-            bar.update(step, loss=mean_loss, **speed)
-        if step % config.validation_every == 0 or is_last:
-            validation_loss = _validation_loss(run)
-            if metrics is not None:
-                metrics.write("validation", step, loss=validation_loss, **done, seconds=state["seconds"])
-        stopped = int(max(run.ranks.numbers(stop())))
-        if stopped or step % config.checkpoint_every == 0 or is_last:
-            _check_weights(run, step)
-            writer.save(step, run.model, run.optimizers, state)
-        if stopped or is_last:
-            writer.wait()
-        if stopped and not is_last:
-            name = signal.Signals(stopped).name
-            raise Interrupted(f"{name}: saved {config.run} at step {step}; to go on: {_resume_command(run.ranks)}")
+    ) as writer:
+        while state["step"] < run.num_steps:
+            started = time.perf_counter()
+            scale_learning_rates(run.optimizers, _schedule(config, state["step"], run.num_steps))
+            loss, gradient_norm = _step(run, state["step"])
+            seconds = time.perf_counter() - started
+            state["step"] += 1
+            state["seconds"] += seconds
+            state["losses"].append(loss)
+            step, is_last = state["step"], state["step"] == run.num_steps
+            done = {"num_tokens": step * config.tokens_per_step, "training_flops": step * run.flops_per_step}
+            if step % config.log_every == 0 or is_last:
+                mean_loss = math.fsum(state["losses"]) / len(state["losses"])
+                state["losses"] = []
+                speed = {
+                    "tokens_per_second": config.tokens_per_step / seconds,
+                    "flops_per_second": run.flops_per_step / seconds,
+                }
+                learning_rate = run.optimizers[0].param_groups[0]["lr"]
+                numbers = {"gradient_norm": gradient_norm, "learning_rate": learning_rate, "seconds": state["seconds"]}
+                if metrics is not None:
+                    metrics.write("train", step, loss=mean_loss, **done, **numbers, **speed)
+                bar.update(step, loss=mean_loss, **speed)
+            if step % config.validation_every == 0 or is_last:
+                validation_loss = _validation_loss(run)
+                if metrics is not None:
+                    metrics.write("validation", step, loss=validation_loss, **done, seconds=state["seconds"])
+            stopped = int(max(run.ranks.numbers(stop())))
+            if stopped or step % config.checkpoint_every == 0 or is_last:
+                _check_weights(run, step)
+                writer.save(step, run.model, run.optimizers, state)
+            if stopped and not is_last:
+                writer.wait()
+                name = signal.Signals(stopped).name
+                raise Interrupted(f"{name}: saved {config.run} at step {step}; to go on: {_resume_command(run.ranks)}")
 
 
 def _validation_loss(run: _Run) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from tinyexperts.errors import InputError
@@ -39,15 +39,18 @@ class LostRank(Exception):
 class Ranks:
     """The processes of a run, as seen from this one; `groups` and `mesh` are None where it is the only one.
 
-    restarted: torchrun has started them again after one had failed
+    restarted: torchrun has started them again after one had failed, and not since they had refused to begin
+    timeout: how long they wait for each other
     """
 
     rank: int = 0
     size: int = 1
     restarted: bool = False
+    timeout: timedelta | None = None
     groups: RankGroups | None = None
     mesh: DeviceMesh | None = None
     store: dist.Store | None = None
+    launch: dist.Store | None = None  # of all attempts of one torchrun
 
     @property
     def is_first(self) -> bool:
@@ -74,16 +77,29 @@ class Ranks:
         """What one rank refuses all refuse; to be entered by all, and to hold no exchange between them.
 
         Raises:
-            InputError: that of the lowest rank that has one.
+            InputError: that of the lowest rank that has one, or has an OSError, which it raises itself.
         """
-        refusal = None
+        refusal: InputError | OSError | None = None
         try:
             yield
-        except InputError as error:
+        except (InputError, OSError) as error:
             refusal = error
         sentence = next(filter(None, self.all_of(None if refusal is None else str(refusal))), None)
+        if isinstance(refusal, OSError):
+            raise refusal
         if sentence is not None:
             raise InputError(sentence) from refusal
+
+    @contextmanager
+    def begun_or_refused(self) -> Iterator[None]:
+        """As `refused_together`, for what comes before the first step: torchrun may try again, and is refused again."""
+        try:
+            with self.refused_together():
+                yield
+        except (InputError, OSError):
+            if self.launch is not None:
+                self.launch.set("refused", "")
+            raise
 
     @contextmanager
     def lost_ones_named(self) -> Iterator[None]:
@@ -142,8 +158,10 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     # Small things that ranks tell each other go over gloo always.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
     try:
-        store, rank, _ = next(rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        launch, rank, _ = next(rendezvous("env://", timeout=timeout))
+        launch = dist.PrefixStore("tinyexperts", launch)
+        restarted = restarted and not launch.check(["refused"])
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), launch)
         dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=timeout)
     except ValueError as error:
         raise InputError(f"WORLD_SIZE is {size}, but this is not how torchrun starts a rank: {error}") from None
@@ -151,20 +169,32 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
         reason = next(line for line in str(error).splitlines() if line.strip())
         raise LostRank(f"not all {size} ranks came within {config.timeout_seconds:g} s ({reason})") from error
     try:
-        mesh = init_device_mesh("cuda" if backend == "nccl" else "cpu", shape, mesh_dim_names=("replicate", "table"))
-        groups = RankGroups(
-            tokens=dist.group.WORLD,
-            columns=mesh.get_group("table"),
-            replicas=mesh.get_group("replicate") if shape[0] > 1 else None,
-        )
+        world = dist.group.WORLD
         ranks = Ranks(
-            rank=rank, size=size, restarted=restarted, groups=groups, mesh=mesh, store=dist.PrefixStore("lost", store)
+            rank=rank,
+            size=size,
+            restarted=restarted,
+            timeout=timeout,
+            groups=RankGroups(tokens=world, columns=world),
+            store=dist.PrefixStore("lost", store),
+            launch=launch,
         )
         with ranks.lost_ones_named():
-            _check_all_alike(config, ranks)
-            yield ranks
+            _check_all_alike(config, ranks)  # before the mesh: ranks of two meshes would wait for each other
+            yield _in_mesh(ranks, shape, "cuda" if backend == "nccl" else "cpu")
     finally:
         dist.destroy_process_group()
+
+
+def _in_mesh(ranks: Ranks, shape: tuple[int, int], device_type: str) -> Ranks:
+    # By hand: the groups that init_device_mesh makes wait half an hour, whatever the others' time-out.
+    places = torch.arange(ranks.size).view(shape)
+    columns, _ = dist.new_subgroups_by_enumeration(places.tolist(), timeout=ranks.timeout)
+    replicas, _ = dist.new_subgroups_by_enumeration(places.T.tolist(), timeout=ranks.timeout)
+    mesh = DeviceMesh.from_group([replicas, columns], device_type, mesh=places, mesh_dim_names=("replicate", "table"))
+    assert ranks.groups is not None
+    groups = replace(ranks.groups, columns=columns, replicas=replicas if shape[0] > 1 else None)
+    return replace(ranks, groups=groups, mesh=mesh)
 
 
 def mesh_shape(config: TrainConfig, size: int) -> tuple[int, int]:
