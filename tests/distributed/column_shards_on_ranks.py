@@ -66,7 +66,7 @@ def compare_layers(rank: int, num_shards: int, portably: bool) -> None:
 
 
 def _compare_layers(rank: int, num_shards: int, num_ranks: int, groups: RankGroups) -> None:
-    for kind, sparse in (("neurons", True), ("neurons", False), ("gated", True), ("memory", False)):
+    for kind, sparse in (("neurons", True), ("neurons", False), ("gated", True), ("memory", False), ("memory", True)):
         whole = make(kind, sparse=sparse)
         ours = make(kind, sparse=sparse, ranks=groups)
         assert torch.equal(ours.experts, part(whole.experts, rank, num_shards)), "drawn as the whole"
@@ -155,7 +155,7 @@ def refuse(rank: int) -> None:
 
 def count_elements(rank: int) -> None:
     """An all-to-all keeps the own part, a gather sends its part to all others, a reduction sends each other theirs."""
-    num_ranks, retrieved = dist.get_world_size(), 2 * 4
+    num_ranks = dist.get_world_size()
     others = num_ranks - 1
     sent = []
 
@@ -171,14 +171,17 @@ def count_elements(rank: int) -> None:
         "all_gather_single": lambda count: count * others,
         "reduce_scatter_single": lambda count: count * others // num_ranks,
     }
-    columns = 2 * D * others // num_ranks
-    layer = make("neurons", ranks=groups_of(rank, num_ranks))
-    x = torch.randn(M, D, dtype=torch.float64, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
         for name, share in shares.items():
             patch.setattr(dist, name, counted(getattr(dist, name), share))
-        y = layer(x)
-        assert sum(sent) == M * (columns + 3 * retrieved * others), "forward"
-        sent.clear()
-        y.sum().backward()
-        assert sum(sent) == M * (columns + 2 * retrieved * others), "backward"
+        # Experts that are a value read no input: their columns of y alone, and coefficients.
+        for kind, retrieved, operands, numbers in (("neurons", 2 * 4, 2, 2), ("memory", 2 * 3, 1, 1)):
+            layer = make(kind, ranks=groups_of(rank, num_ranks))
+            x = torch.randn(M, D, dtype=torch.float64, requires_grad=True)
+            columns = operands * D * others // num_ranks
+            sent.clear()
+            y = layer(x)
+            assert sum(sent) == M * (columns + (numbers + 1) * retrieved * others), f"{kind}, forward"
+            sent.clear()
+            y.sum().backward()
+            assert sum(sent) == M * (columns + numbers * retrieved * others), f"{kind}, backward"

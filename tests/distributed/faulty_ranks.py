@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from ranks import environment
 
 from tinyexperts.errors import InputError
-from tinyexperts.training import TrainConfig, checkpoint_files, train
+from tinyexperts.training import LostRank, TrainConfig, checkpoint_files, loop, train
 from tinyexperts.training.checkpoint import CheckpointWriter
 from tinyexperts.training.ranks import joined
 
@@ -26,24 +29,29 @@ def be_refused(
     configs: list[TrainConfig],
     message: str,
     resume: tuple[bool, ...],
-    attempt: dict[str, str] | None = None,
+    restarts: list[int] | None = None,
 ) -> None:
     """Every rank gets the sentence; configurations and resumption are dealt out in turns."""
     os.environ |= environment(rank, num_ranks, port)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (attempt or {}).items():
-            patch.setenv(name, value)
-        with pytest.raises((InputError, OSError), match=message):
-            train(configs[rank % len(configs)], resume=resume[rank % len(resume)], progress=False)
+    with started_by_torchrun(restarts and restarts[rank]), pytest.raises((InputError, OSError), match=message):
+        train(configs[rank % len(configs)], resume=resume[rank % len(resume)], progress=False)
 
 
-def start_again(rank: int, num_ranks: int, port: int, config: TrainConfig, attempt: dict[str, str]) -> None:
+def start_again(rank: int, num_ranks: int, port: int, config: TrainConfig, restarts: list[int]) -> None:
     """As torchrun does when a rank has died: by the same command."""
     os.environ |= environment(rank, num_ranks, port)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in attempt.items():
-            patch.setenv(name, value)
+    with started_by_torchrun(restarts[rank]):
         train(config, progress=False)
+
+
+@contextmanager
+def started_by_torchrun(restart: int | None) -> Iterator[None]:
+    """Its store outlives the attempts."""
+    with pytest.MonkeyPatch.context() as patch:
+        if restart is not None:
+            patch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+            patch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+        yield
 
 
 def see_time_outs(rank: int, num_ranks: int, port: int, config: TrainConfig) -> None:
@@ -77,15 +85,63 @@ def have_no_room(rank: int, num_ranks: int, port: int, config: TrainConfig, file
     With a small `file_bytes` it is a table's part that does not fit.
     """
     os.environ |= environment(rank, num_ranks, port)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     told = rf"step 4 could not be written \(File too large on rank {num_ranks - 1}\); the last good .*step-00000002"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_files, "FILE_BYTES", file_bytes)
-        if rank == num_ranks - 1:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, before[1]))
-        try:
-            with pytest.raises(InputError, match=told):
-                train(config, resume=True, progress=False)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        with no_file_above(4_000 if rank == num_ranks - 1 else None), pytest.raises(InputError, match=told):
+            train(config, resume=True, progress=False)
+
+
+@contextmanager
+def no_file_above(num_bytes: int | None) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if num_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def have_no_room_for_metrics(rank: int, num_ranks: int, port: int, config: TrainConfig, step: int) -> None:
+    """From a step on the first rank can't write a line; it says so of itself, and the others are told."""
+    os.environ |= environment(rank, num_ranks, port)
+
+    def limit() -> None:
+        stack.enter_context(no_file_above((config.run / "metrics.jsonl").stat().st_size + 50))
+
+    kind = OSError if rank == 0 else InputError
+    with (
+        ExitStack() as stack,
+        before_step(step, limit if rank == 0 else None),
+        pytest.raises(kind, match="File too large"),
+    ):
+        train(config, progress=False)
+
+
+def hang_at(rank: int, num_ranks: int, port: int, config: TrainConfig, victim: int, step: int) -> None:
+    """One rank goes to sleep before a step, until all others have named it."""
+    os.environ |= environment(rank, num_ranks, port)
+
+    def sleep() -> None:
+        time.sleep(2 * config.timeout_seconds + 10)
+
+    told = ".*" if rank == victim else f"rank {victim} of {num_ranks} did not answer"
+    with before_step(step, sleep if rank == victim else None), pytest.raises(LostRank, match=told):
+        train(config, progress=False)
+
+
+@contextmanager
+def before_step(step: int, act: Callable[[], None] | None) -> Iterator[None]:
+    """Meanwhile training does something else before it makes a step."""
+    make_step = loop._step
+
+    def act_and_make_step(run: Any, at: int) -> tuple[float, float]:
+        if at == step and act is not None:
+            act()
+        return make_step(run, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_step", act_and_make_step)
+        yield

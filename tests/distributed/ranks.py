@@ -30,12 +30,10 @@ _kept: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
 def on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> None:
     """Call function(rank, *arguments), a module's own, in `num_ranks` processes; what fails in one fails here."""
-    while len(_kept) < num_ranks:
-        ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        _kept.append((process, ours))
+    started = [_start() for _ in range(num_ranks - len(_kept))]
+    for rank, (_, pipe) in enumerate(started, start=len(_kept)):
+        assert _answer(rank, pipe) is None  # all are there: how long ranks wait for each other is measured from here
+    _kept.extend(started)
     called = list(enumerate(_kept[:num_ranks]))
     for rank, (_, pipe) in called:
         pipe.send((function, rank, arguments))
@@ -43,6 +41,14 @@ def on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> 
     if failures:
         dismiss()  # the others may wait for what failed
         raise AssertionError("\n".join(failures))
+
+
+def _start() -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    ours, theirs = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
 def _answer(rank: int, pipe: Connection) -> str | None:
@@ -57,6 +63,7 @@ def _answer(rank: int, pipe: Connection) -> str | None:
 
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
+    pipe.send(None)
     while True:
         try:
             function, rank, arguments = pipe.recv()

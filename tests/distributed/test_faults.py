@@ -10,14 +10,22 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from faulty_ranks import be_refused, die_while_writing, have_no_room, see_time_outs, start_again
+from faulty_ranks import (
+    be_refused,
+    die_while_writing,
+    hang_at,
+    have_no_room,
+    have_no_room_for_metrics,
+    see_time_outs,
+    start_again,
+)
 from ranks import environment, free_port, on_ranks, train_on_ranks
 from safetensors.torch import load_file
 
@@ -83,14 +91,13 @@ def wait_for_lines(run, num_lines, process):
     pytest.fail(f"the run did not start: {process.communicate()[1]}")
 
 
-def worker(torchrun, rank):
-    """The process of a rank that torchrun has started."""
+def worker(launchers, rank):
+    """The process of a rank that one of the launchers has started."""
+    parents = {str(launcher.pid) for launcher in launchers}
     for folder in Path("/proc").iterdir():
         try:
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1] if folder.name.isdigit() else ""
-            if parent == str(torchrun.pid) and f"RANK={rank}\0" in (folder / "environ").read_text().replace(
-                "LOCAL_RANK", "LOCAL"
-            ):
+            if parent in parents and f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
                 return int(folder.name)
         except OSError:
             continue  # it ended meanwhile
@@ -105,17 +112,22 @@ def outcome(run):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(command, tmp_path):
+@pytest.mark.parametrize("num_nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(command, tmp_path, num_nodes):
+    """Each node has its own torchrun, and shares no table with the other."""
     hurt = tmp_path / "hurt"
-    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "--", "tinyexperts"]
+    torchrun = ["torch.distributed.run", "--nnodes", str(num_nodes), "--nproc-per-node", str(2 // num_nodes)]
+    torchrun += ["--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
+    hosts = [["--rdzv-conf", f"is_host={int(node == 0)}", "-m", "--", "tinyexperts"] for node in range(num_nodes)]
     kill_at, victim = random.Random(time.time_ns()).randint(1, 20), time.time_ns() % 2
-    with started([*torchrun, *command(hurt)]) as launcher:
-        wait_for_lines(hurt, kill_at, launcher)
-        os.kill(worker(launcher, victim), signal.SIGKILL)
-        _, said = launcher.communicate(timeout=180)
-    assert launcher.returncode == 0, f"rank {victim} was killed at line {kill_at}: {said}"
-    whole = dataclasses.replace(read_config(hurt), run=tmp_path / "whole")
+    with ExitStack() as stack:
+        launchers = [stack.enter_context(started([*torchrun, *host, *command(hurt)])) for host in hosts]
+        wait_for_lines(hurt, kill_at, launchers[0])
+        os.kill(worker(launchers, victim), signal.SIGKILL)
+        said = [launcher.communicate(timeout=180)[1] for launcher in launchers]
+    ended = [launcher.returncode for launcher in launchers]
+    assert not any(ended), f"rank {victim} was killed at line {kill_at}: {said}"
+    whole = dataclasses.replace(read_config(hurt), run=tmp_path / "whole", mesh=(num_nodes, 2 // num_nodes))
     train_on_ranks([whole], 2)
     (metrics, tensors), (expected_metrics, expected) = outcome(hurt), outcome(whole.run)
     assert metrics == expected_metrics
@@ -138,6 +150,11 @@ def test_a_rank_that_hangs_is_named(command, tmp_path):
     assert first.returncode == 1
     assert "tinyexperts: rank 1 of 2 did not answer in time" in said
     assert "Traceback" not in said
+
+
+def test_a_rank_that_hangs_in_a_mesh_is_named_by_all_others(make_config):
+    config = make_config(model={"d_model": 128}, mesh=(2, 2), num_steps=6, timeout_seconds=3.0)
+    on_ranks(hang_at, 4, 4, free_port(), config, 2, 3)
 
 
 def test_a_checkpoint_cut_short_on_one_rank_is_not_taken_for_good(make_config, tmp_path):
@@ -172,6 +189,14 @@ def test_a_full_disk_on_one_rank_is_told_by_all(make_config, file_bytes, asynchr
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def test_a_full_disk_for_metrics_is_told_by_all(make_config):
+    config = make_config(model={"d_model": 128}, num_steps=4, log_every=1, checkpoint_every=100)
+    on_ranks(have_no_room_for_metrics, 2, 2, free_port(), config, 2)
+    train_on_ranks([config], 2, resume=True)
+    rows = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
+
+
 def test_bad_input_is_told_by_every_rank(make_config, tmp_path):
     config = make_config(model={"d_model": 128})
 
@@ -198,12 +223,11 @@ def test_bad_input_is_told_by_every_rank(make_config, tmp_path):
 def test_ranks_started_again_go_on_with_their_own_run_only(make_config):
     config, port = make_config(model={"d_model": 128}, num_steps=4), free_port()
     of_launcher = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
-    attempts = [{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(n)} for n in range(3)]
     train_on_ranks([config], 2)
-    for attempt in attempts[:2]:
+    for attempt in ([0, 0], [1, 1]):
         on_ranks(be_refused, 2, 2, port, [config], "exists: add --resume to go on with it", (False,), attempt)
     of_launcher.delete_key("tinyexperts/refused")  # as if another rank's death had ended the attempt before
-    on_ranks(start_again, 2, 2, port, config, attempts[2])
+    on_ranks(start_again, 2, 2, port, config, [0, 2])  # torchrun counts on each node by itself
 
 
 def test_every_group_of_ranks_gives_up_after_the_time_out(make_config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 
 import pytest
@@ -65,16 +66,19 @@ def routes(config):
     return found
 
 
-@pytest.mark.parametrize(("num_ranks", "mesh", "only"), [(2, (1, 2), {"sparse", "moe"}), (4, (2, 2), None)])
+@pytest.mark.parametrize(
+    ("num_ranks", "mesh", "only"), [(2, (1, 2), {"sparse", "moe"}), (2, (2, 1), {"short"}), (4, (2, 2), None)]
+)
 def test_ranks_train_what_one_process_trains(make, num_ranks, mesh, only):
     kinds = {
         "sparse": {"kind": "peer"},
+        "short": {"kind": "peer", "num_steps": 10},
         "dense gradients": {"kind": "peer", "table_gradients": "dense", "gradient_accumulation": 2, "num_steps": 10},
         "memory": {"kind": "pkm", "num_steps": 10},
         "moe": {"kind": "moe", "num_steps": 10},
         "dense": {"kind": "dense", "num_steps": 10},
     }
-    kinds = {name: options for name, options in kinds.items() if only is None or name in only}
+    kinds = {name: options for name, options in kinds.items() if name in (only or kinds.keys() - {"short"})}
     alone = {name: make(f"{name} alone", **options) for name, options in kinds.items()}
     shared = {name: make(name, **options, mesh=mesh) for name, options in kinds.items()}
     for config in alone.values():
@@ -96,9 +100,9 @@ def tensors(folder):
     return whole
 
 
-def cut_back(config, name, step):
+def cut_back(config, name, step, *, mesh):
     """A copy of a run as it was at the checkpoint of a step."""
-    copy = dataclasses.replace(config, run=config.run.with_name(name), mesh=None)
+    copy = dataclasses.replace(config, run=config.run.with_name(name), mesh=mesh)
     shutil.copytree(config.run, copy.run)
     for folder in checkpoints(copy.run):
         if folder.name != f"step-{step:08d}":
@@ -106,33 +110,30 @@ def cut_back(config, name, step):
     return copy
 
 
-@pytest.mark.parametrize("gradients", ["sparse", "dense"])
+@pytest.mark.parametrize("gradients", ["sparse", pytest.param("dense", marks=pytest.mark.slow)])
 def test_any_number_of_ranks_goes_on_from_the_checkpoint_of_any_other(make, gradients):
     options = {"num_steps": 20, "checkpoint_every": 10, "keep_checkpoints": 5, "table_gradients": gradients}
-    one = make("one", **options)
-    train(one, progress=False)
-    two, four = cut_back(one, "one to two", 10), cut_back(one, "one to four", 10)
-    train_on_ranks([two], 2, resume=True)
-    train_on_ranks([four], 4, resume=True)
-    for config in (two, four):
-        assert_same_course(config, one, after=10)
-    begun = make("two", **options)
-    train_on_ranks([begun], 2)
-    back = cut_back(begun, "two to one", 10)
-    train(back, resume=True, progress=False)
-    assert_same_course(back, one, after=10)
+    meshes = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
+    begun = {num_ranks: make(f"begun on {num_ranks}", **options, mesh=mesh) for num_ranks, mesh in meshes.items()}
+    for num_ranks, config in begun.items():
+        train_on_ranks([config], num_ranks)
+        assert_same_course(config, begun[1])
+        for others in meshes.keys() - {num_ranks}:
+            copy = cut_back(config, f"{num_ranks} to {others}", 10, mesh=meshes[others])
+            train_on_ranks([copy], others, resume=True)
+            assert_same_course(copy, begun[1], after=10)
 
 
-@pytest.mark.parametrize("file_bytes", [checkpoint_files.FILE_BYTES, 5_000])
-def test_a_checkpoint_of_two_ranks_is_that_of_one_and_of_four_to_the_bit(make, tmp_path, file_bytes):
-    config = make("run", num_steps=3)
+@pytest.mark.parametrize(("gradients", "file_bytes"), [("sparse", checkpoint_files.FILE_BYTES), ("dense", 5_000)])
+def test_a_checkpoint_of_two_ranks_is_that_of_any_number_to_the_bit(make, tmp_path, gradients, file_bytes):
+    config = make("run", num_steps=3, table_gradients=gradients, mesh=(1, 2))
     train_on_ranks([config], 2)
     expected = tensors(checkpoints(config.run)[-1])
     assert f"optimizer.{TABLE.removeprefix('model.')}.exp_avg" in expected
-    for num_ranks in (1, 2, 4):
-        output = tmp_path / f"again on {num_ranks}"
-        alike = dataclasses.replace(config, mesh=None)
-        on_ranks(save_again, num_ranks, num_ranks, free_port(), alike, output, file_bytes)
+    for mesh in ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)):
+        output, num_ranks = tmp_path / f"again on {mesh}", math.prod(mesh)
+        again = dataclasses.replace(config, mesh=mesh)
+        on_ranks(save_again, num_ranks, num_ranks, free_port(), again, output, file_bytes)
         found = tensors(checkpoints(output)[-1])
         assert found.keys() == expected.keys()
         for name, tensor in found.items():

@@ -54,6 +54,7 @@ def test_a_token_sends_what_the_formula_says():
     assert forward == 4 * (2 * 1024 * 7 / 8 + 3 * 128 * 7) + 4 * 128 * 7
     assert backward == 4 * (2 * 1024 * 7 / 8 + 2 * 128 * 7)
     assert column_bytes_of_token(128, 2, 1024, 1) == (0, 0)
+    assert column_bytes_of_token(128, 1, 1024, 8) == (backward / 2 + 8 * 128 * 7, backward / 2)
 
 
 def test_the_widths_above_which_columns_send_less_than_rows_are_those_of_the_guide():

@@ -102,9 +102,10 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
             )
         )
         metrics = None
-        if ranks.is_first:
-            metrics = run_folder.Metrics(config.run, after_step=state["step"])
-            stack.callback(metrics.close)
+        with ranks.refused_together():
+            if ranks.is_first:
+                metrics = run_folder.Metrics(config.run, after_step=state["step"])
+                stack.callback(metrics.close)
         stop = stack.enter_context(_stop_signal())
         bar.say(f"{config.run}: {run.num_steps:,} steps on {_place(run)} in {run.precision}; {run.table_choice}")
         _steps(run, state, metrics, bar, stop)
@@ -215,13 +216,11 @@ def _steps(
                 }
                 learning_rate = run.optimizers[0].param_groups[0]["lr"]
                 numbers = {"gradient_norm": gradient_norm, "learning_rate": learning_rate, "seconds": state["seconds"]}
-                if metrics is not None:
-                    metrics.write("train", step, loss=mean_loss, **done, **numbers, **speed)
+                _record(run, metrics, "train", step, loss=mean_loss, **done, **numbers, **speed)
                 bar.update(step, loss=mean_loss, **speed)
             if step % config.validation_every == 0 or is_last:
                 validation_loss = _validation_loss(run)
-                if metrics is not None:
-                    metrics.write("validation", step, loss=validation_loss, **done, seconds=state["seconds"])
+                _record(run, metrics, "validation", step, loss=validation_loss, **done, seconds=state["seconds"])
             stopped = int(max(run.ranks.numbers(stop())))
             if stopped or step % config.checkpoint_every == 0 or is_last:
                 _check_weights(run, step)
@@ -230,6 +229,13 @@ def _steps(
                 writer.wait()
                 name = signal.Signals(stopped).name
                 raise Interrupted(f"{name}: saved {config.run} at step {step}; to go on: {_resume_command(run.ranks)}")
+
+
+def _record(run: _Run, metrics: run_folder.Metrics | None, split: str, step: int, **values: float) -> None:
+    """Write a measurement; that there is no room for it all ranks are told."""
+    with run.ranks.refused_together():
+        if metrics is not None:
+            metrics.write(split, step, **values)
 
 
 def _validation_loss(run: _Run) -> float:

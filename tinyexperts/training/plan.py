@@ -184,14 +184,17 @@ def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
 def column_bytes_of_token(retrieved: int, num_vectors: int, width: int, num_shards: int) -> tuple[float, float]:
     """Bytes that a token sends to the ranks that share a table, in a forward and in a backward pass.
 
-    x and y by all-to-all; the ids, the parts of the products and the coefficients to or from all others.
+    x and y by all-to-all; the parts of the products and the coefficients to or from all others, forward the ids too.
     """
     others = num_shards - 1
-    columns = _BYTES * width * others / num_shards
-    products = _BYTES * retrieved * others
-    forward = 2 * columns + _ID_BYTES * retrieved * others + num_vectors * products
-    backward = (2 if num_vectors > 1 else 1) * columns + num_vectors * products
-    return forward, backward
+    columns = _BYTES * width * others / num_shards * _num_operands(num_vectors)
+    backward = columns + num_vectors * _BYTES * retrieved * others
+    return backward + _ID_BYTES * retrieved * others, backward
+
+
+def _num_operands(num_vectors: int) -> int:
+    """x and y, or y alone: experts that are a value read no input."""
+    return 2 if num_vectors > 1 else 1
 
 
 def _plan_of_mesh(
@@ -248,7 +251,7 @@ def _exchanges(sizes: _Sizes, num_ranks: int, num_shards: int, num_replicas: int
     for table in sizes.tables:
         columns += sum(column_bytes_of_token(table.retrieved, table.num_vectors, table.width, num_shards))
         pairs = num_shards * table.retrieved * (_ID_BYTES + table.num_vectors * _BYTES)
-        replicas += (num_replicas - 1) * (pairs + 2 * table.width * _BYTES)
+        replicas += (num_replicas - 1) * (pairs + _num_operands(table.num_vectors) * table.width * _BYTES)
     return Exchanges(
         dense_part=_BYTES * (num_ranks - 1) / num_ranks * (2 * sizes.dense + sizes.blocks),
         columns=columns * micro_tokens,

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -161,7 +162,7 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
         launch, rank, _ = next(rendezvous("env://", timeout=timeout))
         launch = dist.PrefixStore("tinyexperts", launch)
         restarted = restarted and not launch.check(["refused"])
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), launch)
+        store = dist.PrefixStore(_attempt_joined(launch, rank, size, timeout), launch)
         dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=timeout)
     except ValueError as error:
         raise InputError(f"WORLD_SIZE is {size}, but this is not how torchrun starts a rank: {error}") from None
@@ -184,6 +185,29 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
             yield _in_mesh(ranks, shape, "cuda" if backend == "nccl" else "cpu")
     finally:
         dist.destroy_process_group()
+
+
+def _attempt_joined(launch: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name that the ranks of this attempt agree on when all have come.
+
+    The store still holds what earlier attempts left in it, and torchrun counts its restarts node by node. None of an
+    earlier attempt lives: torchrun ends the ranks of all nodes before it starts them again.
+    """
+    own = uuid4().hex
+    if rank == 0:
+        launch.set("attempt", own)
+        others = [f"{own}/{other}" for other in range(1, size)]
+        launch.wait(others, timeout)
+        launch.set(f"{own}/all", b" ".join(launch.multi_get(others)).decode())
+        return own
+    until = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < until:
+        attempt = launch.get("attempt").decode()  # of the attempt before, as long as its first rank has not come
+        launch.set(f"{attempt}/{rank}", own)
+        if launch.check([f"{attempt}/all"]) and own in launch.get(f"{attempt}/all").decode().split():
+            return attempt
+        time.sleep(0.05)
+    raise RuntimeError("the first rank did not answer")
 
 
 def _in_mesh(ranks: Ranks, shape: tuple[int, int], device_type: str) -> Ranks:

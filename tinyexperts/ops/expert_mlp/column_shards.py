@@ -10,6 +10,8 @@ elements (P retrieved experts, E = 2):
                from each rank the columns of y                                 D (T-1)/T     all-to-all
     backward   grad_y, the products of grad_y with v, the factors, grad_x: the same without the ids
 
+Without an activation (E = 1) no expert reads x, and x, the products, the factors and grad_x stay at home.
+
 All shapes are static, whatever the router does. Groups may be replicated: a rank's columns are then those of the rank
 at its place in every other group, and the table's gradient is summed over all of them, from the pairs that it is made
 of, so that replicas stay equal to the bit.
@@ -74,10 +76,11 @@ class _ExpertsInColumns(torch.autograd.Function):
         steps = columns_cpu if x_MD.device.type == "cpu" else portable
         last = experts_NEC.shape[1] - 1
         group = groups.columns
-        x_of_all = columns_of_all(x_MD.to(dtype), group)
         ids_of_all = gathered(ids_MP, group)
+        x_of_all = x_MD.new_empty((0, experts_NEC.shape[2]), dtype=dtype)
         pre, coefficient = weights_MP.new_empty((0, *weights_MP.shape), dtype=dtype), weights_MP.to(dtype)
         if activation is not None:
+            x_of_all = columns_of_all(x_MD.to(dtype), group)
             pre = summed_at_home(steps.products(x_of_all, experts_NEC, ids_of_all, 0, last), group)
             coefficient = coefficient * coefficients(pre, activation)
         coefficient_of_all = gathered(coefficient, group)
@@ -122,8 +125,10 @@ def _table_gradient(
 ) -> Tensor | None:
     """Of the tokens of all replicas; None where an optimiser has asked for what it is made of."""
     if ctx.groups.replicas is not None:
-        ids_MP, x_MC, grad_y_MC = (gathered(t, ctx.groups.replicas) for t in (ids_MP, x_MC, grad_y_MC))
+        ids_MP, grad_y_MC = (gathered(t, ctx.groups.replicas) for t in (ids_MP, grad_y_MC))
         factors_EMP = torch.stack([gathered(factors, ctx.groups.replicas) for factors in factors_EMP])
+        if len(x_MC):
+            x_MC = gathered(x_MC, ctx.groups.replicas)
     if ctx.left is not None:
         ctx.left.append(TableGradient(ids_MP, factors_EMP, x_MC, grad_y_MC))
         return None

@@ -28,7 +28,8 @@ class TableGradient:
     """The gradient of one backward pass.
 
     Args:
-        ids_MP (int64, [M, P]), factors_EMP (fp32 or fp64, [E, M, P]), x_MD and grad_y_MD ([M, D]): as in cpu.py.
+        ids_MP (int64, [M, P]), factors_EMP (fp32 or fp64, [E, M, P]), x_MD and grad_y_MD ([M, D]): as in cpu.py; where
+            E = 1, x_MD may be [0, D], since nothing is made of it.
     """
 
     def __init__(self, ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> None:
