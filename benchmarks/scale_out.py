@@ -1,13 +1,15 @@
 """Weak scaling on one machine: 1 and 2 ranks with as many tokens each, and the bytes that they send, counted.
 
-The exchanges of one step are counted where torch makes them and must equal what `tinyexperts plan` says, or nothing is
-reported; then steps of one rank and of two take turns. Run: python benchmarks/scale_out.py --data data/stdlib
+The exchanges of one step are counted where torch makes them, also for two replicas and for two groups of two ranks, and
+must equal what `tinyexperts plan` says, or nothing is reported; then steps of one rank and of two that share the table
+take turns. Run: python benchmarks/scale_out.py --data data/stdlib
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import socket
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 from rich.progress import track
@@ -32,7 +35,10 @@ from tinyexperts.training import Devices, loop, plan, recipes
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.ranks import joined
 
-RANKS = (1, 2)
+Mesh = tuple[int, int]  # (replicate, table)
+ALONE: Mesh = (1, 1)
+SHARED: Mesh = (1, 2)
+COUNTED: list[Mesh] = [SHARED, (2, 1), (2, 2)]
 # Of what a rank gives to an exchange: how much it sends, by the number of ranks.
 SENT: dict[str, Callable[[int], float]] = {
     "c10d::_allgather_base_": lambda ranks: ranks - 1,
@@ -44,11 +50,10 @@ SENT: dict[str, Callable[[int], float]] = {
 
 
 class SentBytes(TorchDispatchMode):
-    """Counts the bytes that this rank sends, by exchange; all groups are of all ranks."""
+    """Counts the bytes that this rank sends, by exchange."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.num_ranks = num_ranks
         self.by_exchange: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,42 +67,44 @@ class SentBytes(TorchDispatchMode):
             )
             tensors = given if isinstance(given, list) else [given]
             count = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            self.by_exchange[name.removeprefix("c10d::")] += round(count * SENT[name](self.num_ranks))
+            num_ranks = dist.ProcessGroup.unbox(by_name["process_group"]).size()
+            self.by_exchange[name.removeprefix("c10d::")] += round(count * SENT[name](num_ranks))
         return func(*args, **(kwargs or {}))
 
 
-def config_of(arguments: argparse.Namespace, num_ranks: int, folder: Path) -> TrainConfig:
+def config_of(arguments: argparse.Namespace, mesh: Mesh) -> TrainConfig:
     recipe = recipes.peer()
     layer = PEERConfig(num_experts=arguments.num_experts, num_heads=8, experts_per_head=16, query_dim=128)
     return replace(
         recipe,
-        run=folder / str(num_ranks),
+        run=Path(tempfile.gettempdir()) / "never written",
         data=arguments.data,
         model=replace(recipe.model, d_model=arguments.d_model, num_layers=4, num_heads=4, sparse_layer=layer),
         num_steps=10_000,
         training_flops=None,
-        batch_size=arguments.sequences * num_ranks,
+        batch_size=arguments.sequences * math.prod(mesh),
+        mesh=mesh,
         device="cpu",
         threads=1,
     )
 
 
-def work(rank: int, num_ranks: int, port: int, arguments: argparse.Namespace, pipe: Any) -> None:
+def work(rank: int, mesh: Mesh, port: int, arguments: argparse.Namespace, pipe: Any) -> None:
     """A rank: counts one step, then makes a slice of steps whenever it is asked to."""
-    if num_ranks > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-        }
-    config = config_of(arguments, num_ranks, Path(tempfile.gettempdir()))
+    num_ranks = str(math.prod(mesh))
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": num_ranks,
+        "LOCAL_WORLD_SIZE": num_ranks,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    config = config_of(arguments, mesh)
     with joined(config) as ranks:
         run = loop._prepare(config, ranks)
         loop._step(run, 0)
-        with SentBytes(num_ranks) as sent:
+        with SentBytes() as sent:
             loop._step(run, 1)
         pipe.send(dict(sent.by_exchange))
         step = 2
@@ -107,6 +114,33 @@ def work(rank: int, num_ranks: int, port: int, arguments: argparse.Namespace, pi
                 loop._step(run, step)
                 step += 1
             pipe.send(arguments.steps * config.tokens_per_step / (time.perf_counter() - started))
+
+
+class Started:
+    """The ranks of a mesh, when each has counted a step."""
+
+    def __init__(self, mesh: Mesh, arguments: argparse.Namespace) -> None:
+        context, port = mp.get_context("spawn"), free_port()
+        self._pipes, self._processes = [], []
+        for rank in range(math.prod(mesh)):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(rank, mesh, port, arguments, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self.sent: list[dict[str, int]] = [pipe.recv() for pipe in self._pipes]
+
+    def tokens_per_second(self) -> float:
+        """Of one slice of steps; that of the slowest rank."""
+        for pipe in self._pipes:
+            pipe.send(True)
+        return min(pipe.recv() for pipe in self._pipes)
+
+    def end(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(False)
+        for process in self._processes:
+            process.join()
 
 
 def free_port() -> int:
@@ -125,39 +159,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of a slice")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/scale_out.json"))
     arguments = parser.parse_args()
-    context = mp.get_context("spawn")
-    pipes, processes = {}, []
-    for num_ranks in RANKS:
-        port = free_port()
-        pipes[num_ranks] = []
-        for rank in range(num_ranks):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(rank, num_ranks, port, arguments, theirs), daemon=True)
-            process.start()
-            processes.append(process)
-            pipes[num_ranks].append(ours)
-    sent = {num_ranks: [pipe.recv() for pipe in of_ranks] for num_ranks, of_ranks in pipes.items()}
-    expected = check(arguments, sent)
-    speeds: dict[int, list[float]] = {num_ranks: [] for num_ranks in RANKS}
-    for _ in track(range(arguments.slices), description="training"):
-        for num_ranks, of_ranks in pipes.items():
-            for pipe in of_ranks:
-                pipe.send(True)
-            speeds[num_ranks].append(min(pipe.recv() for pipe in of_ranks))
-    for of_ranks in pipes.values():
-        for pipe in of_ranks:
-            pipe.send(False)
-    for process in processes:
-        process.join()
-    ratios = [two / one for one, two in zip(*speeds.values(), strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4)
+    expected, sent = {}, {}
+    for mesh in track(COUNTED, description="counting"):
+        started = Started(mesh, arguments)
+        started.end()
+        name = "{} x {}".format(*mesh)
+        expected[name], sent[name] = check(arguments, mesh, started.sent), started.sent[0]
+    timed = [Started(mesh, arguments) for mesh in (ALONE, SHARED)]
+    if any(timed[0].sent[0].values()):
+        raise SystemExit(f"one rank sent something: {timed[0].sent[0]}")
+    slices = [
+        [each.tokens_per_second() for each in timed] for _ in track(range(arguments.slices), description="training")
+    ]
+    for each in timed:
+        each.end()
+    quartiles = statistics.quantiles([two / one for one, two in slices], n=4)
+    medians = [statistics.median(speeds) for speeds in zip(*slices, strict=True)]
     result = {
         "machine": platform.platform(),
         "torch": torch.__version__,
         "configuration": {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)},
-        "sent_bytes_of_rank_0": sent[2][0],
+        "sent_bytes_of_rank_0": sent,
         "planned_bytes": expected,
-        "tokens_per_second": {str(ranks): statistics.median(values) for ranks, values in speeds.items()},
+        "tokens_per_second": dict(zip(("1", "2"), medians, strict=True)),
         "ratio_of_tokens_per_second": {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]},
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -168,19 +192,17 @@ def main() -> None:
     Console().print(table)
 
 
-def check(arguments: argparse.Namespace, sent: dict[int, list[dict[str, int]]]) -> dict[str, float]:
-    """The bytes that two ranks send in gathers, scatters and all-to-alls are those of the plan, to the byte."""
-    devices = Devices(count=2, memory_bytes=1e9, flops=1e9, memory_speed=1e9, link_speed=1e9)
-    mesh = plan(config_of(arguments, 2, Path(tempfile.gettempdir())), devices)[0]
-    assert (mesh.replicate, mesh.table) == (1, 2)
-    if any(sent[1][0].values()):
-        raise SystemExit(f"one rank sent something: {sent[1][0]}")
-    for rank, counted in enumerate(sent[2]):
+def check(arguments: argparse.Namespace, mesh: Mesh, sent: list[dict[str, int]]) -> dict[str, float]:
+    """The bytes that ranks send in gathers, scatters and all-to-alls are those of the plan, to the byte."""
+    devices = Devices(count=len(sent), memory_bytes=1e9, flops=1e9, memory_speed=1e9, link_speed=1e9)
+    plans = plan(config_of(arguments, mesh), devices)
+    exchanges = next(each.exchanges for each in plans if (each.replicate, each.table) == mesh)
+    for rank, counted in enumerate(sent):
         # Sums for batch norm and the gradient's norm, and numbers that ranks tell each other, are not in the plan.
         planned = sum(count for name, count in counted.items() if name not in ("allreduce_", "allgather_"))
-        if planned != round(mesh.exchanges.total):
-            raise SystemExit(f"rank {rank} sent {planned:,} bytes, the plan says {mesh.exchanges}: {counted}")
-    return vars(mesh.exchanges) | {"total": mesh.exchanges.total}
+        if planned != round(exchanges.total):
+            raise SystemExit(f"mesh {mesh}: rank {rank} sent {planned:,} bytes, the plan says {exchanges}: {counted}")
+    return vars(exchanges) | {"total": exchanges.total}
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def _print_plans(devices: training.Devices, plans: list[training.MeshPlan], toke
     table.add_column("mesh (replicate x table)", no_wrap=True)
     for mesh in plans:
         table.add_column(f"{mesh.replicate} x {mesh.table}", justify="right")
-    for name in ("weights", "gathered", "gradients", "moments", "activations", "total"):
+    for name in ("weights", "gathered", "gradients", "moments", "activations", "copies", "total"):
         table.add_row(f"{name}, GiB a rank", *(f"{getattr(mesh.memory, name) / gib:.2f}" for mesh in plans))
     table.add_row("fits", *("yes" if mesh.fits(devices) else "no" for mesh in plans), end_section=True)
     for name, sent in (("for the dense part", "dense_part"), ("by columns", "columns"), ("to replicas", "replicas")):

@@ -87,6 +87,28 @@ def test_accumulation_moves_the_dense_part_again_and_keeps_the_memory(million):
     assert twice.compute_seconds == 2 * once.compute_seconds
 
 
+def test_asynchronous_checkpoints_and_precision_are_planned(million):
+    waiting, beside, single = (
+        plan(dataclasses.replace(million, **changes), devices())[0].memory
+        for changes in ({}, {"asynchronous_checkpoints": True}, {"precision": "fp32"})
+    )
+    assert waiting.copies == 0
+    assert beside.copies == waiting.weights + waiting.moments
+    assert beside.total == waiting.total + beside.copies
+    assert 0.5 < waiting.activations / single.activations < 1  # auto is bf16 on GPUs
+
+
+def test_a_gpu_holds_the_logits_and_sparse_gradients_a_cpu_does_not(million):
+    layer = PEERConfig(num_experts=128**2, num_heads=1, experts_per_head=1)
+    model = dataclasses.replace(million.model, d_model=64, num_layers=1, vocab_size=20_000, sparse_layer=layer)
+    gpu = dataclasses.replace(million, model=model, precision="fp32", batch_size=4, table_gradients="sparse")
+    (of_gpu,), (of_cpu,) = (plan(dataclasses.replace(gpu, device=name), devices("1x80GB")) for name in ("cuda", "cpu"))
+    tokens, logits = 4 * model.context_length, 4 * model.context_length * 20_000 * 4
+    assert 2 * logits < of_gpu.memory.activations - of_cpu.memory.activations < 4 * logits
+    rows = 128**2 * (1 - (1 - 1 / 128**2) ** tokens)
+    assert of_gpu.memory.gradients - of_cpu.memory.gradients == pytest.approx(rows * 2 * 64 * 4, rel=1e-3)
+
+
 def test_one_device_exchanges_nothing_and_dense_models_share_no_table(million, make_config):
     (alone,) = plan(million, devices("1x80GB"))
     assert alone.exchanges.total == 0
@@ -127,23 +149,25 @@ def test_the_command_says_which_mesh_fits(run_cli):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures by /proc")
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("kind", ["tables", "activations"])
+@pytest.mark.parametrize("kind", ["tables", "sparse gradients", "activations", "bf16"])
 def test_the_memory_of_a_plan_is_what_a_run_takes(tiny_data, tmp_path, num_ranks, kind):
     """Within 15 %, whether tables or activations rule; malloc gives back what is freed, as it does not of itself."""
+    tables_rule = kind in ("tables", "sparse gradients")
     recipe = recipes.peer()
-    layer = dataclasses.replace(recipe.model.sparse_layer, num_experts=512**2 if kind == "tables" else 128**2)
+    layer = dataclasses.replace(recipe.model.sparse_layer, num_experts=512**2 if tables_rule else 128**2)
     model = dataclasses.replace(recipe.model, d_model=256, vocab_size=300, sparse_layer=layer)
     config = dataclasses.replace(
         recipe,
         run=tmp_path / "run",
         data=tiny_data,
         model=model,
-        batch_size=(4 if kind == "tables" else 24) * num_ranks,
+        batch_size=(4 if tables_rule else 24) * num_ranks,
         num_steps=3,
         training_flops=None,
         device="cpu",
         threads=1,
-        table_gradients="dense",
+        table_gradients="sparse" if kind == "sparse gradients" else "dense",
+        precision="bf16" if kind == "bf16" else "fp32",
     )
     small = dataclasses.replace(
         config, model=dataclasses.replace(model, sparse_layer=dataclasses.replace(layer, num_experts=64**2))

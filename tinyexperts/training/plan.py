@@ -6,12 +6,14 @@ sequence without data (fake tensors). Speeds are assumed, and so are the estimat
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -24,6 +26,7 @@ from tinyexperts.layers.product_key_layer import MIN_COLUMNS
 from tinyexperts.model import Transformer
 from tinyexperts.optim import expected_touched_share, split_parameters
 from tinyexperts.training.config import TrainConfig
+from tinyexperts.training.device import autocast
 from tinyexperts.training.loop import choose_table_gradients
 
 _BYTES = 4  # of fp32
@@ -77,10 +80,12 @@ class Memory:
     gradients: float
     moments: float
     activations: float
+    copies: float
+    """Of weights and moments, for a checkpoint that is written beside the training."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gathered + self.gradients + self.moments + self.activations
+        return self.weights + self.gathered + self.gradients + self.moments + self.activations + self.copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,18 +151,25 @@ class _Table:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """Numbers of parameters: in the blocks without tables, in the largest of them, and outside of the blocks."""
+    """What a model is made of: parameters of the blocks without tables, those outside of the blocks, tables."""
 
-    blocks: int
-    largest_block: int
-    outside: int
+    blocks: list[list[torch.Size]]
+    outside: list[torch.Size]
     tables: list[_Table]
     forward_flops: int
     activation_bytes_of_token: float
 
-    @property
-    def dense(self) -> int:
-        return self.blocks + self.outside
+    def dense(self, num_ranks: int) -> int:
+        """Numbers in all parameters but the tables, as FSDP2 lays them on so many ranks."""
+        return self.of_blocks(num_ranks) + _numbers(self.outside, num_ranks)
+
+    def of_blocks(self, num_ranks: int) -> int:
+        return sum(_numbers(block, num_ranks) for block in self.blocks)
+
+
+def _numbers(shapes: list[torch.Size], num_ranks: int) -> int:
+    """With the rows that FSDP2 adds to each parameter until the ranks divide them."""
+    return sum(math.ceil(shape[0] / num_ranks) * num_ranks * math.prod(shape[1:]) for shape in shapes)
 
 
 def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
@@ -168,10 +180,11 @@ def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
     """
     if config.batch_size % devices.count:
         raise InputError(f"batch_size must be a multiple of the {devices.count} devices, got {config.batch_size}")
-    # Planned for a machine that is not this one: "auto" means GPUs.
+    # Planned for a machine that is not this one: "auto" means GPUs that compute in bf16.
     device = torch.device("cuda" if config.device == "auto" else config.device)
     sparse_tables, _ = choose_table_gradients(config, device)
-    sizes = _sizes(config)
+    precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    sizes = _sizes(config, device, precision)
     width = config.model.d_model
     shards = [
         count
@@ -224,24 +237,29 @@ def _memory(
     config: TrainConfig, sizes: _Sizes, num_ranks: int, num_shards: int, micro_tokens: float, sparse_tables: bool
 ) -> Memory:
     tables = sum(table.numbers for table in sizes.tables) / num_shards
-    dense = sizes.dense / num_ranks
+    dense = sizes.dense(num_ranks) / num_ranks
     gathered, gradients, table_moments, activations = 0.0, tables, 2 * tables, 0.0
     if num_ranks > 1:  # weights and gradients of what lies outside, of the block at work, and the next one's weights
-        gathered = 2 * sizes.outside + 3 * sizes.largest_block
+        largest_block = max(_numbers(block, num_ranks) for block in sizes.blocks)
+        gathered = 2 * _numbers(sizes.outside, num_ranks) + 3 * largest_block
     if sparse_tables:
+        # On a CPU none is written out: the fused step sums each row when it updates it.
+        written_out = 0 if config.device == "cpu" else 1 / num_shards
         gradients = sum(
-            table.numbers / num_shards * _touched_share(table, micro_tokens * num_ranks) for table in sizes.tables
+            written_out * table.numbers * _touched_share(table, micro_tokens * num_ranks) for table in sizes.tables
         )
     if sparse_tables and config.table_second_moment == "row":
         table_moments = tables + sum(table.num_experts * table.num_vectors for table in sizes.tables)
     if num_shards > 1:  # ids and coefficients of the tokens of all others are kept
         activations = sum((num_shards - 1) * table.retrieved * (_ID_BYTES + _BYTES) for table in sizes.tables)
+    weights, moments = _BYTES * (dense + tables), _BYTES * (2 * dense + table_moments)
     return Memory(
-        weights=_BYTES * (dense + tables),
+        weights=weights,
         gathered=_BYTES * gathered,
         gradients=_BYTES * (dense + gradients),
-        moments=_BYTES * (2 * dense + table_moments),
+        moments=moments,
         activations=micro_tokens * (sizes.activation_bytes_of_token + activations),
+        copies=weights + moments if config.asynchronous_checkpoints else 0.0,
     )
 
 
@@ -253,7 +271,7 @@ def _exchanges(sizes: _Sizes, num_ranks: int, num_shards: int, num_replicas: int
         pairs = num_shards * table.retrieved * (_ID_BYTES + table.num_vectors * _BYTES)
         replicas += (num_replicas - 1) * (pairs + _num_operands(table.num_vectors) * table.width * _BYTES)
     return Exchanges(
-        dense_part=_BYTES * (num_ranks - 1) / num_ranks * (2 * sizes.dense + sizes.blocks),
+        dense_part=_BYTES * (num_ranks - 1) / num_ranks * (2 * sizes.dense(num_ranks) + sizes.of_blocks(num_ranks)),
         columns=columns * micro_tokens,
         replicas=replicas * micro_tokens,
     )
@@ -267,7 +285,8 @@ def _moved_bytes(
     Weights forward and backward; activations written and read, and their gradients; retrieved rows forward and
     backward; values and moments read and written by the optimiser, with the gradient.
     """
-    moved = _BYTES * (2 * config.gradient_accumulation * sizes.dense + 8 * sizes.dense / num_ranks)
+    dense = sizes.dense(num_ranks)
+    moved = _BYTES * (2 * config.gradient_accumulation * dense + 8 * dense / num_ranks)
     moved += 4 * sizes.activation_bytes_of_token * step_tokens
     for table in sizes.tables:
         moved += 2 * _BYTES * step_tokens * table.retrieved * table.num_vectors * table.width
@@ -280,17 +299,17 @@ def _touched_share(table: _Table, num_tokens: float) -> float:
     return expected_touched_share(round(num_tokens), table.retrieved, table.num_experts)
 
 
-def _sizes(config: TrainConfig) -> _Sizes:
+def _sizes(config: TrainConfig, device: torch.device, precision: str) -> _Sizes:
     with torch.device("meta"):
         model = Transformer(config.model)
     tables = set(split_parameters(model).tables.values())
-    blocks = [sum(p.numel() for p in block.parameters() if p not in tables) for block in model.blocks]
-    total = sum(parameter.numel() for parameter in model.parameters() if parameter not in tables)
-    one, two = (_peak_bytes(config, num_sequences) for num_sequences in (1, 2))
+    blocks = [[p for p in block.parameters() if p not in tables] for block in model.blocks]
+    inside = tables.union(*blocks)
+    # So many that activations rule: of few the peak is where all gradients are there.
+    few, many = (_peak_bytes(config, device, precision, num_sequences) for num_sequences in (64, 128))
     return _Sizes(
-        blocks=sum(blocks),
-        largest_block=max(blocks),
-        outside=total - sum(blocks),
+        blocks=[[parameter.shape for parameter in block] for block in blocks],
+        outside=[parameter.shape for parameter in model.parameters() if parameter not in inside],
         tables=[
             _Table(
                 num_experts=len(layer.experts),
@@ -302,18 +321,24 @@ def _sizes(config: TrainConfig) -> _Sizes:
             if isinstance(layer, ProductKeyLayer)
         ],
         forward_flops=model.flops_per_token(config.model.context_length),
-        activation_bytes_of_token=(two - one) / config.model.context_length,
+        activation_bytes_of_token=(many - few) / (64 * config.model.context_length),
     )
 
 
-def _peak_bytes(config: TrainConfig, num_sequences: int) -> int:
+def _peak_bytes(config: TrainConfig, device: torch.device, precision: str, num_sequences: int) -> int:
     """The most that a forward and a backward pass hold at once, but for parameters and sparse gradients of tables."""
-    # Tables' gradients have as many rows as the data makes them touch: a size that is a symbol here.
+    # Tables' gradients have as many rows as the data makes them touch: a size that is a symbol here. The tensors are
+    # those of a CPU, since torch makes none of a device that it was not built for.
     with FakeTensorMode(shape_env=ShapeEnv()):
         model = Transformer(config.model, sparse_tables=True)
         tokens = torch.zeros(num_sequences, config.model.context_length, dtype=torch.int64)
         with _LiveBytes() as live:
-            model.loss(tokens, tokens).backward()
+            with autocast(precision, torch.device("cpu")):
+                if device.type == "cpu":
+                    loss = model.loss(tokens, tokens)
+                else:  # the logits are made whole
+                    loss = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
+            loss.backward()
     return live.peak
 
 
