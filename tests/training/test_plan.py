@@ -48,6 +48,12 @@ def test_the_tables_of_a_million_experts_are_shared(million):
     assert plans[0].fits(devices("8x32GB"))
 
 
+def test_sub_keys_are_not_filled_up_to_the_number_of_ranks(million):
+    """FSDP2 would: they are [2, sqrt(N), K]."""
+    few, many = (plan(million, devices(text))[0].exchanges.dense_part for text in ("8x80GB", "64x80GB"))
+    assert many / few == pytest.approx((63 / 64) / (7 / 8), rel=1e-3)
+
+
 def test_a_token_sends_what_the_formula_says():
     """2D (T-1)/T and 3P (T-1) elements of 4 bytes forward, of which the ids take 8, and 2P (T-1) backward."""
     forward, backward = column_bytes_of_token(128, 2, 1024, 8)

@@ -28,6 +28,7 @@ from tinyexperts.optim import expected_touched_share, split_parameters
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.device import autocast
 from tinyexperts.training.loop import choose_table_gradients
+from tinyexperts.training.sharding import sharded_dimension
 
 _BYTES = 4  # of fp32
 _ID_BYTES = 8
@@ -168,8 +169,12 @@ class _Sizes:
 
 
 def _numbers(shapes: list[torch.Size], num_ranks: int) -> int:
-    """With the rows that FSDP2 adds to each parameter until the ranks divide them."""
-    return sum(math.ceil(shape[0] / num_ranks) * num_ranks * math.prod(shape[1:]) for shape in shapes)
+    """With the rows that FSDP2 adds to a parameter of which the ranks divide no dimension."""
+    numbers = 0
+    for shape in shapes:
+        sharded = shape[sharded_dimension(shape, num_ranks)]
+        numbers += math.prod(shape) // sharded * math.ceil(sharded / num_ranks) * num_ranks
+    return numbers
 
 
 def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:

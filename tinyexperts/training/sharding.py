@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -20,12 +21,25 @@ def shard_dense_part(model: Transformer, ranks: Ranks) -> None:
     # Sparse gradients do not pass fully_shard, and the layers have summed those of the tables already.
     tables = set(split_parameters(model).tables.values())
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, ignored_params=tables)
+        fully_shard(
+            module,
+            mesh=mesh,
+            ignored_params=tables,
+            shard_placement_fn=lambda parameter: Shard(sharded_dimension(parameter.shape, ranks.size)),
+        )
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def sharded_dimension(shape: torch.Size, num_ranks: int) -> int:
+    """Which dimension of a parameter lies in parts on the ranks: the first that they divide.
+
+    By the first alone, as FSDP2 would have it, sub-keys [2, sqrt(N), K] would be filled up to as many rows as ranks.
+    """
+    return next((dimension for dimension, size in enumerate(shape) if size % num_ranks == 0), 0)
 
 
 def give_back_gathered(model: Transformer) -> None:
