@@ -17,7 +17,7 @@ import torch
 from ranks import environment
 
 from tinyexperts.errors import InputError
-from tinyexperts.training import LostRank, TrainConfig, checkpoint_files, loop, train
+from tinyexperts.training import LostRank, TrainConfig, checkpoint_files, loop, ranks, train
 from tinyexperts.training.checkpoint import CheckpointWriter
 from tinyexperts.training.ranks import joined
 
@@ -125,7 +125,7 @@ def hang_at(rank: int, num_ranks: int, port: int, config: TrainConfig, victim: i
     os.environ |= environment(rank, num_ranks, port)
 
     def sleep() -> None:
-        time.sleep(2 * config.timeout_seconds + 10)
+        time.sleep(config.timeout_seconds + ranks._GRACE_SECONDS + 2)
 
     told = ".*" if rank == victim else f"rank {victim} of {num_ranks} did not answer"
     with before_step(step, sleep if rank == victim else None), pytest.raises(LostRank, match=told):

@@ -137,7 +137,8 @@ def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(com
             assert torch.equal(tensors[file][name], tensor), name
 
 
-def test_a_rank_that_hangs_is_named(command, tmp_path):
+@pytest.mark.slow
+def test_the_command_names_a_rank_that_hangs(command, tmp_path):
     port, run = free_port(), tmp_path / "run"
     arguments = ["tinyexperts", *command(run, "--timeout-seconds", 5)]
     with (
