@@ -221,14 +221,18 @@ def test_bad_input_is_told_by_every_rank(make_config, tmp_path):
     refused([config], "lacks its file shard-00002", resume=(True,))
 
 
-def test_ranks_started_again_go_on_with_their_own_run_only(make_config):
-    config, port = make_config(model={"d_model": 128}, num_steps=4), free_port()
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ranks_started_again_go_on_with_their_own_run_only(make_config, num_ranks):
+    others, port = make_config(model={"d_model": 128}, num_steps=4), free_port()
+    own = dataclasses.replace(others, run=others.run.with_name("own"))
     of_launcher = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
-    train_on_ranks([config], 2)
-    for attempt in ([0, 0], [1, 1]):
-        on_ranks(be_refused, 2, 2, port, [config], "exists: add --resume to go on with it", (False,), attempt)
-    of_launcher.delete_key("tinyexperts/refused")  # as if another rank's death had ended the attempt before
-    on_ranks(start_again, 2, 2, port, config, [0, 2])  # torchrun counts on each node by itself
+    assert of_launcher.port == port
+    train_on_ranks([others], num_ranks)
+    for restarts in ([0, 0], [1, 1]):
+        message = "exists: add --resume to go on with it"
+        on_ranks(be_refused, num_ranks, num_ranks, port, [others], message, (False,), restarts)
+    for restarts in ([1, 1], [1, 2]):  # torchrun counts on each node by itself
+        on_ranks(start_again, num_ranks, num_ranks, port, own, restarts)
 
 
 def test_every_group_of_ranks_gives_up_after_the_time_out(make_config):
@@ -239,7 +243,7 @@ def test_every_group_of_ranks_gives_up_after_the_time_out(make_config):
 def test_what_one_rank_cannot_write_all_are_told(make_config, tmp_path):
     tmp_path.joinpath("file").write_text("no folder")
     config = make_config(model={"d_model": 128}, run=tmp_path / "file" / "run")
-    on_ranks(be_refused, 2, 2, free_port(), [config], "Not a directory", (False,))
+    on_ranks(be_refused, 2, 2, free_port(), [config], "Not a directory.* on rank 0", (False,))
 
 
 def test_a_mesh_and_a_backend_that_cannot_be_had_are_told(make_config, monkeypatch):
@@ -255,6 +259,10 @@ def test_a_mesh_and_a_backend_that_cannot_be_had_are_told(make_config, monkeypat
     with pytest.raises(InputError, match="backend nccl is for --device cuda, got cpu"):
         train(make_config(backend="nccl", device="cpu"), progress=False)
     monkeypatch.setenv("WORLD_SIZE", "6")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(InputError, match="backend gloo is for --device cpu, got auto on a machine with GPUs"):
+            train(make_config(backend="gloo", device="auto"), progress=False)
     with pytest.raises(InputError, match="number of ranks, 6, got 2 x 2"):
         train(make_config(mesh=(2, 2)), progress=False)
 
@@ -270,4 +278,11 @@ def test_ranks_that_do_not_come_are_told(make_config, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(LostRank, match="not all 2 ranks came within 1 s"):
         train(config, progress=False)
+    of_launcher = dist.TCPStore("localhost", free_port(), is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(of_launcher.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for rank, absent in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(LostRank, match=rf"not all 2 ranks came within 1 s \(rank {absent} did not come\)"):
+            train(config, progress=False)
     assert not config.run.exists()

@@ -69,7 +69,8 @@ class CheckpointWriter:
     """Writes the checkpoints of a run, one after the other; left, it waits for the last of them.
 
     asynchronous: in a thread of its own, from a copy of all tensors; what the ranks then tell each other goes over a
-        gloo group of its own
+        gloo group of its own. Not by dcp.async_save, which knows neither files of a part of a table nor replicas that
+        take turns with them (checkpoint_files.py)
     """
 
     def __init__(self, run: Path, *, keep: int, ranks: Ranks, asynchronous: bool) -> None:

@@ -7,6 +7,7 @@ a resumed run continues bit for bit.
 from __future__ import annotations
 
 import math
+import os
 import platform
 import shlex
 import signal
@@ -82,9 +83,12 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     with ExitStack() as stack:
         ranks = stack.enter_context(joined(config))
         resume = _resumption_agreed(resume, config, ranks)
-        with ranks.begun_or_refused():
+        with ranks.refused_together():
             run = _prepare(config, ranks)
+        _check_same_data(run)
+        with ranks.refused_together():
             _claim_folder(run, resume, stack)
+        ranks.note_begun()
         state: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
         # None where the run was cut off before its first; the first rank's, since a folder may lag elsewhere.
         if resume and (found := ranks.all_of(checkpoints(config.run))[0]):
@@ -113,11 +117,17 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
 
 def _resumption_agreed(resume: bool, config: TrainConfig, ranks: Ranks) -> bool:
     """Whether to go on from a checkpoint: as told, or where torchrun has started the ranks of a run again."""
-    told = ranks.all_of((resume, ranks.restarted, run_folder.is_run(config.run)))
-    if len({asked for asked, _, _ in told}) > 1:
-        with_it = ", ".join(str(rank) for rank, (asked, _, _) in enumerate(told) if asked)
+    told = ranks.all_of((resume, run_folder.is_run(config.run)))
+    if len({asked for asked, _ in told}) > 1:
+        with_it = ", ".join(str(rank) for rank, (asked, _) in enumerate(told) if asked)
         raise InputError(f"all ranks must be started with --resume, or none; got it on {with_it} of {ranks.size} alone")
-    return resume or (any(restarted for _, restarted, _ in told) and told[0][2])
+    return resume or (ranks.restarted and told[0][1])
+
+
+def _check_same_data(run: _Run) -> None:
+    told = run.ranks.all_of(run.dataset.sha256[:12])
+    if len(set(told)) > 1:
+        raise InputError(f"all ranks must have the same data in {run.config.data}, got sha256 {', '.join(told)}")
 
 
 def _claim_folder(run: _Run, resume: bool, stack: ExitStack) -> None:
@@ -381,10 +391,12 @@ def _resume_command(ranks: Ranks) -> str:
 
 
 def _command(ranks: Ranks, arguments: list[str]) -> str:
-    """What starts the run; how torchrun finds its nodes is left to the reader.
+    """What starts the run; how several nodes find each other is left to the reader.
 
     Without the two dashes torchrun would take --run for the beginning of an option of its own.
     """
     if ranks.size == 1:
         return shlex.join(["tinyexperts", *arguments])
-    return shlex.join(["torchrun", "--nproc-per-node", str(ranks.size), "-m", "--", "tinyexperts", *arguments])
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    nodes = [] if of_node == ranks.size else ["--nnodes", str(ranks.size // of_node)]
+    return shlex.join(["torchrun", *nodes, "--nproc-per-node", str(of_node), "-m", "--", "tinyexperts", *arguments])

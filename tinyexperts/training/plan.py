@@ -81,6 +81,7 @@ class Memory:
     gradients: float
     moments: float
     activations: float
+    """Or the rows that a table's gradient is made of, where these are more."""
     copies: float
     """Of weights and moments, for a checkpoint that is written beside the training."""
 
@@ -158,6 +159,8 @@ class _Sizes:
     outside: list[torch.Size]
     tables: list[_Table]
     forward_flops: int
+    activation_bytes: float
+    """Whatever the number of tokens: the weights in bf16, say."""
     activation_bytes_of_token: float
 
     def dense(self, num_ranks: int) -> int:
@@ -191,9 +194,11 @@ def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     sizes = _sizes(config, device, precision)
     width = config.model.d_model
+    # A second moment of rows is a mean over all columns.
+    can_share = bool(sizes.tables) and not (sparse_tables and config.table_second_moment == "row")
     shards = [
         count
-        for count in range(1, (devices.count if sizes.tables else 1) + 1)
+        for count in range(1, (devices.count if can_share else 1) + 1)
         if devices.count % count == width % count == 0 and (count == 1 or width // count >= MIN_COLUMNS)
     ]
     return [_plan_of_mesh(config, devices, sizes, count, sparse_tables) for count in reversed(shards)]
@@ -243,29 +248,44 @@ def _memory(
 ) -> Memory:
     tables = sum(table.numbers for table in sizes.tables) / num_shards
     dense = sizes.dense(num_ranks) / num_ranks
-    gathered, gradients, table_moments, activations = 0.0, tables, 2 * tables, 0.0
+    all_tokens = micro_tokens * num_ranks
+    gathered = 0
     if num_ranks > 1:  # weights and gradients of what lies outside, of the block at work, and the next one's weights
         largest_block = max(_numbers(block, num_ranks) for block in sizes.blocks)
         gathered = 2 * _numbers(sizes.outside, num_ranks) + 3 * largest_block
-    if sparse_tables:
-        # On a CPU none is written out: the fused step sums each row when it updates it.
-        written_out = 0 if config.device == "cpu" else 1 / num_shards
-        gradients = sum(
-            written_out * table.numbers * _touched_share(table, micro_tokens * num_ranks) for table in sizes.tables
-        )
+    table_moments = 2 * tables
     if sparse_tables and config.table_second_moment == "row":
         table_moments = tables + sum(table.num_experts * table.num_vectors for table in sizes.tables)
-    if num_shards > 1:  # ids and coefficients of the tokens of all others are kept
-        activations = sum((num_shards - 1) * table.retrieved * (_ID_BYTES + _BYTES) for table in sizes.tables)
+    gradients = _table_gradients(config, sizes, all_tokens, sparse_tables) / num_shards
+    # Ids and coefficients of the tokens of all others of a table are kept.
+    others = sum((num_shards - 1) * table.retrieved * (_ID_BYTES + _BYTES) for table in sizes.tables)
+    activations = sizes.activation_bytes + micro_tokens * (sizes.activation_bytes_of_token + others)
+    # A dense gradient is put together from the touched rows, when most activations are gone.
+    touched = 0.0 if sparse_tables else _BYTES * _touched_numbers(sizes, all_tokens) / num_shards
     weights, moments = _BYTES * (dense + tables), _BYTES * (2 * dense + table_moments)
     return Memory(
         weights=weights,
         gathered=_BYTES * gathered,
         gradients=_BYTES * (dense + gradients),
         moments=moments,
-        activations=micro_tokens * (sizes.activation_bytes_of_token + activations),
+        activations=max(activations, touched),
         copies=weights + moments if config.asynchronous_checkpoints else 0.0,
     )
+
+
+def _table_gradients(config: TrainConfig, sizes: _Sizes, micro_tokens: float, sparse_tables: bool) -> float:
+    """Numbers in the gradients of all tables, when most of them are there."""
+    touched = _touched_numbers(sizes, micro_tokens)
+    num_passes = config.gradient_accumulation
+    if not sparse_tables:  # that of this pass, and the sum of the passes before
+        return sum(table.numbers for table in sizes.tables) * min(num_passes, 2)
+    if num_passes == 1:  # on a CPU nothing is written out: the fused step sums each row when it updates it
+        return 0.0 if config.device == "cpu" else touched
+    return num_passes * touched + _touched_numbers(sizes, num_passes * micro_tokens)  # kept side by side, then summed
+
+
+def _touched_numbers(sizes: _Sizes, num_tokens: float) -> float:
+    return sum(table.numbers * _touched_share(table, num_tokens) for table in sizes.tables)
 
 
 def _exchanges(sizes: _Sizes, num_ranks: int, num_shards: int, num_replicas: int, micro_tokens: float) -> Exchanges:
@@ -326,6 +346,7 @@ def _sizes(config: TrainConfig, device: torch.device, precision: str) -> _Sizes:
             if isinstance(layer, ProductKeyLayer)
         ],
         forward_flops=model.flops_per_token(config.model.context_length),
+        activation_bytes=2 * few - many,
         activation_bytes_of_token=(many - few) / (64 * config.model.context_length),
     )
 

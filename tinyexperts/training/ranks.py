@@ -28,7 +28,7 @@ from tinyexperts.layers.product_key_layer import MIN_COLUMNS
 from tinyexperts.ops.collectives import RankGroups
 from tinyexperts.training.config import TrainConfig
 
-# How long the ranks that gave up wait for each other before they name those that did not.
+# How long, at the least, the ranks that gave up wait for each other before they name those that did not.
 _GRACE_SECONDS = 5.0
 
 
@@ -40,7 +40,7 @@ class LostRank(Exception):
 class Ranks:
     """The processes of a run, as seen from this one; `groups` and `mesh` are None where it is the only one.
 
-    restarted: torchrun has started them again after one had failed, and not since they had refused to begin
+    restarted: an earlier attempt of the same torchrun had begun the run
     timeout: how long they wait for each other
     """
 
@@ -78,29 +78,24 @@ class Ranks:
         """What one rank refuses all refuse; to be entered by all, and to hold no exchange between them.
 
         Raises:
-            InputError: that of the lowest rank that has one, or has an OSError, which it raises itself.
+            InputError: on all, that of the lowest rank that has one or an OSError.
         """
         refusal: InputError | OSError | None = None
+        sentence = None
         try:
             yield
-        except (InputError, OSError) as error:
-            refusal = error
-        sentence = next(filter(None, self.all_of(None if refusal is None else str(refusal))), None)
-        if isinstance(refusal, OSError):
-            raise refusal
+        except InputError as error:
+            refusal, sentence = error, str(error)
+        except OSError as error:
+            refusal, sentence = error, f"{error}{f' on rank {self.rank}' if self.size > 1 else ''}"
+        sentence = next(filter(None, self.all_of(sentence)), None)
         if sentence is not None:
             raise InputError(sentence) from refusal
 
-    @contextmanager
-    def begun_or_refused(self) -> Iterator[None]:
-        """As `refused_together`, for what comes before the first step: torchrun may try again, and is refused again."""
-        try:
-            with self.refused_together():
-                yield
-        except (InputError, OSError):
-            if self.launch is not None:
-                self.launch.set("refused", "")
-            raise
+    def note_begun(self) -> None:
+        """From here on a restart by torchrun goes on with the run; one after a refusal is refused again."""
+        if self.launch is not None and self.is_first:
+            self.launch.set("begun", "")
 
     @contextmanager
     def lost_ones_named(self) -> Iterator[None]:
@@ -121,8 +116,9 @@ class Ranks:
     def _who_is_lost(self) -> str:
         """Each rank that gave up signs; those that have not signed after a while hang or are gone."""
         assert self.store is not None
+        assert self.timeout is not None
         lost: list[int] = []
-        until = time.monotonic() + _GRACE_SECONDS
+        until = time.monotonic() + max(_GRACE_SECONDS, self.timeout.total_seconds() / 20)
         try:
             self.store.set(f"gave up/{self.rank}", "")
             while time.monotonic() < until:
@@ -132,7 +128,11 @@ class Ranks:
                 time.sleep(0.1)
         except RuntimeError:
             return "the process that held the rendezvous is gone"
-        return f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} of {self.size} did not answer in time"
+        return f"{_named(lost)} of {self.size} did not answer in time"
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 ALONE = Ranks()
@@ -148,10 +148,9 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
         LostRank: one did not come.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    backend, shape = _backend(config), mesh_shape(config, size)
-    if size == 1:
-        yield replace(ALONE, restarted=restarted)
+    backend, shape = _backend(config, size), mesh_shape(config, size)
+    if size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield ALONE
         return
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -161,14 +160,18 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     try:
         launch, rank, _ = next(rendezvous("env://", timeout=timeout))
         launch = dist.PrefixStore("tinyexperts", launch)
-        restarted = restarted and not launch.check(["refused"])
-        store = dist.PrefixStore(_attempt_joined(launch, rank, size, timeout), launch)
-        dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=timeout)
+        restarted = launch.check(["begun"])
+        if size > 1:
+            store = dist.PrefixStore(_attempt_joined(launch, rank, size, timeout), launch)
+            dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=timeout)
     except ValueError as error:
         raise InputError(f"WORLD_SIZE is {size}, but this is not how torchrun starts a rank: {error}") from None
     except RuntimeError as error:
         reason = next(line for line in str(error).splitlines() if line.strip())
         raise LostRank(f"not all {size} ranks came within {config.timeout_seconds:g} s ({reason})") from error
+    if size == 1:
+        yield replace(ALONE, restarted=restarted, launch=launch)
+        return
     try:
         world = dist.group.WORLD
         ranks = Ranks(
@@ -193,21 +196,22 @@ def _attempt_joined(launch: dist.Store, rank: int, size: int, timeout: timedelta
     The store still holds what earlier attempts left in it, and torchrun counts its restarts node by node. None of an
     earlier attempt lives: torchrun ends the ranks of all nodes before it starts them again.
     """
-    own = uuid4().hex
+    own, pause, until = uuid4().hex, 0.02, time.monotonic() + timeout.total_seconds()
     if rank == 0:
         launch.set("attempt", own)
-        others = [f"{own}/{other}" for other in range(1, size)]
-        launch.wait(others, timeout)
-        launch.set(f"{own}/all", b" ".join(launch.multi_get(others)).decode())
-        return own
-    until = time.monotonic() + timeout.total_seconds()
-    while time.monotonic() < until:
+    while True:
         attempt = launch.get("attempt").decode()  # of the attempt before, as long as its first rank has not come
-        launch.set(f"{attempt}/{rank}", own)
+        came = [f"{attempt}/{other}" for other in range(size)]
+        launch.set(came[rank], own)
+        if rank == 0 and launch.check(came):
+            launch.set(f"{attempt}/all", b" ".join(launch.multi_get(came)).decode())
         if launch.check([f"{attempt}/all"]) and own in launch.get(f"{attempt}/all").decode().split():
             return attempt
-        time.sleep(0.05)
-    raise RuntimeError("the first rank did not answer")
+        if time.monotonic() > until:
+            absent = [other for other, key in enumerate(came) if not launch.check([key])]
+            raise RuntimeError(f"{_named(absent or [0])} did not come")
+        time.sleep(pause)
+        pause = min(1.5 * pause, 1.0)
 
 
 def _in_mesh(ranks: Ranks, shape: tuple[int, int], device_type: str) -> Ranks:
@@ -246,7 +250,9 @@ def mesh_shape(config: TrainConfig, size: int) -> tuple[int, int]:
     return size // num_shards, num_shards
 
 
-def _backend(config: TrainConfig) -> str:
+def _backend(config: TrainConfig, size: int) -> str:
+    if config.backend == "gloo" and size > 1 and config.device == "auto" and torch.cuda.is_available():
+        raise InputError("backend gloo is for --device cpu, got auto on a machine with GPUs")
     if config.backend == "nccl" and config.device not in ("auto", "cuda"):
         raise InputError(f"backend nccl is for --device cuda, got {config.device}")
     if config.backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
@@ -262,5 +268,5 @@ def _check_all_alike(config: TrainConfig, ranks: Ranks) -> None:
     if others:
         raise InputError(
             f"all ranks must be started with one configuration: that of rank {ranks.rank} (sha256 {own}) is not that "
-            f"of {'ranks' if len(others) > 1 else 'rank'} {', '.join(map(str, others))}"
+            f"of {_named(others)}"
         )

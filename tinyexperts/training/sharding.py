@@ -35,11 +35,12 @@ def shard_dense_part(model: Transformer, ranks: Ranks) -> None:
 
 
 def sharded_dimension(shape: torch.Size, num_ranks: int) -> int:
-    """Which dimension of a parameter lies in parts on the ranks: the first that they divide.
+    """Which dimension of a parameter lies in parts on the ranks: the first, unless it is shorter than they are many.
 
-    By the first alone, as FSDP2 would have it, sub-keys [2, sqrt(N), K] would be filled up to as many rows as ranks.
+    FSDP2 would fill up sub-keys [2, sqrt(N), K] to as many rows as ranks. It cuts evenly in other dimensions alone.
     """
-    return next((dimension for dimension, size in enumerate(shape) if size % num_ranks == 0), 0)
+    even = (dimension for dimension, size in enumerate(shape) if size % num_ranks == 0)
+    return 0 if shape[0] >= num_ranks else next(even, 0)
 
 
 def give_back_gathered(model: Transformer) -> None:
