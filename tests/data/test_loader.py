@@ -56,6 +56,17 @@ def test_every_epoch_visits_each_window_once_across_step_boundaries(split: Token
     assert epochs[1] != epochs[2]
 
 
+def test_each_window_comes_once_though_the_number_of_ranks_changes_within_the_epoch(split: TokenSplit) -> None:
+    visited: list[int] = []
+    num_windows = TokenLoader(split, batch_size=4, context_length=32, seed=5).num_windows
+    for step in range(num_windows // 4):
+        num_ranks = (1, 2, 4)[3 * step // (num_windows // 4)]
+        for rank in range(num_ranks):
+            loader = TokenLoader(split, batch_size=4, context_length=32, seed=5, rank=rank, num_ranks=num_ranks)
+            visited += loader.batch(step).sequence_ids.tolist()
+    assert len(visited) == len(set(visited)) == num_windows // 4 * 4
+
+
 def test_epoch_says_how_often_the_split_was_seen(split: TokenSplit) -> None:
     loader = TokenLoader(split, batch_size=3, context_length=32, seed=5)
     assert loader.epoch(0) == 0.0

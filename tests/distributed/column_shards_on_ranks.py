@@ -73,10 +73,15 @@ def _compare_layers(rank: int, num_shards: int, num_ranks: int, groups: RankGrou
         assert ours.experts.shape == (N, whole.experts.shape[1], D // num_shards)
         assert ours.flops_per_token() == whole.flops_per_token()
         assert ours.num_parameters() == whole.num_parameters()
-        x, grad_y = torch.randn(2, num_ranks * M, D, dtype=torch.float64)
+        # Not contiguous: exchanges must not take over strides.
+        x, grad_y = torch.randn(2, D, num_ranks * M, dtype=torch.float64).transpose(1, 2)
         own = slice(rank * M, (rank + 1) * M)
         x_whole, x_own = x.clone().requires_grad_(), x[own].clone().requires_grad_()
+        routed: list[torch.Tensor] = []
+        for layer in (whole, ours):
+            layer.router.register_forward_hook(lambda _m, _x, routing, to=routed: to.append(routing.ids))
         y_whole, y_own = whole(x_whole), ours(x_own)
+        assert torch.equal(routed[1], routed[0].view(num_ranks * M, -1)[own].view(routed[1].shape)), "same routing"
         torch.testing.assert_close(y_own, y_whole[own])
         y_whole.backward(grad_y)
         y_own.backward(grad_y[own])
