@@ -98,6 +98,7 @@ def _in_group(
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=num_ranks, timeout=timeout)
     try:
         function(rank, *arguments)
+        dist.barrier()  # one that ends at once would be gone while another still connects to it
     finally:
         dist.destroy_process_group()
 
