@@ -16,6 +16,7 @@ import pytest
 import torch
 from ranks import environment
 
+from tinyexperts.data import token_shards
 from tinyexperts.errors import InputError
 from tinyexperts.training import LostRank, TrainConfig, checkpoint_files, loop, ranks, train
 from tinyexperts.training.checkpoint import CheckpointWriter
@@ -35,6 +36,15 @@ def be_refused(
     os.environ |= environment(rank, num_ranks, port)
     with started_by_torchrun(restarts and restarts[rank]), pytest.raises((InputError, OSError), match=message):
         train(configs[rank % len(configs)], resume=resume[rank % len(resume)], progress=False)
+
+
+def have_other_data(rank: int, num_ranks: int, port: int, config: TrainConfig) -> None:
+    """At the same place, as on a disk of the node's own."""
+    os.environ |= environment(rank, num_ranks, port)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_shards, "sha256_of_splits", lambda _: f"of rank {rank}")
+        with pytest.raises(InputError, match=r"must have the same data in .*, got sha256 of rank 0, of rank 1"):
+            train(config, progress=False)
 
 
 def start_again(rank: int, num_ranks: int, port: int, config: TrainConfig, restarts: list[int]) -> None:

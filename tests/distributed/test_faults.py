@@ -23,6 +23,7 @@ from faulty_ranks import (
     hang_at,
     have_no_room,
     have_no_room_for_metrics,
+    have_other_data,
     see_time_outs,
     start_again,
 )
@@ -209,6 +210,7 @@ def test_bad_input_is_told_by_every_rank(make_config, tmp_path):
     refused([make_config(batch_size=3, model={"d_model": 128})], "batch_size must be a multiple of the 2 ranks, got 3")
     message = r"all ranks must be started with --resume, or none; got it on 1 of 2 alone"
     refused([config], message, resume=(False, True))
+    on_ranks(have_other_data, 2, 2, free_port(), config)
     narrow = make_config(mesh=(1, 2), model={"d_model": 64})
     refused([narrow], "a table of 64 columns can't be shared by 2 ranks")
     assert not config.run.exists()
