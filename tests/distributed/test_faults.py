@@ -159,8 +159,10 @@ def test_a_rank_that_hangs_in_a_mesh_is_named_by_all_others(make_config):
     on_ranks(hang_at, 4, 4, free_port(), config, 2, 3)
 
 
-def test_a_checkpoint_cut_short_on_one_rank_is_not_taken_for_good(make_config, tmp_path):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_checkpoint_cut_short_on_one_rank_is_not_taken_for_good(make_config, tmp_path, asynchronous):
     options = {"model": {"d_model": 128}, "num_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 5}
+    options["asynchronous_checkpoints"] = asynchronous
     config = make_config(**options)
     with pytest.raises(mp.ProcessExitedException):
         mp.start_processes(die_while_writing, args=(2, free_port(), config, 4), nprocs=2)

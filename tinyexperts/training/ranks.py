@@ -28,7 +28,8 @@ from tinyexperts.layers.product_key_layer import MIN_COLUMNS
 from tinyexperts.ops.collectives import RankGroups
 from tinyexperts.training.config import TrainConfig
 
-# How long, at the least, the ranks that gave up wait for each other before they name those that did not.
+# How long the ranks that a broken connection stopped wait for each other before they name those that did not notice;
+# after a time-out also the twentieth part of it, by which ranks may have begun to wait at different times.
 _GRACE_SECONDS = 5.0
 
 
@@ -111,14 +112,15 @@ class Ranks:
             if self.store is None or not any(sign in text for sign in ("imed out", "onnection", "Broken pipe")):
                 raise
             reason = next(line for line in text.splitlines() if line.strip())
-            raise LostRank(f"{self._who_is_lost()} (rank {self.rank} was told: {reason})") from error
+            lost = self._who_is_lost(timed_out="imed out" in text)
+            raise LostRank(f"{lost} (rank {self.rank} was told: {reason})") from error
 
-    def _who_is_lost(self) -> str:
+    def _who_is_lost(self, *, timed_out: bool) -> str:
         """Each rank that gave up signs; those that have not signed after a while hang or are gone."""
         assert self.store is not None
         assert self.timeout is not None
         lost: list[int] = []
-        until = time.monotonic() + max(_GRACE_SECONDS, self.timeout.total_seconds() / 20)
+        until = time.monotonic() + max(_GRACE_SECONDS, timed_out * self.timeout.total_seconds() / 20)
         try:
             self.store.set(f"gave up/{self.rank}", "")
             while time.monotonic() < until:
