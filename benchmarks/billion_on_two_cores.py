@@ -23,9 +23,11 @@ from rich.progress import track
 from rich.table import Table
 
 from tinyexperts.model import PEERConfig
-from tinyexperts.training import loop, recipes
+from tinyexperts.training import recipes
 from tinyexperts.training.checkpoint import load_checkpoint, save_checkpoint
 from tinyexperts.training.config import TrainConfig
+from tinyexperts.training.run import make_run
+from tinyexperts.training.step import optimizer_step
 
 SIZES = (2**14, 2**22)
 
@@ -64,7 +66,7 @@ def main() -> None:
         runs, result = {}, {"machine": platform.platform(), "threads": arguments.threads, "torch": torch.__version__}
         for num_experts in SIZES:
             before, started = resident_gib(), time.perf_counter()
-            runs[num_experts] = loop._prepare(
+            runs[num_experts] = make_run(
                 config_of(num_experts, arguments.data, Path(folder, str(num_experts)), arguments.threads)
             )
             result[f"making_seconds_{num_experts}"] = time.perf_counter() - started
@@ -77,7 +79,7 @@ def main() -> None:
             for num_experts, run in runs.items():
                 started = time.perf_counter()
                 for _ in range(arguments.steps):
-                    losses[num_experts].append(loop._step(run, steps[num_experts])[0])
+                    losses[num_experts].append(optimizer_step(run, steps[num_experts])[0])
                     steps[num_experts] += 1
                 seconds = time.perf_counter() - started
                 if number:  # the first slice touches the memory of the optimiser's state

@@ -31,9 +31,11 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyexperts.model import PEERConfig
-from tinyexperts.training import Devices, loop, plan, recipes
+from tinyexperts.training import Devices, plan, recipes
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.ranks import joined
+from tinyexperts.training.run import make_run
+from tinyexperts.training.step import optimizer_step
 
 Mesh = tuple[int, int]  # (replicate, table)
 ALONE: Mesh = (1, 1)
@@ -102,16 +104,16 @@ def work(rank: int, mesh: Mesh, port: int, arguments: argparse.Namespace, pipe: 
     }
     config = config_of(arguments, mesh)
     with joined(config) as ranks:
-        run = loop._prepare(config, ranks)
-        loop._step(run, 0)
+        run = make_run(config, ranks)
+        optimizer_step(run, 0)
         with SentBytes() as sent:
-            loop._step(run, 1)
+            optimizer_step(run, 1)
         pipe.send(dict(sent.by_exchange))
         step = 2
         while pipe.recv():
             started = time.perf_counter()
             for _ in range(arguments.steps):
-                loop._step(run, step)
+                optimizer_step(run, step)
                 step += 1
             pipe.send(arguments.steps * config.tokens_per_step / (time.perf_counter() - started))
 

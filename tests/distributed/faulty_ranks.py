@@ -145,7 +145,7 @@ def hang_at(rank: int, num_ranks: int, port: int, config: TrainConfig, victim: i
 @contextmanager
 def before_step(step: int, act: Callable[[], None] | None) -> Iterator[None]:
     """Meanwhile training does something else before it makes a step."""
-    make_step = loop._step
+    make_step = loop.optimizer_step
 
     def act_and_make_step(run: Any, at: int) -> tuple[float, float]:
         if at == step and act is not None:
@@ -153,5 +153,5 @@ def before_step(step: int, act: Callable[[], None] | None) -> Iterator[None]:
         return make_step(run, at)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_step", act_and_make_step)
+        patch.setattr(loop, "optimizer_step", act_and_make_step)
         yield

@@ -12,9 +12,10 @@ from ranks import environment
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tinyexperts.training import TrainConfig, checkpoint_files, loop
+from tinyexperts.training import TrainConfig, checkpoint_files
 from tinyexperts.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from tinyexperts.training.ranks import joined
+from tinyexperts.training.run import make_run
 
 TABLE = "model.blocks.1.feed_forward.experts"
 
@@ -24,7 +25,7 @@ def save_again(rank: int, num_ranks: int, port: int, config: TrainConfig, output
     os.environ |= environment(rank, num_ranks, port)
     with pytest.MonkeyPatch.context() as patch, joined(config) as ranks:
         patch.setattr(checkpoint_files, "FILE_BYTES", file_bytes)
-        run = loop._prepare(config, ranks)
+        run = make_run(config, ranks)
         state = load_checkpoint(checkpoints(config.run)[-1], run.model, run.optimizers, ranks=ranks)
         save_checkpoint(output, state["step"], run.model, run.optimizers, state, keep=1, ranks=ranks)
 

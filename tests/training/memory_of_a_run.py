@@ -11,8 +11,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from tinyexperts.training import TrainConfig, loop
+from tinyexperts.training import TrainConfig
 from tinyexperts.training.ranks import joined
+from tinyexperts.training.run import make_run
+from tinyexperts.training.step import optimizer_step
 
 
 def status(name: str) -> int:
@@ -22,15 +24,15 @@ def status(name: str) -> int:
 def main() -> None:
     large, small = (TypeAdapter(TrainConfig).validate_json(Path(path).read_text()) for path in sys.argv[1:])
     with joined(large) as ranks:
-        run = loop._prepare(small, ranks)  # loads the kernels and what torch loads late
+        run = make_run(small, ranks)  # loads the kernels and what torch loads late
         for step in range(2):
-            loop._step(run, step)
+            optimizer_step(run, step)
         del run
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = status("VmRSS")
-        run = loop._prepare(large, ranks)
+        run = make_run(large, ranks)
         for step in range(3):
-            loop._step(run, step)
+            optimizer_step(run, step)
         print(status("VmHWM") - before)
 
 

@@ -18,6 +18,8 @@ from tinyexperts.model import Transformer
 from tinyexperts.optim import RowSparseAdam
 from tinyexperts.training import checkpoint, load_model, loop, run_folder, train
 from tinyexperts.training.device import choose_device, choose_precision
+from tinyexperts.training.run import choose_table_gradients, make_run
+from tinyexperts.training.step import optimizer_step
 
 
 def lines(run, split):
@@ -99,20 +101,19 @@ def test_sparse_and_dense_table_gradients_agree_on_the_first_steps(make_config, 
 def test_the_choice_of_table_gradients_follows_the_share_of_touched_rows(make_config):
     small = make_config()
     gpu, cpu = torch.device("cuda"), torch.device("cpu")  # named only
-    assert loop.choose_table_gradients(small, gpu) == (
+    assert choose_table_gradients(small, gpu) == (
         False,
         "table gradients dense (AdamW): a step touches up to 100% of 64 rows",
     )
-    assert loop.choose_table_gradients(small, cpu)[0] is True
+    assert choose_table_gradients(small, cpu)[0] is True
     layer = dataclasses.replace(small.model.sparse_layer, num_experts=256**2)
     large = dataclasses.replace(small, model=dataclasses.replace(small.model, sparse_layer=layer))
-    sparse, sentence = loop.choose_table_gradients(large, gpu)
+    sparse, sentence = choose_table_gradients(large, gpu)
     assert sparse
     assert "sparse (RowSparseAdam)" in sentence
-    model = Transformer(large.model, sparse_tables=True)
-    assert any(isinstance(optimizer, RowSparseAdam) for optimizer in loop._optimizers(large, model, True))
-    assert loop.choose_table_gradients(dataclasses.replace(large, table_gradients="dense"), cpu)[0] is False
-    assert loop.choose_table_gradients(make_config("dense"), cpu)[0] is False
+    assert any(isinstance(optimizer, RowSparseAdam) for optimizer in make_run(large).optimizers)
+    assert choose_table_gradients(dataclasses.replace(large, table_gradients="dense"), cpu)[0] is False
+    assert choose_table_gradients(make_config("dense"), cpu)[0] is False
 
 
 def test_learning_rates_follow_the_schedule_and_the_kinds(make_config, monkeypatch):
@@ -122,8 +123,7 @@ def test_learning_rates_follow_the_schedule_and_the_kinds(make_config, monkeypat
     assert rates[10] == 1.0
     assert rates[15] == 0.5
     assert rates[19] == pytest.approx(0.1)
-    model = Transformer(config.model)
-    groups = {g["name"]: g["peak_lr"] for o in loop._optimizers(config, model, False) for g in o.param_groups}
+    groups = {g["name"]: g["peak_lr"] for o in make_run(config).optimizers for g in o.param_groups}
     assert groups == {"tables": 0.5, "matrices": 4e-3, "embedding": 0.096, "head": 8e-3, "vectors": 4e-3}
 
 
@@ -145,13 +145,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_config, 
 
 @pytest.mark.parametrize("kind", ["dense", "peer"])
 def test_a_step_that_is_refused_leaves_every_weight_and_state_as_it_was(make_config, monkeypatch, kind):
-    run = loop._prepare(make_config(kind))
-    loop._step(run, 0)
+    run = make_run(make_config(kind))
+    optimizer_step(run, 0)
     before = copy.deepcopy((run.model.state_dict(), [o.state_dict()["state"] for o in run.optimizers]))
     real = Transformer.loss
     monkeypatch.setattr(Transformer, "loss", lambda *arguments: real(*arguments) * float("inf"))
     with pytest.raises(InputError, match="step 2 gave a loss of inf"):
-        loop._step(run, 1)
+        optimizer_step(run, 1)
     after = run.model.state_dict(), [o.state_dict()["state"] for o in run.optimizers]
     for name, parameter in run.model.named_parameters():
         assert torch.equal(before[0][name], parameter)

@@ -46,6 +46,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial")
 
 
+def last_good_checkpoint(run: Path) -> str:
+    """A clause that says which it is, for what a user is told of a failure."""
+    found = checkpoints(run)
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
 def save_checkpoint(
     run: Path,
     step: int,
@@ -151,9 +157,8 @@ def _write_checkpoint(
     except Unwritten as error:
         if ranks.is_first:
             shutil.rmtree(partial, ignore_errors=True)
-        earlier = checkpoints(run)
-        last = f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no earlier checkpoint"
-        raise InputError(f"the checkpoint of step {step} could not be written ({error}); {last}") from error
+        sentence = f"the checkpoint of step {step} could not be written ({error}); {last_good_checkpoint(run)}"
+        raise InputError(sentence) from error
     return final
 
 

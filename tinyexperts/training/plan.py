@@ -27,7 +27,7 @@ from tinyexperts.model import Transformer
 from tinyexperts.optim import expected_touched_share, split_parameters
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.device import autocast
-from tinyexperts.training.loop import choose_table_gradients
+from tinyexperts.training.run import choose_table_gradients
 from tinyexperts.training.sharding import sharded_dimension
 
 _BYTES = 4  # of fp32

@@ -1,0 +1,119 @@
+"""What a run is made of: data, model, optimisers, and the choices that its configuration leaves to the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+
+from tinyexperts.data import TokenDataset, TokenLoader
+from tinyexperts.errors import InputError
+from tinyexperts.layers import ProductKeyLayer
+from tinyexperts.model import Transformer
+from tinyexperts.optim import build_optimizers, expected_touched_share
+from tinyexperts.training.config import TrainConfig
+from tinyexperts.training.device import choose_device, choose_precision, out_of_memory_told
+from tinyexperts.training.ranks import ALONE, Ranks
+from tinyexperts.training.sharding import shard_dense_part
+
+# On devices without a fused step of their own: sparse table gradients where a step is expected to touch a smaller share
+# of the rows; above it the dense gradient with a fused AdamW wins. On the CPU the fused step wins at any share.
+SPARSE_BELOW_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run before its next step; only the weights and the optimisers' states change."""
+
+    config: TrainConfig
+    ranks: Ranks
+    dataset: TokenDataset
+    loader: TokenLoader
+    model: Transformer
+    optimizers: list[Optimizer]
+    device: torch.device
+    precision: str
+    num_steps: int
+    flops_per_step: int
+    table_choice: str
+
+
+def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
+    """Open the data and make the model as it is before its first step; nothing is written.
+
+    Raises:
+        InputError: no data set, another vocabulary than the model's, too little text for a window, a device that is not
+            there or too small, FLOPs that pay for no step.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    dataset = TokenDataset.open(config.data)
+    if dataset.index.vocab_size != config.model.vocab_size:
+        raise InputError(
+            f"model.vocab_size must be that of {config.data}, {dataset.index.vocab_size} "
+            f"(--model.vocab-size {dataset.index.vocab_size}), got {config.model.vocab_size}"
+        )
+    loader = TokenLoader(
+        dataset.split("train"),
+        batch_size=config.batch_size,
+        context_length=config.model.context_length,
+        seed=config.seed,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
+    )
+    device = choose_device(config.device)
+    sparse_tables, table_choice = choose_table_gradients(config, device)
+    torch.manual_seed(config.seed)
+    with out_of_memory_told(device):
+        model = Transformer(config.model, sparse_tables=sparse_tables, ranks=ranks.groups).to(device)
+        if ranks.mesh is not None:
+            shard_dense_part(model, ranks)
+    flops_per_step = 3 * model.flops_per_token(config.model.context_length) * config.tokens_per_step
+    num_steps = config.num_steps or int((config.training_flops or 0) // flops_per_step)
+    if num_steps < 1:
+        raise InputError(
+            f"training_flops must pay for one step at least, {flops_per_step:.3g}, got {config.training_flops}"
+        )
+    return Run(
+        config=config,
+        ranks=ranks,
+        dataset=dataset,
+        loader=loader,
+        model=model,
+        optimizers=_optimizers(config, model, sparse_tables),
+        device=device,
+        precision=choose_precision(config.precision, device),
+        num_steps=num_steps,
+        flops_per_step=flops_per_step,
+        table_choice=table_choice,
+    )
+
+
+def choose_table_gradients(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
+    """Whether tables get sparse gradients, and a sentence that says why."""
+    layer = config.model.sparse_layer.build(config.model.d_model, device="meta")
+    if not isinstance(layer, ProductKeyLayer):
+        return False, "no tables"
+    share = expected_touched_share(config.tokens_per_step, layer.retrieved_per_token, len(layer.experts))
+    sparse = config.table_gradients == "sparse"
+    if config.table_gradients == "auto":
+        sparse = device.type == "cpu" or share < SPARSE_BELOW_SHARE
+    kind = "sparse (RowSparseAdam)" if sparse else "dense (AdamW)"
+    return sparse, f"table gradients {kind}: a step touches up to {share:.0%} of {len(layer.experts):,} rows"
+
+
+def _optimizers(config: TrainConfig, model: Transformer, sparse_tables: bool) -> list[Optimizer]:
+    return build_optimizers(
+        model,
+        sparse_tables=sparse_tables,
+        matrix_lr=config.matrix_learning_rate,
+        embedding_lr=config.embedding_learning_rate,
+        head_lr=config.head_learning_rate,
+        vector_lr=config.matrix_learning_rate,
+        table_lr=config.table_learning_rate,
+        betas=config.betas,
+        table_betas=config.table_betas,
+        weight_decay=config.weight_decay,
+        table_second_moment=config.table_second_moment,
+    )

@@ -1,0 +1,102 @@
+"""How the ranks begin a run's folder, or go on with it: all of them, with the same data, or none."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+import tinyexperts
+from tinyexperts.errors import InputError
+from tinyexperts.training import run_folder
+from tinyexperts.training.config import TrainConfig
+from tinyexperts.training.ranks import Ranks
+from tinyexperts.training.run import Run
+
+
+def resumption_agreed(resume: bool, config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether to go on from a checkpoint: as told, or where torchrun has started the ranks of a run again.
+
+    Raises:
+        InputError: some were told to, others not.
+    """
+    told = ranks.all_of((resume, run_folder.is_run(config.run)))
+    if len({asked for asked, _ in told}) > 1:
+        with_it = ", ".join(str(rank) for rank, (asked, _) in enumerate(told) if asked)
+        raise InputError(f"all ranks must be started with --resume, or none; got it on {with_it} of {ranks.size} alone")
+    return resume or (ranks.restarted and told[0][1])
+
+
+def check_same_data(run: Run) -> None:
+    """Each rank reads its own data set, perhaps from a disk of its own.
+
+    Raises:
+        InputError: they are not the same.
+    """
+    told = run.ranks.all_of(run.dataset.sha256[:12])
+    if len(set(told)) > 1:
+        raise InputError(f"all ranks must have the same data in {run.config.data}, got sha256 {', '.join(told)}")
+
+
+def claim_folder(run: Run, resume: bool, stack: ExitStack) -> None:
+    """Begin the run's folder, or see that it is this run's; held, by the first rank, until the stack is left.
+
+    Raises:
+        InputError: it exists, is not there to resume, is that of other settings or data, or is in use.
+    """
+    folder = run.config.run
+    if not run.ranks.is_first:
+        return
+    if resume:
+        run_folder.check_unchanged(run.config)
+    else:
+        run_folder.check_free(folder)
+    stack.enter_context(run_folder.held(folder))
+    if resume:
+        run_folder.check_data(folder, run.dataset)
+    else:
+        run_folder.create(run.config, run.dataset.tokenizer, _describe(run))
+
+
+def _describe(run: Run) -> dict[str, Any]:
+    model, count = run.model, run.model.num_parameters()
+    return {
+        "command": _command(run.ranks, sys.argv[1:]),
+        "num_ranks": run.ranks.size,
+        "versions": {
+            "tinyexperts": tinyexperts.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        "num_parameters": {"active": count.active, "total": count.total},
+        "training_flops_per_token": {
+            "router": 3 * model.router_flops_per_token(),
+            "total": 3 * model.flops_per_token(run.config.model.context_length),
+        },
+        "data_sha256": run.dataset.sha256,
+        "tokens_per_step": run.config.tokens_per_step,
+        "num_steps": run.num_steps,
+    }
+
+
+def resume_command(ranks: Ranks) -> str:
+    """What goes on with the run that this process was started to train."""
+    return _command(ranks, [*(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"])
+
+
+def _command(ranks: Ranks, arguments: list[str]) -> str:
+    """What starts the run; how several nodes find each other is left to the reader.
+
+    Without the two dashes torchrun would take --run for the beginning of an option of its own.
+    """
+    if ranks.size == 1:
+        return shlex.join(["tinyexperts", *arguments])
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    nodes = [] if of_node == ranks.size else ["--nnodes", str(ranks.size // of_node)]
+    return shlex.join(["torchrun", *nodes, "--nproc-per-node", str(of_node), "-m", "--", "tinyexperts", *arguments])

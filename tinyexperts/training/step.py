@@ -1,0 +1,48 @@
+"""One optimiser step, which changes the weights or, where it would spoil them, nothing."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import torch
+
+from tinyexperts.errors import InputError
+from tinyexperts.optim import clip_gradient_norm_
+from tinyexperts.training.checkpoint import last_good_checkpoint
+from tinyexperts.training.device import autocast
+from tinyexperts.training.run import Run
+
+
+def optimizer_step(run: Run, step: int) -> tuple[float, float]:
+    """Make step number `step`, from 0, which says which batches it takes; all ranks call it together.
+
+    Returns the mean loss in nats a token before the step, and the gradient's norm before clipping.
+
+    Raises:
+        InputError: a loss or a gradient that is not finite, before any weight has changed.
+    """
+    config, ranks = run.config, run.ranks
+    run.model.train()
+    for optimizer in run.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    losses, sequence_ids = [], []
+    for micro_batch in range(config.gradient_accumulation):
+        batch = run.loader.batch(step * config.gradient_accumulation + micro_batch)
+        with autocast(run.precision, run.device):
+            loss = run.model.loss(batch.inputs.to(run.device), batch.targets.to(run.device))
+        # Gradients are summed over micro-batches and ranks, so that those of the mean loss come out.
+        (loss / (config.gradient_accumulation * ranks.size)).backward()
+        losses.append(loss.detach())
+        sequence_ids += batch.sequence_ids.tolist()
+    mean_loss = statistics.fmean(ranks.numbers(torch.stack(losses).mean().item()))
+    gradient_norm = clip_gradient_norm_(run.model.parameters(), config.gradient_clip, ranks.groups).item()
+    if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
+        of_all = [sequence for of_rank in ranks.all_of(sequence_ids) for sequence in of_rank]
+        raise InputError(
+            f"step {step + 1} gave a loss of {mean_loss} and a gradient norm of {gradient_norm}, on the sequences "
+            f"{of_all} of {config.data}; {last_good_checkpoint(config.run)}"
+        )
+    for optimizer in run.optimizers:
+        optimizer.step()
+    return mean_loss, gradient_norm
