@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tinyexperts import cli
+from tinyexperts import training
 
 TINY_MODEL = [
     *("--model.vocab-size", 300, "--model.context-length", 16, "--model.d-model", 16, "--model.num-layers", 2),
@@ -94,7 +94,7 @@ def test_a_full_disk_is_one_sentence(run_cli, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
 
-    monkeypatch.setattr(cli.training, "load_model", full)
+    monkeypatch.setattr(training, "load_model", full)
     code, _, err = run_cli("evaluate", "run")
     assert code == 2
     assert err == "tinyexperts: [Errno 28] No space left on device: 'runs/x/metrics.jsonl'\n"

@@ -18,7 +18,7 @@ from ranks import environment
 
 from tinyexperts.data import token_shards
 from tinyexperts.errors import InputError
-from tinyexperts.training import LostRank, TrainConfig, checkpoint_files, loop, ranks, train
+from tinyexperts.training import LostRank, TrainConfig, checkpoint_files, loop, train
 from tinyexperts.training.checkpoint import CheckpointWriter
 from tinyexperts.training.ranks import joined
 
@@ -135,11 +135,14 @@ def hang_at(rank: int, num_ranks: int, port: int, config: TrainConfig, victim: i
     os.environ |= environment(rank, num_ranks, port)
 
     def sleep() -> None:
-        time.sleep(config.timeout_seconds + ranks._GRACE_SECONDS + 2)
+        until = time.monotonic() + 120
+        while len(list(config.run.glob("named-by-*"))) < num_ranks - 1 and time.monotonic() < until:
+            time.sleep(0.1)
 
     told = ".*" if rank == victim else f"rank {victim} of {num_ranks} did not answer"
     with before_step(step, sleep if rank == victim else None), pytest.raises(LostRank, match=told):
         train(config, progress=False)
+    config.run.joinpath(f"named-by-{rank}").touch()
 
 
 @contextmanager

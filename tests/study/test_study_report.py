@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tyro
 
-from tinyexperts import cli
+from tinyexperts.cli.parser import RECIPES
 from tinyexperts.errors import InputError
 from tinyexperts.study.execution.study_folder import StudyFolder, StudySettings
 from tinyexperts.study.grids import studies
@@ -218,7 +218,7 @@ def test_every_row_has_its_command(isoflop):
         run = group.first.run
         words = shlex.split(commands[run.name])
         assert words[:2] == ["tinyexperts", "train"]
-        recipe = {r.__name__.replace("_", "-"): r for r in cli.RECIPES}[words[2]]
+        recipe = {r.__name__.replace("_", "-"): r for r in RECIPES}[words[2]]
         parsed = tyro.cli(TrainConfig, default=recipe(), args=words[3:], config=(tyro.conf.AvoidSubcommands,))
         assert parsed == replace(run.config, run=Path("runs", run.name))
 

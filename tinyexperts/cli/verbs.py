@@ -1,28 +1,23 @@
-"""The command line: one verb, one function; nothing is computed here."""
+"""One verb, one function; nothing is computed here."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import os
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from tinyexperts import data, evaluation, study, training
+from tinyexperts.cli.tables import print_evaluation, print_plans, print_texts
 from tinyexperts.errors import InputError
 from tinyexperts.model import generate as generate_tokens
 from tinyexperts.study import layer_benchmark
-from tinyexperts.study.grids import scales, studies
-from tinyexperts.training import recipes, run_folder
+from tinyexperts.study.grids import scales
+from tinyexperts.training import run_folder
 
 
 def prepare(config: Annotated[data.PrepareConfig, tyro.conf.arg(name="")]) -> None:
@@ -58,7 +53,7 @@ def fetch(
     if not 0 < max_mb < float("inf"):
         raise InputError(f"--max-mb must be positive and finite, got {max_mb}")
     if not names:
-        _print_texts()
+        print_texts()
     for name in names:
         data.source_named(name)
     for name in names:
@@ -67,19 +62,7 @@ def fetch(
         print(fetched)
 
 
-def _print_texts() -> None:
-    table = Table(title="tinyexperts data fetch NAME ...", title_justify="left")
-    table.add_column("name", no_wrap=True)
-    table.add_column("text")
-    table.add_column("MB", justify="right")
-    table.add_column("licence")
-    for name, source in data.TEXT_SOURCES.items():
-        megabytes = "--max-mb" if source.megabytes is None else f"{source.megabytes:g}"
-        table.add_row(name, source.description, megabytes, source.licence)
-    Console().print(table)
-
-
-def _train(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
+def train_recipe(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
     """The command that trains a recipe."""
     default = recipe()
 
@@ -99,7 +82,7 @@ def _train(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
     return train
 
 
-def _plan(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
+def plan_recipe(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
     """The command that plans a recipe."""
     default = recipe()
 
@@ -123,40 +106,10 @@ def _plan(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
             memory_gb_per_second=memory_gb_per_second,
             link_gb_per_second=link_gb_per_second,
         )
-        _print_plans(parsed, training.plan(config, parsed), config.tokens_per_step)
+        print_plans(parsed, training.plan(config, parsed), config.tokens_per_step)
 
     plan.__doc__ = f"{recipe.__doc__}\n{plan.__doc__}"
     return plan
-
-
-def _print_plans(devices: training.Devices, plans: list[training.MeshPlan], tokens_per_step: int) -> None:
-    gib = 2**30
-    table = Table(title=f"{devices.count} devices of {devices.memory_bytes / gib:.1f} GiB", title_justify="left")
-    table.add_column("mesh (replicate x table)", no_wrap=True)
-    for mesh in plans:
-        table.add_column(f"{mesh.replicate} x {mesh.table}", justify="right")
-    for name in ("weights", "gathered", "gradients", "moments", "activations", "copies", "total"):
-        table.add_row(f"{name}, GiB a rank", *(f"{getattr(mesh.memory, name) / gib:.2f}" for mesh in plans))
-    table.add_row("fits", *("yes" if mesh.fits(devices) else "no" for mesh in plans), end_section=True)
-    for name, sent in (("for the dense part", "dense_part"), ("by columns", "columns"), ("to replicas", "replicas")):
-        table.add_row(f"sent {name}, MB a step", *(f"{getattr(mesh.exchanges, sent) / 1e6:,.1f}" for mesh in plans))
-    table.add_row("TFLOPs a rank and step", *(f"{mesh.flops / 1e12:.3g}" for mesh in plans), end_section=True)
-    for name in ("compute", "memory", "exchange", "step"):
-        table.add_row(f"{name}, ms a step", *(f"{1e3 * getattr(mesh, name + '_seconds'):.3g}" for mesh in plans))
-    table.add_row("ruled by", *(mesh.bound for mesh in plans))
-    table.add_row("tokens a second", *(f"{tokens_per_step / mesh.step_seconds:,.0f}" for mesh in plans))
-    console = Console()
-    console.print(table)
-    fitting = [mesh for mesh in plans if mesh.fits(devices)]
-    if not fitting:
-        console.print("No mesh fits: take more devices, a smaller batch, or --table-second-moment row.")
-        return
-    best = min(fitting, key=lambda mesh: mesh.step_seconds)
-    console.print(
-        f"The quickest that fits: --mesh {best.replicate} {best.table}, ruled by {best.bound}. Weights, moments and "
-        "exchanges are counted, speeds are assumed.",
-        highlight=False,
-    )
 
 
 def evaluate(
@@ -208,7 +161,7 @@ def evaluate(
     summary = result.summary()
     if not files and data_set is None and split == "validation" and max_tokens is None:
         run_folder.write_evaluation(run, summary, {name: usage.share for name, usage in result.expert_usage.items()})
-    _print_evaluation(" ".join(map(str, files)) if files else f"{data_set or own_data} ({split})", summary)
+    print_evaluation(" ".join(map(str, files)) if files else f"{data_set or own_data} ({split})", summary)
 
 
 def _set_threads(threads: int | None) -> None:
@@ -216,30 +169,6 @@ def _set_threads(threads: int | None) -> None:
         if threads < 1:
             raise InputError(f"--threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-
-
-def _print_evaluation(text: str, summary: dict[str, Any]) -> None:
-    table = Table(title=text, title_justify="left")
-    for column in ("routing", "nats a token", "perplexity", "bits a byte", "nats, new bigrams", "tokens"):
-        table.add_column(column, justify="left" if column == "routing" else "right")
-    for row in filter(None, (summary, summary.get("whole_sequences"))):
-        bits = row["bits_per_byte"]
-        table.add_row(
-            row["routing"] or "",
-            f"{row['loss']:.4f}",
-            f"{row['perplexity']:.2f}",
-            "unknown" if bits is None else f"{bits:.4f}",
-            f"{row['loss_by_copy']['new']:.4f}",
-            f"{row['num_tokens']:,}",
-        )
-    console = Console()
-    console.print(table)
-    for usage in summary["expert_usage"]:
-        console.print(
-            f"{usage['layer']}: {usage['usage']:.1%} of {usage['num_experts']:,} experts used, unevenness "
-            f"{usage['unevenness']:.2f} nats, Gini {usage['gini']:.2f}, {usage['num_dead']:,} dead",
-            highlight=False,
-        )
 
 
 def generate(
@@ -321,7 +250,7 @@ def report(
     print(output)
 
 
-def _study(make: Callable[[scales.Scale], study.Study]) -> Callable[..., None]:
+def study_command(make: Callable[[scales.Scale], study.Study]) -> Callable[..., None]:
     """The command that runs one of the studies."""
 
     def run(config: Annotated[study.StudyConfig, tyro.conf.arg(name="")] = study.StudyConfig()) -> None:  # noqa: B008
@@ -353,107 +282,3 @@ def run_of_study(folder: Annotated[Path, tyro.conf.Positional], name: Annotated[
 def bench_layer(config: Annotated[layer_benchmark.LayerBenchmarkConfig, tyro.conf.arg(name="")]) -> None:
     """Measure PEER on this machine: its operator against the memory's limit, its parts, and what stands beside it."""
     layer_benchmark.run_layer_benchmark(config)
-
-
-def _group(description: str, commands: dict[str, Callable[..., None]]) -> Callable[..., None]:
-    """A verb with verbs of its own."""
-    verbs: list[Any] = [
-        Annotated[Any, tyro.conf.subcommand(name=name, constructor=verb)] for name, verb in commands.items()
-    ]
-    verbs.append(Annotated[None, tyro.conf.Suppress])  # a union of one would be no choice, and ask for no verb
-
-    def group(command: Any) -> None:
-        """The chosen verb has run when this is called."""
-
-    group.__annotations__["command"] = Annotated[Union[tuple(verbs)], tyro.conf.arg(name="")]  # noqa: UP007
-    group.__doc__ = description
-    return group
-
-
-RECIPES = (recipes.peer, recipes.dense, recipes.expert_choice_moe, recipes.product_key_memory)
-
-VERBS = {
-    "data": _group(
-        "Fetch texts, prepare data sets of tokens, and verify them.",
-        {"fetch": fetch, "prepare": prepare, "verify": verify},
-    ),
-    "train": _group(
-        "Train a language model by a recipe; --help after the recipe's name lists every setting.",
-        {recipe.__name__.replace("_", "-"): _train(recipe) for recipe in RECIPES},
-    ),
-    "plan": _group(
-        "Say what a recipe would take on several devices: memory, exchanges and time, for each mesh of them.",
-        {recipe.__name__.replace("_", "-"): _plan(recipe) for recipe in RECIPES},
-    ),
-    "evaluate": evaluate,
-    "generate": generate,
-    "study": _group(
-        "Train and compare several models, and write reports.",
-        {
-            "demo": demo,
-            "report": report,
-            **{make.__name__.replace("_", "-"): _study(make) for make in studies.STUDIES},
-            "status": study_status,
-            "run": run_of_study,
-        },
-    ),
-    "bench": _group("Measure the layers on this machine.", {"layer": bench_layer}),
-}
-
-
-class _RefusedConfig(Exception):
-    """An InputError of a configuration on its way through the parser, which would draw a box around a ValueError."""
-
-
-def _plain_refusals() -> ConstructorRegistry:
-    """Builds dataclasses as tyro does, but what they refuse stays one sentence."""
-    registry = ConstructorRegistry()
-    asking = False
-
-    @registry.struct_rule
-    def as_tyro_does(info: StructTypeInfo) -> StructConstructorSpec | None:
-        nonlocal asking
-        if asking or not dataclasses.is_dataclass(info.type):
-            return None
-        asking = True  # the next answer is to be that of tyro's own rules
-        try:
-            spec = ConstructorRegistry.get_struct_spec(info)
-        finally:
-            asking = False
-        if not isinstance(spec, StructConstructorSpec):
-            return spec
-
-        @functools.wraps(spec.instantiate)
-        def instantiate(**fields: Any) -> Any:
-            try:
-                return spec.instantiate(**fields)
-            except InputError as error:
-                raise _RefusedConfig(str(error)) from error
-
-        return dataclasses.replace(spec, instantiate=instantiate)
-
-    return registry
-
-
-def main() -> None:
-    """Run a verb; bad input is one sentence and exit code 2, an interruption 130."""
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            VERBS,
-            prog="tinyexperts",
-            description="Train, measure and use language models with PEER layers.",
-            config=(tyro.conf.AvoidSubcommands,),
-            registry=_plain_refusals(),
-        )
-    except (InputError, _RefusedConfig, OSError) as error:  # OSError: an unwritable folder, a full disk
-        _exit(error, 2)
-    except training.LostRank as error:
-        _exit(error, 1)
-    except (training.Interrupted, KeyboardInterrupt) as stop:
-        _exit(str(stop) or "interrupted", 130)
-
-
-def _exit(why: object, code: int) -> None:
-    rank = os.environ.get("RANK", "0")
-    print(f"tinyexperts{'' if rank == '0' else f' (rank {rank})'}: {why}", file=sys.stderr)
-    sys.exit(code)

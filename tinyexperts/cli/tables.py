@@ -1,0 +1,76 @@
+"""What the command line shows as a table: texts, plans, evaluations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tinyexperts import data, training
+
+
+def print_texts() -> None:
+    table = Table(title="tinyexperts data fetch NAME ...", title_justify="left")
+    table.add_column("name", no_wrap=True)
+    table.add_column("text")
+    table.add_column("MB", justify="right")
+    table.add_column("licence")
+    for name, source in data.TEXT_SOURCES.items():
+        megabytes = "--max-mb" if source.megabytes is None else f"{source.megabytes:g}"
+        table.add_row(name, source.description, megabytes, source.licence)
+    Console().print(table)
+
+
+def print_plans(devices: training.Devices, plans: list[training.MeshPlan], tokens_per_step: int) -> None:
+    gib = 2**30
+    table = Table(title=f"{devices.count} devices of {devices.memory_bytes / gib:.1f} GiB", title_justify="left")
+    table.add_column("mesh (replicate x table)", no_wrap=True)
+    for mesh in plans:
+        table.add_column(f"{mesh.replicate} x {mesh.table}", justify="right")
+    for name in ("weights", "gathered", "gradients", "moments", "activations", "copies", "total"):
+        table.add_row(f"{name}, GiB a rank", *(f"{getattr(mesh.memory, name) / gib:.2f}" for mesh in plans))
+    table.add_row("fits", *("yes" if mesh.fits(devices) else "no" for mesh in plans), end_section=True)
+    for name, sent in (("for the dense part", "dense_part"), ("by columns", "columns"), ("to replicas", "replicas")):
+        table.add_row(f"sent {name}, MB a step", *(f"{getattr(mesh.exchanges, sent) / 1e6:,.1f}" for mesh in plans))
+    table.add_row("TFLOPs a rank and step", *(f"{mesh.flops / 1e12:.3g}" for mesh in plans), end_section=True)
+    for name in ("compute", "memory", "exchange", "step"):
+        table.add_row(f"{name}, ms a step", *(f"{1e3 * getattr(mesh, name + '_seconds'):.3g}" for mesh in plans))
+    table.add_row("ruled by", *(mesh.bound for mesh in plans))
+    table.add_row("tokens a second", *(f"{tokens_per_step / mesh.step_seconds:,.0f}" for mesh in plans))
+    console = Console()
+    console.print(table)
+    fitting = [mesh for mesh in plans if mesh.fits(devices)]
+    if not fitting:
+        console.print("No mesh fits: take more devices, a smaller batch, or --table-second-moment row.")
+        return
+    best = min(fitting, key=lambda mesh: mesh.step_seconds)
+    console.print(
+        f"The quickest that fits: --mesh {best.replicate} {best.table}, ruled by {best.bound}. Weights, moments and "
+        "exchanges are counted, speeds are assumed.",
+        highlight=False,
+    )
+
+
+def print_evaluation(text: str, summary: dict[str, Any]) -> None:
+    table = Table(title=text, title_justify="left")
+    for column in ("routing", "nats a token", "perplexity", "bits a byte", "nats, new bigrams", "tokens"):
+        table.add_column(column, justify="left" if column == "routing" else "right")
+    for row in filter(None, (summary, summary.get("whole_sequences"))):
+        bits = row["bits_per_byte"]
+        table.add_row(
+            row["routing"] or "",
+            f"{row['loss']:.4f}",
+            f"{row['perplexity']:.2f}",
+            "unknown" if bits is None else f"{bits:.4f}",
+            f"{row['loss_by_copy']['new']:.4f}",
+            f"{row['num_tokens']:,}",
+        )
+    console = Console()
+    console.print(table)
+    for usage in summary["expert_usage"]:
+        console.print(
+            f"{usage['layer']}: {usage['usage']:.1%} of {usage['num_experts']:,} experts used, unevenness "
+            f"{usage['unevenness']:.2f} nats, Gini {usage['gini']:.2f}, {usage['num_dead']:,} dead",
+            highlight=False,
+        )
