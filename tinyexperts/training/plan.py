@@ -1,34 +1,20 @@
 """What a run would take on several devices: memory, exchanges, FLOPs and time of a step, for every mesh of them.
 
-Weights and moments are counted; the activations of a forward and a backward pass are counted too, by running one of a
-sequence without data (fake tensors). Speeds are assumed, and so are the estimates of time.
+What a model holds is counted (model_sizes.py); speeds are assumed, and so are the estimates of time.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tinyexperts.errors import InputError
-from tinyexperts.layers import ProductKeyLayer
 from tinyexperts.layers.product_key_layer import MIN_COLUMNS
-from tinyexperts.model import Transformer
-from tinyexperts.optim import expected_touched_share, split_parameters
 from tinyexperts.training.config import TrainConfig
-from tinyexperts.training.device import autocast
+from tinyexperts.training.model_sizes import ModelSizes, count_sizes
 from tinyexperts.training.run import choose_table_gradients
-from tinyexperts.training.sharding import sharded_dimension
 
 _BYTES = 4  # of fp32
 _ID_BYTES = 8
@@ -137,49 +123,6 @@ class MeshPlan:
         return max(bounds, key=bounds.__getitem__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Table:
-    """One product-key layer: N experts of E vectors of width D, of which a token retrieves P."""
-
-    num_experts: int
-    num_vectors: int
-    width: int
-    retrieved: int
-
-    @property
-    def numbers(self) -> int:
-        return self.num_experts * self.num_vectors * self.width
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """What a model is made of: parameters of the blocks without tables, those outside of the blocks, tables."""
-
-    blocks: list[list[torch.Size]]
-    outside: list[torch.Size]
-    tables: list[_Table]
-    forward_flops: int
-    activation_bytes: float
-    """Whatever the number of tokens: the weights in bf16, say."""
-    activation_bytes_of_token: float
-
-    def dense(self, num_ranks: int) -> int:
-        """Numbers in all parameters but the tables, as FSDP2 lays them on so many ranks."""
-        return self.of_blocks(num_ranks) + _numbers(self.outside, num_ranks)
-
-    def of_blocks(self, num_ranks: int) -> int:
-        return sum(_numbers(block, num_ranks) for block in self.blocks)
-
-
-def _numbers(shapes: list[torch.Size], num_ranks: int) -> int:
-    """With the rows that FSDP2 adds to a parameter of which the ranks divide no dimension."""
-    numbers = 0
-    for shape in shapes:
-        sharded = shape[sharded_dimension(shape, num_ranks)]
-        numbers += math.prod(shape) // sharded * math.ceil(sharded / num_ranks) * num_ranks
-    return numbers
-
-
 def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
     """A plan for each mesh that the devices and the model's width allow, the largest table groups first.
 
@@ -192,7 +135,7 @@ def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
     device = torch.device("cuda" if config.device == "auto" else config.device)
     sparse_tables, _ = choose_table_gradients(config, device)
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    sizes = _sizes(config, device, precision)
+    sizes = count_sizes(config, device, precision)
     width = config.model.d_model
     # A second moment of rows is a mean over all columns.
     can_share = bool(sizes.tables) and not (sparse_tables and config.table_second_moment == "row")
@@ -221,7 +164,7 @@ def _num_operands(num_vectors: int) -> int:
 
 
 def _plan_of_mesh(
-    config: TrainConfig, devices: Devices, sizes: _Sizes, num_shards: int, sparse_tables: bool
+    config: TrainConfig, devices: Devices, sizes: ModelSizes, num_shards: int, sparse_tables: bool
 ) -> MeshPlan:
     num_ranks, num_replicas = devices.count, devices.count // num_shards
     micro_tokens = config.batch_size * config.model.context_length / num_ranks
@@ -244,15 +187,14 @@ def _plan_of_mesh(
 
 
 def _memory(
-    config: TrainConfig, sizes: _Sizes, num_ranks: int, num_shards: int, micro_tokens: float, sparse_tables: bool
+    config: TrainConfig, sizes: ModelSizes, num_ranks: int, num_shards: int, micro_tokens: float, sparse_tables: bool
 ) -> Memory:
     tables = sum(table.numbers for table in sizes.tables) / num_shards
     dense = sizes.dense(num_ranks) / num_ranks
     all_tokens = micro_tokens * num_ranks
     gathered = 0
     if num_ranks > 1:  # weights and gradients of what lies outside, of the block at work, and the next one's weights
-        largest_block = max(_numbers(block, num_ranks) for block in sizes.blocks)
-        gathered = 2 * _numbers(sizes.outside, num_ranks) + 3 * largest_block
+        gathered = 2 * sizes.outside_of_blocks(num_ranks) + 3 * sizes.largest_block(num_ranks)
     table_moments = 2 * tables
     if sparse_tables and config.table_second_moment == "row":
         table_moments = tables + sum(table.num_experts * table.num_vectors for table in sizes.tables)
@@ -261,7 +203,7 @@ def _memory(
     others = sum((num_shards - 1) * table.retrieved * (_ID_BYTES + _BYTES) for table in sizes.tables)
     activations = sizes.activation_bytes + micro_tokens * (sizes.activation_bytes_of_token + others)
     # A dense gradient is put together from the touched rows, when most activations are gone.
-    touched = 0.0 if sparse_tables else _BYTES * _touched_numbers(sizes, all_tokens) / num_shards
+    touched = 0.0 if sparse_tables else _BYTES * sizes.touched(all_tokens) / num_shards
     weights, moments = _BYTES * (dense + tables), _BYTES * (2 * dense + table_moments)
     return Memory(
         weights=weights,
@@ -273,22 +215,18 @@ def _memory(
     )
 
 
-def _table_gradients(config: TrainConfig, sizes: _Sizes, micro_tokens: float, sparse_tables: bool) -> float:
+def _table_gradients(config: TrainConfig, sizes: ModelSizes, micro_tokens: float, sparse_tables: bool) -> float:
     """Numbers in the gradients of all tables, when most of them are there."""
-    touched = _touched_numbers(sizes, micro_tokens)
+    touched = sizes.touched(micro_tokens)
     num_passes = config.gradient_accumulation
     if not sparse_tables:  # that of this pass, and the sum of the passes before
         return sum(table.numbers for table in sizes.tables) * min(num_passes, 2)
     if num_passes == 1:  # on a CPU nothing is written out: the fused step sums each row when it updates it
         return 0.0 if config.device == "cpu" else touched
-    return num_passes * touched + _touched_numbers(sizes, num_passes * micro_tokens)  # kept side by side, then summed
+    return num_passes * touched + sizes.touched(num_passes * micro_tokens)  # kept side by side, then summed
 
 
-def _touched_numbers(sizes: _Sizes, num_tokens: float) -> float:
-    return sum(table.numbers * _touched_share(table, num_tokens) for table in sizes.tables)
-
-
-def _exchanges(sizes: _Sizes, num_ranks: int, num_shards: int, num_replicas: int, micro_tokens: float) -> Exchanges:
+def _exchanges(sizes: ModelSizes, num_ranks: int, num_shards: int, num_replicas: int, micro_tokens: float) -> Exchanges:
     """Of one micro-batch: FSDP2 gathers weights forward, those of the blocks again backward, and scatters gradients."""
     columns = replicas = 0.0
     for table in sizes.tables:
@@ -303,7 +241,7 @@ def _exchanges(sizes: _Sizes, num_ranks: int, num_shards: int, num_replicas: int
 
 
 def _moved_bytes(
-    config: TrainConfig, sizes: _Sizes, num_ranks: int, num_shards: int, step_tokens: float, sparse_tables: bool
+    config: TrainConfig, sizes: ModelSizes, num_ranks: int, num_shards: int, step_tokens: float, sparse_tables: bool
 ) -> float:
     """Between a device and its memory, in a step.
 
@@ -315,84 +253,6 @@ def _moved_bytes(
     moved += 4 * sizes.activation_bytes_of_token * step_tokens
     for table in sizes.tables:
         moved += 2 * _BYTES * step_tokens * table.retrieved * table.num_vectors * table.width
-        share = _touched_share(table, step_tokens * num_ranks) if sparse_tables else 1.0
+        share = table.touched_share(step_tokens * num_ranks) if sparse_tables else 1.0
         moved += 8 * _BYTES * share * table.numbers / num_shards
     return moved
-
-
-def _touched_share(table: _Table, num_tokens: float) -> float:
-    return expected_touched_share(round(num_tokens), table.retrieved, table.num_experts)
-
-
-def _sizes(config: TrainConfig, device: torch.device, precision: str) -> _Sizes:
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    tables = set(split_parameters(model).tables.values())
-    blocks = [[p for p in block.parameters() if p not in tables] for block in model.blocks]
-    inside = tables.union(*blocks)
-    # So many that activations rule: of few the peak is where all gradients are there.
-    few, many = (_peak_bytes(config, device, precision, num_sequences) for num_sequences in (64, 128))
-    return _Sizes(
-        blocks=[[parameter.shape for parameter in block] for block in blocks],
-        outside=[parameter.shape for parameter in model.parameters() if parameter not in inside],
-        tables=[
-            _Table(
-                num_experts=len(layer.experts),
-                num_vectors=layer.experts.shape[1],
-                width=layer.experts.shape[2],
-                retrieved=layer.retrieved_per_token,
-            )
-            for layer in model.modules()
-            if isinstance(layer, ProductKeyLayer)
-        ],
-        forward_flops=model.flops_per_token(config.model.context_length),
-        activation_bytes=2 * few - many,
-        activation_bytes_of_token=(many - few) / (64 * config.model.context_length),
-    )
-
-
-def _peak_bytes(config: TrainConfig, device: torch.device, precision: str, num_sequences: int) -> int:
-    """The most that a forward and a backward pass hold at once, but for parameters and sparse gradients of tables."""
-    # Tables' gradients have as many rows as the data makes them touch: a size that is a symbol here. The tensors are
-    # those of a CPU, since torch makes none of a device that it was not built for.
-    with FakeTensorMode(shape_env=ShapeEnv()):
-        model = Transformer(config.model, sparse_tables=True)
-        tokens = torch.zeros(num_sequences, config.model.context_length, dtype=torch.int64)
-        with _LiveBytes() as live:
-            with autocast(precision, torch.device("cpu")):
-                if device.type == "cpu":
-                    loss = model.loss(tokens, tokens)
-                else:  # the logits are made whole
-                    loss = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
-            loss.backward()
-    return live.peak
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make, as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._sizes: dict[int, int] = {}
-        self._now = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*arguments, **(options or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self._now)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        size, key = storage.nbytes(), storage._cdata
-        if isinstance(size, int) and key not in self._sizes:
-            self._sizes[key] = size
-            self._now += size
-            weakref.finalize(storage, self._remove, key)
-
-    def _remove(self, key: int) -> None:
-        self._now -= self._sizes.pop(key)
