@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -139,6 +141,32 @@ def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(com
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_stopped_saves_and_says_how_to_go_on(command, tmp_path, number):
+    """Though torchrun takes the signal, and the ranks have it from there."""
+    run = tmp_path / "run"
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone"]
+    with started([*torchrun, "-m", "--", "tinyexperts", *command(run, "--num-steps", 5000)]) as launcher:
+        wait_for_lines(run, 5, launcher)
+        launcher.send_signal(number)
+        _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    (saved,) = re.findall(r"saved \S+ at step (\d+); to go on: (torchrun .*)", said.replace("tinyexperts: ", ""))[:1]
+    assert [path.name for path in checkpoints(run)][-1] == f"step-{int(saved[0]):08d}"
+    goes_on = shlex.split(saved[1])
+    assert goes_on[:7] == ["torchrun", "--nproc-per-node", "2", "--max-restarts", "2", "-m", "--"]
+    with started(["torch.distributed.run", *goes_on[1:]]) as launcher:
+        lines = len((run / "metrics.jsonl").read_text().splitlines())
+        wait_for_lines(run, lines + 2, launcher)
+        launcher.send_signal(number)
+        _, said = launcher.communicate(timeout=60)
+    assert "saved" in said
+    rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows == sorted(rows)
+    assert rows[-1] > int(saved[0])
+
+
+@pytest.mark.slow
 def test_the_command_names_a_rank_that_hangs(command, tmp_path):
     port, run = free_port(), tmp_path / "run"
     arguments = ["tinyexperts", *command(run, "--timeout-seconds", 5)]
@@ -240,7 +268,7 @@ def test_ranks_started_again_go_on_with_their_own_run_only(make_config, num_rank
 
 
 def test_every_group_of_ranks_gives_up_after_the_time_out(make_config):
-    config = make_config(model={"d_model": 128}, mesh=(2, 2), timeout_seconds=7.0)
+    config = make_config(model={"d_model": 128}, mesh=(2, 2), timeout_seconds=7.0, device="cpu")
     on_ranks(see_time_outs, 4, 4, free_port(), config)
 
 
@@ -263,10 +291,22 @@ def test_a_mesh_and_a_backend_that_cannot_be_had_are_told(make_config, monkeypat
     with pytest.raises(InputError, match="backend nccl is for --device cuda, got cpu"):
         train(make_config(backend="nccl", device="cpu"), progress=False)
     monkeypatch.setenv("WORLD_SIZE", "6")
+    for device in ("cuda:0", "mps", "xpu", "tpu"):
+        with pytest.raises(InputError, match=rf"several ranks need --device auto, cpu or cuda .*, got {device}"):
+            train(make_config(device=device), progress=False)
+    with pytest.raises(InputError, match="backend gloo is for --device cpu, got cuda"):
+        train(make_config(backend="gloo", device="cuda"), progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 4)
+        patch.setattr(dist, "is_nccl_available", lambda: True)
         with pytest.raises(InputError, match="backend gloo is for --device cpu, got auto on a machine with GPUs"):
             train(make_config(backend="gloo", device="auto"), progress=False)
+        for local_rank in ("", "4"):
+            patch.setenv("LOCAL_RANK", local_rank)
+            for options in ({"device": "cuda"}, {"backend": "nccl", "device": "auto"}):
+                with pytest.raises(InputError, match=f"needs a GPU of its own, .*: LOCAL_RANK is '{local_rank}', of 4"):
+                    train(make_config(**options), progress=False)
     with pytest.raises(InputError, match="number of ranks, 6, got 2 x 2"):
         train(make_config(mesh=(2, 2)), progress=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -30,6 +31,29 @@ def test_the_last_k_are_kept(make_config):
     config = make_config(num_steps=7, checkpoint_every=2, keep_checkpoints=2)
     train(config, progress=False)
     assert [path.name for path in checkpoints(config.run)] == ["step-00000006", "step-00000007"]
+
+
+def test_what_deaths_have_left_is_cleared_away(trained):
+    folder = trained.run / "checkpoints"
+    for name in ("step-00000002.partial", "step-00000001.old.partial"):
+        folder.joinpath(name).mkdir()
+        folder.joinpath(name, "half").write_text("written")
+    save_checkpoint(trained.run, 4, load_model(trained.run), [], {}, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+
+
+def test_a_checkpoint_half_deleted_is_not_taken_for_good(trained, monkeypatch):
+    def delete_half(path):
+        next(path.glob("*.safetensors")).unlink()
+        raise OSError(errno.EIO, "a disk that fails")
+
+    monkeypatch.setattr(shutil, "rmtree", delete_half)
+    save_checkpoint(trained.run, 4, load_model(trained.run), [], {"step": 4}, keep=1)
+    assert [path.name for path in checkpoints(trained.run)] == ["step-00000004"]
+    assert load_checkpoint(checkpoints(trained.run)[-1], load_model(trained.run)) == {"step": 4}
+    monkeypatch.undo()
+    save_checkpoint(trained.run, 4, load_model(trained.run), [], {"step": 4}, keep=1)
+    assert [path.name for path in (trained.run / "checkpoints").iterdir()] == ["step-00000004"]
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(trained):

@@ -13,6 +13,7 @@ import math
 import shutil
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,17 +139,16 @@ def _write_checkpoint(
     partial = final.with_name(final.name + ".partial")
 
     def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_over in partial.parent.glob("*.partial"):  # by a death
+            shutil.rmtree(left_over, ignore_errors=True)
         partial.mkdir(parents=True)
 
     def finish() -> None:
         manifest = {"step": step, "state": state, "files": files}
         write_whole(partial / "manifest.json", json.dumps(manifest, indent=2))
-        if final.exists():  # the same step again, after a resumption
-            shutil.rmtree(final)
+        if final.exists():  # the same step again
+            _remove(final)
         partial.rename(final)
-        for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
 
     try:
         on_all(ranks, begin if ranks.is_first else _nothing)
@@ -159,7 +159,18 @@ def _write_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         sentence = f"the checkpoint of step {step} could not be written ({error}); {last_good_checkpoint(run)}"
         raise InputError(sentence) from error
+    if ranks.is_first:
+        with suppress(OSError):  # the new one is good, whatever becomes of the old; the next one tries again
+            for old in checkpoints(run)[:-keep]:
+                _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renamed first: one that is half deleted must not be taken for good."""
+    gone = checkpoint.with_name(f"{checkpoint.name}.old.partial")
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)
 
 
 def load_checkpoint(

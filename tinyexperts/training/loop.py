@@ -36,7 +36,7 @@ from tinyexperts.training.step import optimizer_step
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the run was saved; the message says how to resume it."""
+    """Ctrl-C, SIGTERM or SIGHUP: the run was saved; the message says how to resume it."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> None:
@@ -46,7 +46,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
 
     Raises:
         InputError: bad input, a loss that is not finite, or a disk that is full.
-        Interrupted: after Ctrl-C or SIGTERM, when the run is saved.
+        Interrupted: after Ctrl-C, SIGTERM or SIGHUP, when the run is saved.
         LostRank: a rank did not answer.
     """
     with ExitStack() as stack:
@@ -57,7 +57,6 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         check_same_data(run)
         with ranks.refused_together():
             claim_folder(run, resume, stack)
-        ranks.note_begun()
         state: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
         # None where the run was cut off before its first; the first rank's, since a folder may lag elsewhere.
         if resume and (found := ranks.all_of(checkpoints(config.run))[0]):
@@ -173,7 +172,7 @@ def _schedule(config: TrainConfig, step: int, num_steps: int) -> float:
 
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[], int]]:
-    """Yield a function that says which of Ctrl-C and SIGTERM has come, 0 if none; a second Ctrl-C stops at once."""
+    """Yield a function that says which of Ctrl-C, SIGTERM and SIGHUP has come, or 0; a second Ctrl-C stops at once."""
     came: list[int] = []
 
     def note(number: int, frame: object) -> None:

@@ -94,8 +94,8 @@ class Ranks:
             raise InputError(sentence) from refusal
 
     def note_begun(self) -> None:
-        """From here on a restart by torchrun goes on with the run; one after a refusal is refused again."""
-        if self.launch is not None and self.is_first:
+        """To be said by the first: a restart by torchrun goes on with the run; one after a refusal is refused again."""
+        if self.launch is not None:
             self.launch.set("begun", "")
 
     @contextmanager
@@ -155,7 +155,7 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
         yield ALONE
         return
     if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(_local_device())
     timeout = timedelta(seconds=config.timeout_seconds)
     # Small things that ranks tell each other go over gloo always.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
@@ -253,15 +253,39 @@ def mesh_shape(config: TrainConfig, size: int) -> tuple[int, int]:
 
 
 def _backend(config: TrainConfig, size: int) -> str:
-    if config.backend == "gloo" and size > 1 and config.device == "auto" and torch.cuda.is_available():
-        raise InputError("backend gloo is for --device cpu, got auto on a machine with GPUs")
+    """nccl for ranks on GPUs, gloo for ranks on CPUs, and where there is one rank, either.
+
+    Raises:
+        InputError: the backend is not for the device, or is not there; or several ranks on another kind of device.
+    """
+    kinds = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "cuda": "cuda", "cpu": "cpu"}
+    if size > 1 and config.device not in kinds:
+        raise InputError(f"several ranks need --device auto, cpu or cuda (a GPU each), got {config.device}")
     if config.backend == "nccl" and config.device not in ("auto", "cuda"):
         raise InputError(f"backend nccl is for --device cuda, got {config.device}")
     if config.backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
         raise InputError("backend nccl needs GPUs, and there is none: use --backend gloo")
+    kind = kinds.get(config.device)
+    if config.backend == "gloo" and size > 1 and kind == "cuda":
+        where = " on a machine with GPUs" if config.device == "auto" else ""
+        raise InputError(f"backend gloo is for --device cpu, got {config.device}{where}")
     if config.backend != "auto":
         return config.backend
-    return "nccl" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "gloo"
+    return "nccl" if kind == "cuda" and torch.cuda.is_available() else "gloo"
+
+
+def _local_device() -> int:
+    """The GPU of this rank: one each.
+
+    Raises:
+        InputError: torchrun has not said which rank of its node this is, or the node has fewer GPUs.
+    """
+    text, num_devices = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
+    if not text.isdecimal() or int(text) >= num_devices:
+        raise InputError(
+            f"each rank of a node needs a GPU of its own, numbered from 0: LOCAL_RANK is {text!r}, of {num_devices}"
+        )
+    return int(text)
 
 
 def _check_all_alike(config: TrainConfig, ranks: Ranks) -> None:

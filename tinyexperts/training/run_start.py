@@ -59,7 +59,8 @@ def claim_folder(run: Run, resume: bool, stack: ExitStack) -> None:
     stack.enter_context(run_folder.held(folder))
     if resume:
         run_folder.check_data(folder, run.dataset)
-    else:
+    run.ranks.note_begun()  # a death from here on leaves a folder of ours
+    if not resume:
         run_folder.create(run.config, run.dataset.tokenizer, _describe(run))
 
 
@@ -99,4 +100,7 @@ def _command(ranks: Ranks, arguments: list[str]) -> str:
         return shlex.join(["tinyexperts", *arguments])
     of_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
     nodes = [] if of_node == ranks.size else ["--nnodes", str(ranks.size // of_node)]
-    return shlex.join(["torchrun", *nodes, "--nproc-per-node", str(of_node), "-m", "--", "tinyexperts", *arguments])
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    again = [] if restarts == "0" else ["--max-restarts", restarts]
+    launcher = ["torchrun", *nodes, "--nproc-per-node", str(of_node), *again]
+    return shlex.join([*launcher, "-m", "--", "tinyexperts", *arguments])

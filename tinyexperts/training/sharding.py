@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -17,7 +17,8 @@ from tinyexperts.training.ranks import Ranks
 def shard_dense_part(model: Transformer, ranks: Ranks) -> None:
     """Put all parameters but the tables under FSDP2, over all ranks; gradients are summed over them."""
     assert ranks.mesh is not None
-    mesh = init_device_mesh(ranks.mesh.device_type, (ranks.size,), mesh_dim_names=("rank",))
+    assert ranks.groups is not None
+    mesh = DeviceMesh.from_group(ranks.groups.tokens, ranks.mesh.device_type, mesh_dim_names=("rank",))
     # Sparse gradients do not pass fully_shard, and the layers have summed those of the tables already.
     tables = set(split_parameters(model).tables.values())
     for module in (*model.blocks, model):
