@@ -13,7 +13,14 @@ from rich.progress import track
 from tinyexperts.model import PEERConfig
 from tinyexperts.training import Devices, MeshPlan, TrainConfig, plan, recipes
 
-H100_SXM = {"tflops": 989.0, "memory_gb_per_second": 3350.0, "link_gb_per_second": 400.0}
+# Eight on a node, NVLink between them, a 400 Gb/s adapter each to the others.
+H100_SXM = {
+    "per_node": 8,
+    "tflops": 989.0,
+    "memory_gb_per_second": 3350.0,
+    "link_gb_per_second": 400.0,
+    "node_link_gb_per_second": 50.0,
+}
 SEQUENCES = 512  # of a step: one million tokens
 
 

@@ -16,10 +16,16 @@ from ranks import environment, free_port
 
 from tinyexperts.errors import InputError
 from tinyexperts.model import PEERConfig
-from tinyexperts.training import Devices, TrainConfig, plan, recipes
+from tinyexperts.training import Devices, TrainConfig, plan, recipes, smaller_plans
 from tinyexperts.training.plan import column_bytes_of_token
 
-SPEEDS = {"tflops": 100.0, "memory_gb_per_second": 1000.0, "link_gb_per_second": 50.0}
+SPEEDS = {
+    "per_node": 8,
+    "tflops": 100.0,
+    "memory_gb_per_second": 1000.0,
+    "link_gb_per_second": 50.0,
+    "node_link_gb_per_second": 5.0,
+}
 
 
 def devices(text="8x80GB"):
@@ -127,6 +133,33 @@ def test_a_gpu_holds_the_logits_and_sparse_gradients_a_cpu_does_not(million):
     assert of_gpu.memory.gradients - of_cpu.memory.gradients == pytest.approx(rows * 2 * 64 * 4, rel=1e-3)
 
 
+def test_what_spans_nodes_goes_at_the_speed_between_them(million):
+    of_one, of_two = (Devices.parse("16x80GB", **SPEEDS | {"per_node": count}) for count in (16, 8))
+    for within, across in zip(plan(million, of_one), plan(million, of_two), strict=True):
+        sent = across.exchanges
+        assert within.exchanges == sent
+        assert within.exchange_seconds == pytest.approx(sent.total / 50e9)
+        columns = sent.columns / (5e9 if across.table == 16 else 50e9)
+        assert across.exchange_seconds == pytest.approx(columns + (sent.dense_part + sent.replicas) / 5e9)
+    assert (
+        plan(million, devices("8x80GB"))[0].exchange_seconds
+        == plan(million, Devices.parse("8x80GB", **SPEEDS | {"node_link_gb_per_second": 1.0}))[0].exchange_seconds
+    )
+
+
+def test_what_would_take_less_memory_is_planned(million):
+    config = dataclasses.replace(million, gradient_accumulation=2, batch_size=64, asynchronous_checkpoints=True)
+    found = smaller_plans(config, devices())
+    totals = [each.memory.total for each in found.values()]
+    assert totals == sorted(totals)
+    assert totals[-1] < plan(config, devices())[0].memory.total
+    assert {"--no-asynchronous-checkpoints", "--gradient-accumulation 1 --batch-size 8"} <= found.keys()
+    assert "--table-second-moment row" not in found  # columns can be shared, which saves more
+    narrow = dataclasses.replace(million.model, d_model=64)
+    narrow = dataclasses.replace(million, model=narrow, table_gradients="sparse")
+    assert "--table-second-moment row" in smaller_plans(narrow, devices())
+
+
 def test_one_device_exchanges_nothing_and_dense_models_share_no_table(million, make_config):
     (alone,) = plan(million, devices("1x80GB"))
     assert alone.exchanges.total == 0
@@ -143,8 +176,10 @@ def test_devices_of_another_form_are_told(text):
 
 
 def test_what_cannot_be_planned_is_told(million, run_cli):
-    with pytest.raises(InputError, match="speeds must be positive, got 0, 1, 1"):
-        Devices.parse("8x80GB", tflops=0, memory_gb_per_second=1, link_gb_per_second=1)
+    with pytest.raises(InputError, match="speeds must be positive, got 0, 1000, 50, 5"):
+        Devices.parse("8x80GB", **SPEEDS | {"tflops": 0.0})
+    with pytest.raises(InputError, match="devices_per_node must divide the 12 devices, got 8"):
+        devices("12x80GB")
     with pytest.raises(InputError, match="batch_size must be a multiple of the 7 devices, got 64"):
         plan(million, devices("7x80GB"))
     code, out, err = run_cli("plan", "peer", "--devices", "eight")
@@ -152,16 +187,24 @@ def test_what_cannot_be_planned_is_told(million, run_cli):
     assert "devices must be a number and the memory of each, as 8x80GB, got 'eight'" in err
 
 
-def test_the_command_says_which_mesh_fits(run_cli):
+def test_the_command_says_which_mesh_fits(run_cli, monkeypatch):
     code, out, _ = run_cli(
         "plan", "peer", "--devices", "4x80GB", "--model.d-model", 1024, "--model.num-heads", 8,
         "--model.sparse-layer.num-experts", 2048**2,
     )  # fmt: skip
     assert code == 0
     assert "The quickest that fits: --mesh 1 4" in out
+    million = ["--model.d-model", "1024", "--model.num-heads", "8", "--model.sparse-layer.num-experts", "1048576"]
+    for columns in ("60", "80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        code, out, _ = run_cli("plan", "peer", "--devices", "16x80GB", "--batch-size", 16, *million)
+        assert code == 0
+        assert re.findall(r"\d+ x \d+(?= ┃)", out) == ["1 x 16", "2 x 8", "4 x 4", "8 x 2", "16 x 1"]
+        assert "…" not in out
     code, out, _ = run_cli("plan", "peer", "--devices", "1x1GB", "--model.sparse-layer.num-experts", 4096**2)
     assert code == 0
     assert "No mesh fits" in out
+    assert re.search(r"--table-second-moment row │ 1 x 1 │ 16\.\d\d +│ no", out)
 
 
 @pytest.mark.slow

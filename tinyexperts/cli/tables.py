@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from tinyexperts import data, training
+
+_GIB = 2**30
 
 
 def print_texts() -> None:
@@ -22,34 +25,60 @@ def print_texts() -> None:
     Console().print(table)
 
 
-def print_plans(devices: training.Devices, plans: list[training.MeshPlan], tokens_per_step: int) -> None:
-    gib = 2**30
-    table = Table(title=f"{devices.count} devices of {devices.memory_bytes / gib:.1f} GiB", title_justify="left")
+def print_plans(config: training.TrainConfig, devices: training.Devices, plans: list[training.MeshPlan]) -> None:
+    console = Console()
+    _print_fitting_width(console, config, devices, plans)
+    fitting = [mesh for mesh in plans if mesh.fits(devices)]
+    if fitting:
+        best = min(fitting, key=lambda mesh: mesh.step_seconds)
+        console.print(
+            f"The quickest that fits: --mesh {best.replicate} {best.table}, ruled by {best.bound}. Weights, moments "
+            "and exchanges are counted, speeds are assumed.",
+            highlight=False,
+        )
+        return
+    console.print("No mesh fits, with a tenth of the memory left for what is not counted. One change alone would give:")
+    table = Table("change", "mesh", "GiB a rank", "fits")
+    for options, mesh in training.smaller_plans(config, devices).items():
+        cells = f"{mesh.replicate} x {mesh.table}", f"{mesh.memory.total / _GIB:.2f}"
+        table.add_row(options, *cells, "yes" if mesh.fits(devices) else "no")
+    console.print(table if table.rows else "nothing that is counted here.")
+    console.print(
+        "More devices hold more, while each has 64 columns of a table: beyond that a wider model, or fewer experts.",
+        highlight=False,
+    )
+
+
+def _print_fitting_width(
+    console: Console, config: training.TrainConfig, devices: training.Devices, plans: list[training.MeshPlan]
+) -> None:
+    """In several tables where one would be too wide: a number must not be cut off."""
+    table = _table_of_plans(config, devices, plans)
+    if len(plans) > 1 and Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width:
+        half = (len(plans) + 1) // 2
+        _print_fitting_width(console, config, devices, plans[:half])
+        _print_fitting_width(console, config, devices, plans[half:])
+    else:
+        console.print(table)
+
+
+def _table_of_plans(config: training.TrainConfig, devices: training.Devices, plans: list[training.MeshPlan]) -> Table:
+    table = Table(title=f"{devices.count} devices of {devices.memory_bytes / _GIB:.1f} GiB", title_justify="left")
     table.add_column("mesh (replicate x table)", no_wrap=True)
     for mesh in plans:
-        table.add_column(f"{mesh.replicate} x {mesh.table}", justify="right")
+        table.add_column(f"{mesh.replicate} x {mesh.table}", justify="right", no_wrap=True)
     for name in ("weights", "gathered", "gradients", "moments", "activations", "copies", "total"):
-        table.add_row(f"{name}, GiB a rank", *(f"{getattr(mesh.memory, name) / gib:.2f}" for mesh in plans))
+        table.add_row(f"{name}, GiB a rank", *(f"{getattr(mesh.memory, name) / _GIB:.2f}" for mesh in plans))
     table.add_row("fits", *("yes" if mesh.fits(devices) else "no" for mesh in plans), end_section=True)
     for name, sent in (("for the dense part", "dense_part"), ("by columns", "columns"), ("to replicas", "replicas")):
         table.add_row(f"sent {name}, MB a step", *(f"{getattr(mesh.exchanges, sent) / 1e6:,.1f}" for mesh in plans))
     table.add_row("TFLOPs a rank and step", *(f"{mesh.flops / 1e12:.3g}" for mesh in plans), end_section=True)
     for name in ("compute", "memory", "exchange", "step"):
-        table.add_row(f"{name}, ms a step", *(f"{1e3 * getattr(mesh, name + '_seconds'):.3g}" for mesh in plans))
+        milliseconds = (1e3 * getattr(mesh, name + "_seconds") for mesh in plans)
+        table.add_row(f"{name}, ms", *(f"{value:,.{0 if value >= 100 else 2}f}" for value in milliseconds))
     table.add_row("ruled by", *(mesh.bound for mesh in plans))
-    table.add_row("tokens a second", *(f"{tokens_per_step / mesh.step_seconds:,.0f}" for mesh in plans))
-    console = Console()
-    console.print(table)
-    fitting = [mesh for mesh in plans if mesh.fits(devices)]
-    if not fitting:
-        console.print("No mesh fits: take more devices, a smaller batch, or --table-second-moment row.")
-        return
-    best = min(fitting, key=lambda mesh: mesh.step_seconds)
-    console.print(
-        f"The quickest that fits: --mesh {best.replicate} {best.table}, ruled by {best.bound}. Weights, moments and "
-        "exchanges are counted, speeds are assumed.",
-        highlight=False,
-    )
+    table.add_row("tokens a second", *(f"{config.tokens_per_step / mesh.step_seconds:,.0f}" for mesh in plans))
+    return table
 
 
 def print_evaluation(text: str, summary: dict[str, Any]) -> None:

@@ -89,24 +89,31 @@ def plan_recipe(recipe: Callable[[], training.TrainConfig]) -> Callable[..., Non
     def plan(
         devices: str,
         config: Annotated[training.TrainConfig, tyro.conf.arg(name="")] = default,
+        devices_per_node: int = 8,
         tflops: float = 989.0,
         memory_gb_per_second: float = 3350.0,
         link_gb_per_second: float = 400.0,
+        node_link_gb_per_second: float = 50.0,
     ) -> None:
         """
         Args:
             devices: Number of devices and the memory of each: 8x80GB.
+            devices_per_node: Devices of one node, between which exchanges are fast.
             tflops: Peak of a device in TFLOP/s, of which 40 % are counted on; default: an H100 SXM in bf16.
             memory_gb_per_second: GB/s between a device and its memory.
-            link_gb_per_second: GB/s that a device sends to the others.
+            link_gb_per_second: GB/s that a device sends to the others of its node.
+            node_link_gb_per_second: GB/s that a device sends to those of other nodes; an exchange that spans nodes
+                goes at this speed.
         """
         parsed = training.Devices.parse(
             devices,
+            per_node=devices_per_node,
             tflops=tflops,
             memory_gb_per_second=memory_gb_per_second,
             link_gb_per_second=link_gb_per_second,
+            node_link_gb_per_second=node_link_gb_per_second,
         )
-        print_plans(parsed, training.plan(config, parsed), config.tokens_per_step)
+        print_plans(config, parsed, training.plan(config, parsed))
 
     plan.__doc__ = f"{recipe.__doc__}\n{plan.__doc__}"
     return plan

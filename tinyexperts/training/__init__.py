@@ -4,7 +4,7 @@ from tinyexperts.training.checkpoint import load_model
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.device import choose_device
 from tinyexperts.training.loop import Interrupted, train
-from tinyexperts.training.plan import Devices, MeshPlan, plan
+from tinyexperts.training.plan import Devices, MeshPlan, plan, smaller_plans
 from tinyexperts.training.ranks import LostRank
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "choose_device",
     "load_model",
     "plan",
+    "smaller_plans",
     "train",
 ]

@@ -6,7 +6,8 @@ What a model holds is counted (model_sizes.py); speeds are assumed, and so are t
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -24,37 +25,59 @@ UTILISATION = 0.4
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:
-    """Equal devices; speeds are each device's.
+    """Equal devices, on nodes of `per_node`; speeds are each device's.
 
-    memory_bytes: memory; flops: peak FLOP/s; memory_speed, link_speed: bytes a second of its memory, and to the others
+    memory_bytes: memory; flops: peak FLOP/s; memory_speed: bytes a second of its memory
+    link_speed, node_link_speed: bytes a second that it sends to others of its node, and to those of other nodes
     """
 
     count: int
+    per_node: int
     memory_bytes: float
     flops: float
     memory_speed: float
     link_speed: float
+    node_link_speed: float
 
     @classmethod
-    def parse(cls, text: str, *, tflops: float, memory_gb_per_second: float, link_gb_per_second: float) -> Devices:
-        """From "8x80GB" and speeds.
+    def parse(
+        cls,
+        text: str,
+        *,
+        per_node: int,
+        tflops: float,
+        memory_gb_per_second: float,
+        link_gb_per_second: float,
+        node_link_gb_per_second: float,
+    ) -> Devices:
+        """From "8x80GB", the devices of a node, and speeds.
 
         Raises:
-            InputError: another form, or a speed that is not positive.
+            InputError: another form, nodes that are not equal, or a speed that is not positive.
         """
         match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)GB", text)
         if match is None or int(match[1]) < 1 or not float(match[2]) > 0:
             raise InputError(f"devices must be a number and the memory of each, as 8x80GB, got {text!r}")
-        speeds = (tflops, memory_gb_per_second, link_gb_per_second)
+        count = int(match[1])
+        if per_node < 1 or (count > per_node and count % per_node):
+            raise InputError(f"devices_per_node must divide the {count} devices, got {per_node}")
+        speeds = (tflops, memory_gb_per_second, link_gb_per_second, node_link_gb_per_second)
         if not min(speeds) > 0:
             raise InputError(f"speeds must be positive, got {', '.join(f'{speed:g}' for speed in speeds)}")
         return cls(
-            count=int(match[1]),
+            count=count,
+            per_node=per_node,
             memory_bytes=float(match[2]) * 1e9,
             flops=tflops * 1e12,
             memory_speed=memory_gb_per_second * 1e9,
             link_speed=link_gb_per_second * 1e9,
+            node_link_speed=node_link_gb_per_second * 1e9,
         )
+
+    def speed_among(self, num_ranks: int) -> float:
+        """Of an exchange of so many neighbouring ranks: that between nodes, where they are not of one."""
+        within = self.count <= self.per_node or self.per_node % num_ranks == 0
+        return self.link_speed if within else self.node_link_speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +170,32 @@ def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
     return [_plan_of_mesh(config, devices, sizes, count, sparse_tables) for count in reversed(shards)]
 
 
+def smaller_plans(config: TrainConfig, devices: Devices) -> dict[str, MeshPlan]:
+    """Changes of one setting, as options, that take a twentieth less memory at least, each with its smallest plan.
+
+    The least memory comes first.
+    """
+    sequences, count = config.batch_size * config.gradient_accumulation, devices.count
+    changes: dict[str, dict[str, Any]] = {
+        f"--gradient-accumulation 1 --batch-size {sequences}": {"gradient_accumulation": 1, "batch_size": sequences},
+        f"--gradient-accumulation 1 --batch-size {count}": {"gradient_accumulation": 1, "batch_size": count},
+        f"--batch-size {count} --gradient-accumulation {-(-sequences // count)}": {
+            "batch_size": count,
+            "gradient_accumulation": -(-sequences // count),
+        },
+        "--no-asynchronous-checkpoints": {"asynchronous_checkpoints": False},
+        "--table-gradients sparse": {"table_gradients": "sparse"},
+        "--table-second-moment row": {"table_second_moment": "row"},
+    }
+    least = min(each.memory.total for each in plan(config, devices))
+    found = {}
+    for options, change in changes.items():
+        smallest = min(plan(replace(config, **change), devices), key=lambda each: each.memory.total)
+        if smallest.memory.total < 0.95 * least:
+            found[options] = smallest
+    return dict(sorted(found.items(), key=lambda item: item[1].memory.total))
+
+
 def column_bytes_of_token(retrieved: int, num_vectors: int, width: int, num_shards: int) -> tuple[float, float]:
     """Bytes that a token sends to the ranks that share a table, in a forward and in a backward pass.
 
@@ -182,7 +231,8 @@ def _plan_of_mesh(
         compute_seconds=flops / (devices.flops * UTILISATION),
         memory_seconds=_moved_bytes(config, sizes, num_ranks, num_shards, step_tokens, sparse_tables)
         / devices.memory_speed,
-        exchange_seconds=exchanges.total / devices.link_speed,
+        exchange_seconds=exchanges.columns / devices.speed_among(num_shards)
+        + (exchanges.dense_part + exchanges.replicas) / devices.speed_among(num_ranks),
     )
 
 

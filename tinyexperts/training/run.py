@@ -44,8 +44,8 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
 
     Raises:
         InputError: no data set, another vocabulary than the model's, too little text for a window, a device that is not
-            there or too small, FLOPs that pay for no step; ranks that divide neither the batch nor, in 64 columns at least,
-            the width.
+            there or too small, FLOPs that pay for no step; ranks that do not divide the batch, or the width into 64
+            columns at least.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)

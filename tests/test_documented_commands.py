@@ -1,0 +1,48 @@
+"""Commands that README and guides show for training and planning are accepted, and by as many ranks as they start."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tinyexperts import training
+from tinyexperts.training.ranks import mesh_shape
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/how-to").glob("*.md"))]
+
+
+def documented():
+    """Page, number of ranks, and words after `tinyexperts`, of each command shown in a block."""
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        nodes = int((re.search(r"--nodes=(\d+)", text) or "01")[1])
+        for line in re.findall(r"^(?:    |srun )((?:torchrun|tinyexperts (?:train|plan)) .*)", text, re.MULTILINE):
+            words = shlex.split(line, comments=True)
+            num_ranks = int(words[words.index("--nproc-per-node") + 1]) if words[0] == "torchrun" else 1
+            num_ranks *= nodes if "--nnodes" in words else 1
+            yield pytest.param(num_ranks, words[words.index("tinyexperts") + 1 :], id=f"{page.name}: {line[:60]}")
+
+
+@pytest.mark.parametrize(("num_ranks", "words"), list(documented()))
+def test_a_documented_command_is_accepted(run_cli, monkeypatch, num_ranks, words):
+    given = []
+    monkeypatch.setattr(training, "train", lambda config, **_: given.append(config))
+    code, out, err = run_cli(*words)
+    assert (code, err) == (0, "")
+    if words[0] == "plan":
+        assert "The quickest that fits" in out
+        return
+    (config,) = given
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(min(num_ranks, 8)))
+    assert config.batch_size % num_ranks == 0
+    assert mesh_shape(config, num_ranks)[1] == (8 if num_ranks >= 8 else 1)  # tables are shared where there is a node
+
+
+def test_commands_are_found():
+    found = list(documented())
+    assert {each.values[0] for each in found} == {1, 2, 8, 32}
+    assert len(found) >= 7
