@@ -45,20 +45,24 @@ def assert_same_course(config, reference, after=0):
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], abs=1e-5)
     norms = [[row["gradient_norm"] for row in rows] for rows in (ours, theirs)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     validations = [[row["loss"] for row in metrics(each, "validation")] for each in (config, reference)]
     assert validations[0] == pytest.approx(validations[1], abs=1e-5)
-    for (name, ids), expected in zip(routes(config).items(), routes(reference).values(), strict=True):
-        assert torch.equal(ids, expected), name
+    for (name, (ids, scores)), (expected, their_scores) in zip(
+        routes(config).items(), routes(reference).values(), strict=True
+    ):
+        assert (scores - their_scores).abs().max() < 1e-4 * their_scores.abs().max(), name
+        # Two experts whose scores are equal but for a rounding may change places.
+        assert (ids != expected).sum() <= 0.005 * ids.numel(), name
 
 
 def routes(config):
-    """The experts, sorted, that held-out tokens retrieve."""
+    """The experts that held-out tokens retrieve, best first, and their scores."""
     model, found = load_model(config.run), {}
     for name, module in model.named_modules():
         if isinstance(module, ProductKeyLayer):
             module.router.register_forward_hook(
-                lambda _module, _inputs, routing, name=name: found.update({name: routing.ids.sort().values})
+                lambda _module, _inputs, routing, name=name: found.update({name: (routing.ids, routing.scores)})
             )
     tokens = TokenDataset.open(config.data).split("validation").tokens[: 16 * 20]
     with torch.inference_mode():
