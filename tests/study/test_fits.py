@@ -171,11 +171,20 @@ def test_the_compute_multiplier_of_a_known_law():
     assert found.interval == pytest.approx((math.exp(low), math.exp(high)))
 
 
+def test_one_seed_beyond_the_budgets_makes_no_bound_of_the_multiplier():
+    baseline = {seed: {1e12: 3.0, 1e13: 2.8} for seed in range(3)}
+    found = compute_multiplier(baseline, {0: 2.9, 1: 2.7, 2: 3.1}, 1e12)
+    assert (found.value, found.interval) == (None, None)
+    assert found.refusal == "can't tell: of 3 seeds 1 beyond the largest budget and 1 before the least"
+    found = compute_multiplier(baseline, {0: 2.7, 1: 2.75, 2: 2.6}, 1e12)
+    assert found.refusal.startswith("more than 10.00: for no seed")
+
+
 @pytest.mark.parametrize(
     ("losses", "reached", "reason"),
     [
-        ((3.0, 2.8), 2.5, "more than 10.00: for seed 0"),
-        ((3.0, 2.8), 3.5, "less than 1.00: for seed 0"),
+        ((3.0, 2.8), 2.5, "more than 10.00: for no seed"),
+        ((3.0, 2.8), 3.5, "less than 1.00: for every seed"),
         ((3.0, 3.1), 2.9, "does not fall from budget to budget for seed 0"),
     ],
 )

@@ -241,20 +241,31 @@ def demo(config: Annotated[study.DemoConfig, tyro.conf.arg(name="")]) -> None:
 
 def report(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
-    output: Path = Path("report.html"),
-    title: str = "Runs compared",
-    baseline: str = "dense",
+    output: Path | None = None,
+    title: str | None = None,
+    baseline: str | None = None,
 ) -> None:
-    """Write a report that compares runs, from their folders named <method>-seed<k>.
+    """Write a report that compares runs, from their folders named <method>-seed<k>; or that of a study, as it stands.
 
     Args:
-        runs: Folders of the runs.
-        output: The HTML file.
-        title: Its title.
-        baseline: The method that the others are compared with.
+        runs: Folders of the runs, or of one study.
+        output: The HTML file; default: report.html here, and in a study's folder always.
+        title: Its title; default: "Runs compared".
+        baseline: The method that the others are compared with; default: dense.
     """
-    study.write_report(runs, output, command=shlex.join(["tinyexperts", *sys.argv[1:]]), title=title, baseline=baseline)
-    print(output)
+    command = shlex.join(["tinyexperts", *sys.argv[1:]])
+    studies = [run for run in runs if (run / "study.json").exists()]
+    if not studies:
+        path = output or Path("report.html")
+        study.write_report(runs, path, command=command, title=title or "Runs compared", baseline=baseline or "dense")
+        print(path)
+        return
+    if len(runs) > 1:
+        raise InputError(f"a study's report is of one folder, got {len(runs)}: {' '.join(map(str, runs))}")
+    for option, value in (("--output", output), ("--title", title), ("--baseline", baseline)):
+        if value is not None:
+            raise InputError(f"{option} is for a report of runs, and {runs[0]} is a study, got {value}")
+    print(study.write_study_report(study.StudyFolder(runs[0]), command=command))
 
 
 def study_command(make: Callable[[scales.Scale], study.Study]) -> Callable[..., None]:

@@ -6,6 +6,7 @@ from tinyexperts.study.execution.study_run import run_of_study
 from tinyexperts.study.execution.study_status import print_status
 from tinyexperts.study.grids.grid import GridRun, Study
 from tinyexperts.study.reports.report import write_report
+from tinyexperts.study.reports.study_report import write_study_report
 from tinyexperts.study.study_runner import StudyConfig, run_study
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "run_of_study",
     "run_study",
     "write_report",
+    "write_study_report",
 ]

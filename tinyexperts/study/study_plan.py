@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+from pathlib import Path
+
 from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from tinyexperts.study.grids.accounting import account
 from tinyexperts.study.grids.grid import Study, runs_if_all_end_alike
 from tinyexperts.study.reports.report import format_count
+from tinyexperts.training import Devices, MeshPlan, TrainConfig, plan
 
 # What hours are told for: bf16 FLOPs a second without sparsity, and the share of them that a well-fed training reaches.
 GPU = "H100 SXM"
-_GPU_FLOPS = 989e12
 _UTILISATION = 0.4
-# What small models reach in training on two cores of a server's CPU.
-_CPU_FLOPS = 1e11
+_ONE_GPU = Devices.parse(
+    "1x80GB",
+    per_node=1,
+    tflops=989.0,
+    memory_gb_per_second=3350.0,
+    link_gb_per_second=400.0,
+    node_link_gb_per_second=50.0,
+)
+# What small models reach in training on two shared cores: the median run of the study at laptop scale.
+_CPU_FLOPS = 4.5e10
+_SCALES_OF_CPUS = ("minute", "laptop")
 
 
 def print_plan(study: Study) -> None:
@@ -26,10 +40,14 @@ def print_plan(study: Study) -> None:
     table.add_column("run", overflow="fold")
     for column in ("FLOPs", "steps", "tokens", "active", "total", "router", "memory", "hours"):
         table.add_column(column, justify="right", no_wrap=True)
-    total_flops = total_hours = num_runs = 0.0
-    for run in runs_if_all_end_alike(study):
+    on_cpu = study.scale in _SCALES_OF_CPUS
+    total_flops = total_hours = num_runs = num_too_large = 0.0
+    for run in track(runs_if_all_end_alike(study), console=Console(stderr=True), transient=True):
         cost = account(run.config)
-        hours = cost.training_flops / (_GPU_FLOPS * _UTILISATION) / 3600
+        hours = cost.training_flops / (_ONE_GPU.flops * _UTILISATION) / 3600
+        memory = _memory(run.config, "cpu" if on_cpu else "cuda")
+        fits = on_cpu or memory.fits(_ONE_GPU)
+        num_too_large += not fits
         table.add_row(
             run.name,
             f"{cost.training_flops:.2e}",
@@ -38,7 +56,7 @@ def print_plan(study: Study) -> None:
             format_count(cost.parameters_active),
             format_count(cost.parameters_total),
             f"{cost.forward_flops.router / cost.forward_flops.total:.1%}",
-            f"{cost.training_memory / 2**30:.1f} GiB",
+            f"{memory.memory.total / 2**30:.1f} GiB" + ("" if fits else " !"),
             f"{hours:.2g}",
         )
         total_flops, total_hours, num_runs = total_flops + cost.training_flops, total_hours + hours, num_runs + 1
@@ -46,8 +64,28 @@ def print_plan(study: Study) -> None:
     core_hours = total_flops / _CPU_FLOPS / 3600
     console.print(
         f"{num_runs:,.0f} runs, {total_flops:.2e} training FLOPs, {total_hours:,.1f} hours on one {GPU} at "
-        f"{_UTILISATION:.0%} of its {_GPU_FLOPS / 1e12:.0f} TFLOP/s, {core_hours:,.1f} on two CPU cores "
-        f"at {_CPU_FLOPS / 2:.0e} FLOP/s each (speeds are assumed, memory is estimated)",
+        f"{_UTILISATION:.0%} of its {_ONE_GPU.flops / 1e12:.0f} TFLOP/s, which only large models reach, "
+        f"{core_hours:,.1f} on two CPU cores at {_CPU_FLOPS / 2:.2g} FLOP/s each. Speeds are assumed; memory is that "
+        f"of one {'CPU process' if on_cpu else 'GPU'}, as `tinyexperts plan` counts it.",
         highlight=False,
         soft_wrap=True,
     )
+    if num_too_large:
+        console.print(
+            f"{num_too_large:.0f} runs, marked !, do not fit one GPU of 80 GB: train them on several by torchrun "
+            "(tables/commands.csv has each run's command), or with a smaller --batch-size and more accumulation.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _memory(config: TrainConfig, device: str) -> MeshPlan:
+    return _memory_of(
+        replace(config, run=Path(), device=device, seed=0, training_flops=None, num_steps=1)  # what has no part in it
+    )
+
+
+@functools.cache
+def _memory_of(config: TrainConfig) -> MeshPlan:
+    (alone,) = plan(config, _ONE_GPU)
+    return alone

@@ -6,8 +6,9 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from tinyexperts.study.execution.run_queue import Job, Stage, run_jobs
 from tinyexperts.study.execution.study_folder import StudyFolder, StudySettings
 from tinyexperts.study.execution.study_status import print_status
 from tinyexperts.study.grids.grid import GridRun, Study, check_grid, runs_if_all_end_alike
+from tinyexperts.study.grids.grid import Stage as GridStage
 from tinyexperts.study.grids.scales import Scale, ScaleName, scale_named
 from tinyexperts.study.reports.study_report import write_study_report
 from tinyexperts.study.study_plan import print_plan
@@ -64,6 +66,8 @@ class StudyConfig:
             raise InputError(f"slurm_hours must be positive, got {self.slurm_hours}")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"minutes must be positive, got {self.minutes}")
+        if self.minutes is not None and self.executor == "slurm":
+            raise InputError(f"minutes are for runs on this machine, got {self.minutes} with slurm: use slurm_hours")
         if self.evaluation_tokens is not None and self.evaluation_tokens < 1:
             raise InputError(f"evaluation_tokens must be at least 1, got {self.evaluation_tokens}")
         names = [path.stem for path in self.evaluation_corpora]
@@ -103,13 +107,26 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
             )
         )
         deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-        for stage in study.stages:
-            runs = stage(folder.losses())
-            check_grid(runs, dataset.split("train").num_tokens)
-            folder.plan(runs)
-            _run_stage(folder, runs, config, deadline)
+        for number, stage in enumerate(study.stages):
+            runs = folder.stage(number, partial(_checked, stage, dataset.split("train").num_tokens))
+            _run_stage(folder, runs, config, deadline, title=f"stage {number + 1} of {len(study.stages)}: ")
+            left = [status for run in runs if not (status := folder.status(run)).is_settled]
+            if left and number + 1 < len(study.stages):
+                print_status(folder)
+                _report(folder)
+                raise InputError(
+                    f"{len(left)} of {len(runs)} runs of stage {number + 1} failed ({left[0].run.name}: "
+                    f"{left[0].reason}), and what comes next depends on them; the same command tries them again, and "
+                    "goes on without those that fail again"
+                )
         print_status(folder)
         _report(folder)
+
+
+def _checked(stage: GridStage, num_train_tokens: int, losses: Mapping[str, float]) -> list[GridRun]:
+    runs = stage(losses)
+    check_grid(runs, num_train_tokens)
+    return runs
 
 
 def _check_corpora(paths: Sequence[Path]) -> None:
@@ -126,8 +143,8 @@ def _report(folder: StudyFolder) -> None:
         print(f"Report: {write_study_report(folder, command=command)}")
 
 
-def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, deadline: float) -> None:
-    open_runs = [run for run in runs if folder.status(run).state != "done"]
+def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, deadline: float, *, title: str) -> None:
+    open_runs = [run for run in runs if not folder.has_ended(run)]
     if not open_runs:
         return
     if config.executor == "slurm":
@@ -136,7 +153,7 @@ def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, de
         parameters: dict[str, Any] = {"timeout_min": math.ceil(60 * config.slurm_hours)}
         if config.slurm_partition is not None:
             parameters["slurm_partition"] = config.slurm_partition
-        failures = run_array(folder, open_runs, num_parallel=config.num_parallel, **parameters)
+        run_array(folder, open_runs, num_parallel=config.num_parallel, **parameters)
     else:
         jobs = [
             Job(
@@ -147,17 +164,18 @@ def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, de
             for run in open_runs
         ]
         try:
-            failures = run_jobs(
+            run_jobs(
                 jobs,
                 num_parallel=config.num_parallel,
                 environment=ENVIRONMENT,
                 console=Console(stderr=True),
                 max_seconds=deadline - time.monotonic(),
+                title=title,
+                num_done=len(runs) - len(open_runs),
+                failed=folder.note_failure,
             )
         except KeyboardInterrupt:
             raise Interrupted("stopped; what was trained is saved, and the same command goes on from there") from None
-    for name, reason in failures.items():
-        folder.note_failure(name, reason)
     if time.monotonic() > deadline:
         print_status(folder)
         _report(folder)

@@ -6,9 +6,11 @@ from tinyexperts.training.device import choose_device
 from tinyexperts.training.loop import Interrupted, train
 from tinyexperts.training.plan import Devices, MeshPlan, plan, smaller_plans
 from tinyexperts.training.ranks import LostRank
+from tinyexperts.training.step import Diverged
 
 __all__ = [
     "Devices",
+    "Diverged",
     "Interrupted",
     "LostRank",
     "MeshPlan",

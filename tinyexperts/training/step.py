@@ -14,13 +14,17 @@ from tinyexperts.training.device import autocast
 from tinyexperts.training.run import Run
 
 
+class Diverged(InputError):
+    """A loss or a gradient is not finite: the same run would come to the same point again."""
+
+
 def optimizer_step(run: Run, step: int) -> tuple[float, float]:
     """Make step number `step`, from 0, which says which batches it takes; all ranks call it together.
 
     Returns the mean loss in nats a token before the step, and the gradient's norm before clipping.
 
     Raises:
-        InputError: a loss or a gradient that is not finite, before any weight has changed.
+        Diverged: a loss or a gradient that is not finite, before any weight has changed.
     """
     config, ranks = run.config, run.ranks
     run.model.train()
@@ -39,7 +43,7 @@ def optimizer_step(run: Run, step: int) -> tuple[float, float]:
     gradient_norm = clip_gradient_norm_(run.model.parameters(), config.gradient_clip, ranks.groups).item()
     if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
         of_all = [sequence for of_rank in ranks.all_of(sequence_ids) for sequence in of_rank]
-        raise InputError(
+        raise Diverged(
             f"step {step + 1} gave a loss of {mean_loss} and a gradient norm of {gradient_norm}, on the sequences "
             f"{of_all} of {config.data}; {last_good_checkpoint(config.run)}"
         )

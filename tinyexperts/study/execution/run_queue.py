@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +64,7 @@ class _Queue:
     progress: Progress
     tasks: dict[Path, TaskID]
     overall: TaskID
+    failed: Callable[[str, str], None]
     active: list[_Active] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -99,6 +100,7 @@ class _Queue:
                 continue
             if status != 0:
                 self.failures[run.job.folder.name] = _failure(run, status)
+                self.failed(run.job.folder.name, self.failures[run.job.folder.name])
             word = "[green]done[/green]" if status == 0 else "[red]failed[/red]"
             self.progress.update(run.task, stage=word, left="", visible=len(self.tasks) <= MAX_BARS)
             failed = f"[red]{len(self.failures)} failed[/red]" if self.failures else ""
@@ -128,9 +130,13 @@ def run_jobs(
     environment: Mapping[str, str],
     console: Console,
     max_seconds: float = math.inf,
+    title: str = "",
+    num_done: int = 0,
+    failed: Callable[[str, str], None] = lambda name, sentence: None,
 ) -> dict[str, str]:
     """Run the jobs, `num_parallel` at a time in their order, and return the failures: the run's name and one sentence.
 
+    `failed` is told each when it happens. `title` and `num_done`, of jobs that had ended before, are for the display.
     A failed job doesn't stop the others. On Ctrl-C, SIGTERM or a closed terminal the children are asked to save and
     end, then KeyboardInterrupt is raised; after max_seconds they are asked the same, and the failures so far returned.
     """
@@ -147,14 +153,17 @@ def run_jobs(
     with Progress(*columns, console=console, expand=True) as progress, _signals_as_interrupts():
         few = len(jobs) <= MAX_BARS
         empty = {"stage": "", "loss": "", "speed": "", "left": ""}
-        overall = progress.add_task(f"{len(jobs)} runs", total=len(jobs), visible=not few, **empty)
+        total = num_done + len(jobs)
+        overall = progress.add_task(f"{title}{total} runs", total=total, completed=num_done, visible=not few, **empty)
         tasks = {
             job.folder: progress.add_task(
                 job.folder.name, total=None, start=False, visible=few, **(empty | {"stage": "waiting"})
             )
             for job in jobs
         }
-        queue = _Queue(waiting=list(jobs), environment=environment, progress=progress, tasks=tasks, overall=overall)
+        queue = _Queue(
+            waiting=list(jobs), environment=environment, progress=progress, tasks=tasks, overall=overall, failed=failed
+        )
         try:
             while queue.waiting or queue.active:
                 while queue.waiting and len(queue.active) < num_parallel:

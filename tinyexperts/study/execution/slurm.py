@@ -17,8 +17,8 @@ _POLL_SECONDS = 5.0
 
 def run_array(
     folder: StudyFolder, runs: Sequence[GridRun], *, num_parallel: int, cluster: str = "slurm", **parameters: Any
-) -> dict[str, str]:
-    """Submit the runs, wait for them, and return the failures: the run's name and one sentence.
+) -> None:
+    """Submit the runs and wait for them; the folder keeps what failed.
 
     cluster: as submitit names its executors
     parameters: of submitit's executor (timeout_min, slurm_partition, ...)
@@ -38,14 +38,18 @@ def run_array(
     with executor.batch():
         submitted = [executor.submit(run_of_study, folder.path, run.name) for run in runs]
     jobs = {run.name: job for run, job in zip(runs, submitted, strict=True)}
-    while not all(job.done() for job in jobs.values()):
-        time.sleep(_POLL_SECONDS)
-    failures = {}
-    for name, job in jobs.items():
-        error = job.exception()
-        if error is not None:
-            # submitit tells the traceback of the job and, below it, where its logs are.
-            raised = re.findall(r"^[\w.]*(?:Error|Exception|Interrupted): (.*)$", str(error), re.MULTILINE)
-            reason = raised[-1] if raised else f"{type(error).__name__}: {error}".splitlines()[0]
-            failures[name] = f"{reason} (all it printed: {job.paths.stderr})"
-    return failures
+    while jobs:
+        for name, job in list(jobs.items()):
+            if job.done():
+                del jobs[name]
+                error = job.exception()
+                if error is not None:
+                    folder.note_failure(name, f"{_raised(error)} (all it printed: {job.paths.stderr})")
+        if jobs:
+            time.sleep(_POLL_SECONDS)
+
+
+def _raised(error: Exception) -> str:
+    """The sentence of what a job raised: submitit tells its traceback and, below it, where its logs are."""
+    raised = re.findall(r"^[\w.]*(?:Error|Exception|Interrupted|Diverged): (.*)$", str(error), re.MULTILINE)
+    return raised[-1] if raised else f"{type(error).__name__}: {error}".splitlines()[0]

@@ -2,7 +2,9 @@
 
 study.json    name, scale, data set, evaluation corpora: a folder holds one study
 planned/      a file a run: its method, its place in the grid, its configuration
-runs/         a folder a run, as `tinyexperts train` makes it, with evaluation-<corpus>.json for each evaluation corpus
+stages.json   the runs of each stage that was planned, and which of the stages before had failed by then
+runs/         a folder a run, as `tinyexperts train` makes it, with evaluation-<corpus>.json for each evaluation corpus;
+              <run>.lock is held by the process that is at work on it, <run>.failed.json says why it failed
 logs/         what the runs printed
 lock          held by the process that runs the study
 """
@@ -11,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +28,7 @@ from tinyexperts.study.execution.run_queue import last_metrics
 from tinyexperts.study.grids.grid import GridRun
 from tinyexperts.training.run_folder import write_whole
 
-State = Literal["waiting", "begun", "done", "failed"]
+State = Literal["waiting", "running", "begun", "done", "failed"]
 
 _PLANNED = TypeAdapter(GridRun)
 
@@ -47,17 +50,46 @@ class StudySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedStage:
+    """A stage as it was planned: the names of its runs, and of earlier runs that had failed by then."""
+
+    runs: list[str]
+    without: list[str]
+
+
+_STAGES = TypeAdapter(list[PlannedStage])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failure:
+    """Why a run failed, how many times it has by now, and whether it would fail each time."""
+
+    reason: str
+    times: int = 1
+    diverged: bool = False
+
+    @property
+    def is_settled(self) -> bool:
+        return self.diverged or self.times > 1
+
+
+_FAILURE = TypeAdapter(_Failure)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """A planned run and how far it is.
+    """A planned run and how far it is; "begun" is one that was cut off.
 
     progress: share of its steps that are done, 0 to 1
     reason: of a failure, in one sentence
+    is_settled: it is done, or it diverged, or it failed again when it was tried again: later stages do without it
     """
 
     run: GridRun
     state: State
     progress: float
     reason: str | None
+    is_settled: bool
 
 
 class StudyFolder:
@@ -147,6 +179,39 @@ class StudyFolder:
                 continue
             write_whole(path, _PLANNED.dump_json(placed, indent=2).decode())
 
+    def stages(self) -> list[PlannedStage]:
+        """The stages that were planned so far.
+
+        Raises:
+            InputError: a file that can't be read.
+        """
+        path = self.path / "stages.json"
+        try:
+            return _STAGES.validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return []
+        except (OSError, ValidationError) as error:
+            raise InputError(f"{path} can't be read: {error}") from None
+
+    def stage(self, number: int, plan: Callable[[Mapping[str, float]], list[GridRun]]) -> list[GridRun]:
+        """The runs of a stage: as they were planned, or, the first time, planned by what is done so far.
+
+        A stage that was planned stays: what a failed run would have changed, had it been tried again before, must not
+        change runs that have been made meanwhile.
+
+        Raises:
+            InputError: a run was planned otherwise before (another version made another grid).
+        """
+        stages = self.stages()
+        if number < len(stages):
+            return [self.planned_run(name) for name in stages[number].runs]
+        failed = [run.name for run in self.planned_runs() if self.status(run).state == "failed"]
+        runs = plan(self.losses())
+        self.plan(runs)
+        stages.append(PlannedStage(runs=[run.name for run in runs], without=failed))
+        write_whole(self.path / "stages.json", _STAGES.dump_json(stages, indent=2).decode())
+        return runs
+
     def planned_run(self, name: str) -> GridRun:
         """A run by its name.
 
@@ -168,19 +233,56 @@ class StudyFolder:
     def status(self, run: GridRun) -> RunStatus:
         """How far a run is, by its folder; a failure is kept in failed.json until the run is tried again."""
         folder = self.run_path(run.name)
-        failure = _read(folder.parent / f"{run.name}.failed.json")
-        if failure:
-            return RunStatus(run=run, state="failed", progress=self._progress(folder), reason=failure["reason"])
-        if not folder.exists():
-            return RunStatus(run=run, state="waiting", progress=0.0, reason=None)
-        missing = [name for name in self._results(run) if not (folder / name).exists()]
-        if not missing:
+        if folder.exists() and all((folder / name).exists() for name in self._results(run)):
             damaged = [name for name in ("config.json", "run.json", "metrics.jsonl") if not (folder / name).exists()]
             if damaged:
                 reason = f"{folder} has results but no {' and no '.join(damaged)}: delete it, and it is run again"
-                return RunStatus(run=run, state="failed", progress=1.0, reason=reason)
-            return RunStatus(run=run, state="done", progress=1.0, reason=None)
-        return RunStatus(run=run, state="begun", progress=self._progress(folder), reason=None)
+                return RunStatus(run=run, state="failed", progress=1.0, reason=reason, is_settled=False)
+            return RunStatus(run=run, state="done", progress=1.0, reason=None, is_settled=True)
+        failure = self._failure(run.name)
+        state: State = "begun" if folder.exists() else "waiting"
+        if self._is_running(run.name):
+            state, failure = "running", None
+        elif failure is not None:
+            state = "failed"
+        return RunStatus(
+            run=run,
+            state=state,
+            progress=self._progress(folder),
+            reason=None if failure is None else failure.reason,
+            is_settled=failure is not None and failure.is_settled,
+        )
+
+    @contextmanager
+    def at_work(self, name: str) -> Iterator[None]:
+        """Where a process does what is left of a run; waits for another one that does.
+
+        Such a one may have outlived the study that started it, and does the same.
+        """
+        if self._is_running(name):
+            print(f"another process is at work on {name}: waiting for it", file=sys.stderr, flush=True)
+        (self.path / "runs").mkdir(exist_ok=True)
+        with self._lock(name):
+            yield
+
+    def _is_running(self, name: str) -> bool:
+        lock = self._lock(name)
+        if not Path(lock.lock_file).exists():
+            return False
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+    def _lock(self, name: str) -> FileLock:
+        return FileLock(self.path / "runs" / f"{name}.lock")
+
+    def has_ended(self, run: GridRun) -> bool:
+        """Whether it is not to be tried again: it is done or has diverged."""
+        failure = self._failure(run.name)
+        return self.status(run).state == "done" or (failure is not None and failure.diverged)
 
     def _results(self, run: GridRun) -> list[str]:
         return ["evaluation.json", *(f"evaluation-{name}.json" for name in self.settings().corpora())]
@@ -190,14 +292,27 @@ class StudyFolder:
         step = last_metrics(folder / "metrics.jsonl").get("train", {}).get("step", 0)
         return step / num_steps if num_steps else 0.0
 
-    def note_failure(self, name: str, reason: str | None) -> None:
-        """Keep why a run failed; None: it is tried again."""
-        path = self.path / "runs" / f"{name}.failed.json"
-        if reason is None:
-            path.unlink(missing_ok=True)
-        else:
+    def note_failure(self, name: str, reason: str, *, diverged: bool = False) -> None:
+        """Keep why a run failed, until it is done; one that diverged would do so again, and is not tried again."""
+        before = self._failure(name)
+        if before is None or not before.diverged:
+            times = 1 if before is None else before.times + 1
+            path = self._failure_path(name)
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, json.dumps({"reason": reason}))
+            write_whole(path, _FAILURE.dump_json(_Failure(reason=reason, times=times, diverged=diverged)).decode())
+
+    def forget_failure(self, name: str) -> None:
+        """The run is done."""
+        self._failure_path(name).unlink(missing_ok=True)
+
+    def _failure_path(self, name: str) -> Path:
+        return self.path / "runs" / f"{name}.failed.json"
+
+    def _failure(self, name: str) -> _Failure | None:
+        try:
+            return _FAILURE.validate_json(self._failure_path(name).read_bytes())
+        except (OSError, ValidationError):
+            return None
 
     def losses(self) -> dict[str, float]:
         """The held-out losses (nats a token) of the runs that are done, by name."""

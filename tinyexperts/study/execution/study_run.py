@@ -19,8 +19,17 @@ def run_of_study(folder: Path, name: str) -> None:
         InputError: as training does; no such run.
     """
     study = StudyFolder(folder)
-    config = study.planned_run(name).config
-    study.note_failure(name, None)
+    run = study.planned_run(name)
+    with study.at_work(name):
+        try:
+            _do_what_is_left(study, run.config)
+        except training.Diverged as error:
+            study.note_failure(name, str(error), diverged=True)
+            raise
+        study.forget_failure(name)
+
+
+def _do_what_is_left(study: StudyFolder, config: training.TrainConfig) -> None:
     settings = study.settings()
     missing = {
         corpus: path

@@ -18,7 +18,7 @@ def print_status(folder: StudyFolder) -> None:
     console = Console()
     console.print(
         f"{settings.study} at {settings.scale} scale in {folder.path}: {len(statuses)} runs planned so far, "
-        f"{counts['done']} done, {counts['begun']} begun, {counts['waiting']} waiting, {counts['failed']} failed",
+        + ", ".join(f"{counts[state]} {state}" for state in ("done", "running", "begun", "waiting", "failed")),
         highlight=False,
         soft_wrap=True,
     )
@@ -26,7 +26,7 @@ def print_status(folder: StudyFolder) -> None:
     for column in ("run", "state", "steps done", "reason"):
         table.add_column(column, justify="right" if column == "steps done" else "left", overflow="fold")
     for status in statuses:
-        if status.state in ("begun", "failed"):
+        if status.state in ("running", "begun", "failed"):
             table.add_row(status.run.name, status.state, f"{status.progress:.0%}", status.reason or "")
     if table.row_count:
         console.print(table)

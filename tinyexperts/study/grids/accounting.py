@@ -1,4 +1,4 @@
-"""What a training run costs, before it is run: FLOPs by module, bytes, parameters, tokens, memory.
+"""What a training run costs, before it is run: FLOPs by module, bytes, parameters, tokens.
 
 FLOPs are those of the matrix products, as everywhere in this package (layers/feed_forward.py). The paper doesn't say
 whether it counted the router, so that every total can be had without it.
@@ -17,13 +17,6 @@ from tinyexperts.model import Transformer, TransformerConfig
 from tinyexperts.training.config import TrainConfig
 
 _FP32_BYTES = 4
-# A trained number has its value, its gradient and Adam's two moments; a table trained by rows has no gradient.
-_DENSE_NUMBERS, _TABLE_NUMBERS = 4, 3
-# Bytes that a block keeps of a token for the backward pass, by its width, with half precision and an attention that
-# keeps no scores (arXiv 2205.05198, equation 1 without them).
-_ACTIVATION_BYTES = 34
-# And of a logit: in half and in single precision.
-_LOGIT_BYTES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +50,6 @@ class Account:
     parameters_matmul: those of matrix products, which every token meets: neither tables nor the embedding
     forward_bytes: bytes of weights that a forward pass reads for a token: its rows of the tables, and its share of the
         other weights, which are read once a batch
-    training_memory: bytes, estimated: weights, gradients, moments, and the activations of one micro-batch
     """
 
     forward_flops: FlopsByModule
@@ -65,7 +57,6 @@ class Account:
     parameters_active: int
     parameters_matmul: int
     forward_bytes: float
-    training_memory: float
     tokens_per_step: int
     num_steps: int
 
@@ -87,7 +78,6 @@ class _ModelAccount:
     forward_flops: FlopsByModule
     parameters: ParameterCount
     num_matmul: int
-    num_table: int
     row_bytes: int
 
 
@@ -95,17 +85,12 @@ def account(config: TrainConfig) -> Account:
     """Account for a run of a configuration; no weight is made."""
     model = _account_of_model(config.model)
     step_flops = 3 * model.forward_flops.total * config.tokens_per_step
-    other_numbers = model.parameters.total - model.num_table
-    weights = _FP32_BYTES * (_DENSE_NUMBERS * other_numbers + _TABLE_NUMBERS * model.num_table)
-    token_bytes = _ACTIVATION_BYTES * config.model.d_model * config.model.num_layers
-    token_bytes += _LOGIT_BYTES * config.model.vocab_size
     return Account(
         forward_flops=model.forward_flops,
         parameters_total=model.parameters.total,
         parameters_active=model.parameters.active,
         parameters_matmul=model.num_matmul,
         forward_bytes=model.row_bytes + model.num_matmul * _FP32_BYTES / config.tokens_per_step,
-        training_memory=weights + token_bytes * config.batch_size * config.model.context_length,
         tokens_per_step=config.tokens_per_step,
         num_steps=config.num_steps or int((config.training_flops or 0) // step_flops),
     )
@@ -145,6 +130,5 @@ def _account_of_model(config: TransformerConfig) -> _ModelAccount:
         ),
         parameters=model.num_parameters(),
         num_matmul=sum(parameter.numel() for parameter in matrices),
-        num_table=sum(parameter.numel() for parameter in tables),
         row_bytes=row_bytes,
     )

@@ -41,26 +41,36 @@ class AblationAnalysis:
         self.axis, self.question = QUESTIONS[study]
         self.groups = groups_of(points)
 
+    @property
+    def drawn_axis(self) -> str:
+        """The one that a curve can be drawn along: the study's own, or N where that has names for values."""
+        return "num_experts" if self.axis in _NAMED_ENDS else self.axis
+
     def series(self) -> dict[tuple[tuple[str, object], ...], list[Group]]:
         """Groups that differ in the study's axis alone, by what else they are; each ascending along the axis."""
+        return self.series_along(self.axis)
+
+    def series_along(self, axis: str) -> dict[tuple[tuple[str, object], ...], list[Group]]:
+        """As `series`, along another axis of the grid."""
         found: dict[tuple[tuple[str, object], ...], list[Group]] = {}
         for group in self.groups:
             axes = group.first.run.axes
             # Heads and experts a head go together as the number of active experts.
-            left_out = {"seed", self.axis, *(("heads", "experts_per_head") if self.axis == "active" else ())}
+            left_out = {"seed", axis, *(("heads", "experts_per_head") if axis == "active" else ())}
             found.setdefault(tuple((n, v) for n, v in axes.items() if n not in left_out), []).append(group)
-        return {key: sorted(groups, key=self._position) for key, groups in found.items()}
 
-    def _position(self, group: Group) -> float:
-        value = group.first.run.axes[self.axis]
-        names = _NAMED_ENDS.get(self.axis)
-        return float(names.index(str(value)) if names else value)
+        def position(group: Group) -> float:
+            value, names = group.first.run.axes[axis], _NAMED_ENDS.get(axis)
+            return float(names.index(str(value)) if names else value)
+
+        ordered = sorted(found, key=lambda key: tuple(value for _, value in key))
+        return {key: sorted(found[key], key=position) for key in ordered}
 
     def tables(self) -> list[Table]:
         tables = [self._groups()]
         if self.study == "granularity":
             tables.append(self._law())
-        if self.study in ("usage", "query-norm"):
+        if self.study in ("usage", "query-norm", "num-experts"):
             tables.append(_papers_usage())
         return tables
 

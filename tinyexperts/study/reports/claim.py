@@ -18,11 +18,17 @@ class Claim:
     evidence: str
 
 
-def judged(claim: str, difference: SeedInterval | None) -> Claim:
-    """The verdict on a claim that a difference is below zero: only an interval that leaves out zero decides."""
+def judged(claim: str, difference: SeedInterval | None, *, is_finished: bool = True) -> Claim:
+    """The verdict on a claim that a difference is below zero: only an interval that leaves out zero decides.
+
+    While runs are still to come there is none.
+    """
     if difference is None:
-        return Claim(claim=claim, verdict="can't tell", evidence="no seed that both have")
+        evidence = "no seed that both have" if is_finished else "runs are still to come"
+        return Claim(claim=claim, verdict="can't tell" if is_finished else "unfinished", evidence=evidence)
     verdict = {"lower": "reproduced", "higher": "not reproduced", "undecided": "can't tell"}[difference.outcome]
+    if not is_finished:
+        verdict = "unfinished"
     evidence = f"{signed(difference.mean)} nats, 95 % interval {interval_told(difference)}"
     return Claim(claim=claim, verdict=verdict, evidence=f"{evidence}, {len(difference.values)} seeds")
 

@@ -65,11 +65,11 @@ def method_color(method: str) -> str:
     return METHOD_STYLES.get(method, OTHER_STYLE)[0]
 
 
-def loss_curves(runs: Sequence[RunResult], x: str, name: str = "") -> Drawing | None:
+def loss_curves(runs: Sequence[RunResult], x: str) -> Drawing | None:
     """Held-out loss against `training_flops`, `num_tokens` or `seconds`; None where no run recorded two points of it.
 
-    Each seed is a thin line, the mean of a method's seeds a bold one over what all its seeds cover of the axis. `name`
-    tells it from others on a page.
+    Each seed is a thin line, the mean of a method's seeds a bold one over what all its seeds cover of the axis; mark
+    and label are of the mean of their ends.
     """
     curves = {run: points for run in runs if len(points := _points(run, x)) > 1}
     if not curves:
@@ -85,19 +85,16 @@ def loss_curves(runs: Sequence[RunResult], x: str, name: str = "") -> Drawing | 
                 axes.plot(points[:, 0] / divisor, points[:, 1], color=color, linewidth=0.9, alpha=0.55)
             mean = _mean_curve(seeds)
             axes.plot(mean[:, 0] / divisor, mean[:, 1], color=color, linewidth=2.4)
-            if not len(mean):  # curves that share nothing of the axis: the label stands at the end of the longest
-                mean = max(seeds, key=lambda points: float(points[-1, 0]))[-1:]
-            axes.plot(mean[-1, 0] / divisor, mean[-1, 1], color=color, marker=marker, markersize=6)
-            ends.append((mean[-1, 0] / divisor, mean[-1, 1], f"{method_label(method)} {mean[-1, 1]:.2f}", color))
+            x_end, loss = np.mean([points[-1] for points in seeds], axis=0)
+            axes.plot(x_end / divisor, loss, color=color, marker=marker, markersize=6)
+            ends.append((x_end / divisor, loss, f"{method_label(method)} {loss:.2f}", color))
         _frame(axes, [points / (divisor, 1) for points in curves.values()], room=1.22)
         label_ends(axes, ends)
         words = {"training_flops": "training FLOPs", "num_tokens": "training tokens", "seconds": "seconds of training"}[
             x
         ]
         reading = ", ".join(text for *_, text, _ in ends)
-        svg = svg_of(
-            figure, f"loss-{x}{name and '-'}{name}", f"Line chart: held-out loss against {words}. It ends at {reading}."
-        )
+        svg = svg_of(figure, f"loss-{x}", f"Line chart: held-out loss against {words}. It ends at {reading}.")
     return Drawing(caption=f"Held-out loss against {words}", svg=svg)
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
 
 from tinyexperts.study.fits.compute_multiplier import compute_multiplier
 from tinyexperts.study.fits.isoflop_fit import IsoFlopFit, fit_isoflop
 from tinyexperts.study.fits.power_law_fit import SIZE_AND_TOKENS, PowerLawFit, fit_power_law
 from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.grids.grid import GridRun
 from tinyexperts.study.grids.scales import METHODS
 from tinyexperts.study.reports.claim import Claim, interval_told, judged
-from tinyexperts.study.reports.comparison import interpolate, signed
+from tinyexperts.study.reports.comparison import signed
 from tinyexperts.study.reports.report import format_count
 from tinyexperts.study.reports.run_results import method_label
 from tinyexperts.study.reports.study_points import HELD_OUT, Group, Point, groups_of
@@ -39,7 +44,9 @@ PAPER_PERPLEXITY: Mapping[float, Mapping[str, tuple[float, ...]]] = {
 class IsoFlopAnalysis:
     """Groups of seeds by method and budget, each method's best size, and the fits."""
 
-    def __init__(self, points: Sequence[Point]) -> None:
+    def __init__(self, points: Sequence[Point], open_runs: Sequence[GridRun] = ()) -> None:
+        """open_runs: those that are planned and will have points, when they are done."""
+        self._open = [run for run in open_runs if run.axes["stage"] == "main"]
         self.tuning = [point for point in points if point.run.axes["stage"] == "tuning"]
         self.groups = groups_of(point for point in points if point.run.axes["stage"] == "main")
         self.budgets = sorted({float(group.first.run.axes["budget"]) for group in self.groups})
@@ -49,12 +56,22 @@ class IsoFlopAnalysis:
         found = [g for g in self.groups if g.first.run.method == method and g.first.run.axes["budget"] == budget]
         return sorted(found, key=lambda group: int(group.first.run.axes["width"]))
 
+    def is_finished(self, method: str, budget: float) -> bool:
+        """Whether no run of them is still to come."""
+        return not any(run.method == method and run.axes["budget"] == budget for run in self._open)
+
     def best(self, method: str, budget: float) -> Group | None:
-        """The size of least mean loss, among those that all the seeds have that any has."""
+        """The size of least mean loss over the seeds that all sizes have; None while a size shares none with others.
+
+        A size that has only been run with a seed that ends low, or has not been run yet, must not decide.
+        """
         groups = self.of(method, budget)
-        most = max((len(group.points) for group in groups), default=0)
-        whole = [group for group in groups if len(group.points) == most]
-        return min(whole, key=lambda group: group.mean_loss(), default=None)
+        widths = {group.first.run.axes["width"] for group in groups}
+        to_come = {run.axes["width"] for run in self._open if run.method == method and run.axes["budget"] == budget}
+        seeds = set.intersection(*(set(group.losses()) for group in groups)) if groups else set()
+        if not seeds or to_come - widths:
+            return None
+        return min(groups, key=lambda group: math.fsum(group.losses()[seed] for seed in seeds))
 
     def fit(self, method: str, budget: float, count: str) -> IsoFlopFit | None:
         """The parabola over `count` parameters: total, active or matmul; None without a point."""
@@ -81,34 +98,59 @@ class IsoFlopAnalysis:
         ours, theirs = self.best("peer", budget), self.best(baseline, budget)
         return None if ours is None or theirs is None else paired_difference(ours.losses(text), theirs.losses(text))
 
-    def difference_of(self, baseline: str, budget: float, value: str) -> SeedInterval | None:
-        """PEER minus a baseline: of a part of `loss_by_copy`, or of all tokens at equal `time`."""
+    def difference_of_part(self, baseline: str, budget: float, part: str) -> SeedInterval | None:
+        """PEER minus a baseline on a part of the held-out tokens: `new` or `stood_earlier`."""
         ours, theirs = self.best("peer", budget), self.best(baseline, budget)
         if ours is None or theirs is None:
             return None
-        if value != "time":
-            by_seed = [
-                {p.seed: p.result.evaluated("loss_by_copy", value) for p in group.points} for group in (ours, theirs)
-            ]
-            # A text without such tokens has no loss on them.
-            kept = [{seed: v for seed, v in values.items() if v is not None and math.isfinite(v)} for values in by_seed]
-            return paired_difference(*kept)
-        differences = []
-        for our, their in ((o, t) for o in ours.points for t in theirs.points if o.seed == t.seed):
-            seconds = min(p.result.last.get("seconds", math.nan) for p in (our, their))
-            at = [interpolate(p.result.validation, "seconds", seconds) for p in (our, their)]
-            if None not in at:
-                differences.append(at[0] - at[1])  # type: ignore[operator]
-        return SeedInterval(values=tuple(differences)) if differences else None
+        by_seed = [{p.seed: p.result.evaluated("loss_by_copy", part) for p in group.points} for group in (ours, theirs)]
+        # A text without such tokens has no loss on them.
+        kept = [{seed: v for seed, v in values.items() if v is not None and math.isfinite(v)} for values in by_seed]
+        return paired_difference(*kept)
+
+    def seconds(self, group: Group) -> float:
+        """What a run of a group takes: its tokens, at the median speed of all runs of its method and width.
+
+        One speed for all, since other work beside some of them made their own seconds differ.
+        """
+        run = group.first.run
+        speeds = [
+            speed
+            for other in self.groups
+            if (other.first.run.method, other.first.run.axes["width"]) == (run.method, run.axes["width"])
+            for point in other.points
+            if (speed := point.result.tokens_per_second) is not None
+        ]
+        return group.first.cost.num_tokens / statistics.median(speeds) if speeds else math.nan
+
+    def difference_at_equal_time(self, baseline: str, budget: float) -> SeedInterval | None:
+        """PEER minus what a baseline reaches in the same seconds, each at its best size of each budget.
+
+        Between two of its budgets the baseline's loss is taken as linear in the logarithm of the seconds; beyond them
+        nothing is said.
+        """
+        ours = self.best("peer", budget)
+        bests = [best for b in self.budgets if (best := self.best(baseline, b)) is not None]
+        if ours is None or len(bests) < 2:
+            return None
+        times, now = [self.seconds(best) for best in bests], self.seconds(ours)
+        rising = all(earlier < later for earlier, later in pairwise(times))  # never of a time that is not a number
+        if not rising or not times[0] <= now <= times[-1]:
+            return None
+        at = {
+            seed: float(np.interp(math.log(now), np.log(times), [best.losses()[seed] for best in bests]))
+            for seed in set.intersection(*(set(best.losses()) for best in bests))
+        }
+        return paired_difference(ours.losses(), at)
 
     def differences(self, baseline: str, budget: float) -> dict[str, SeedInterval]:
         """PEER minus a baseline by what is compared: all tokens, its parts, equal time, and the other texts."""
         texts = dict.fromkeys(text for group in self.groups for text in group.first.losses if text != HELD_OUT)
         found = {
             HELD_OUT: self.difference(baseline, budget),
-            "held out, tokens whose bigram is new": self.difference_of(baseline, budget, "new"),
-            "held out, tokens whose bigram stood earlier": self.difference_of(baseline, budget, "stood_earlier"),
-            "held out, at equal time": self.difference_of(baseline, budget, "time"),
+            "held out, tokens whose bigram is new": self.difference_of_part(baseline, budget, "new"),
+            "held out, tokens whose bigram stood earlier": self.difference_of_part(baseline, budget, "stood_earlier"),
+            "held out, at equal time": self.difference_at_equal_time(baseline, budget),
             **{text: self.difference(baseline, budget, text) for text in texts},
         }
         return {what: difference for what, difference in found.items() if difference is not None}
@@ -121,6 +163,7 @@ class IsoFlopAnalysis:
             self._optima(),
             self._laws(),
             self._points(),
+            self._flops(),
             self._tuning(),
         ]
 
@@ -130,14 +173,26 @@ class IsoFlopAnalysis:
             judged(
                 f"At {budget:.0e} FLOPs PEER reaches a lower loss than {method_label(baseline)}",
                 self.difference(baseline, budget),
+                is_finished=all(self.is_finished(method, budget) for method in ("peer", baseline)),
             )
             for budget in self.budgets
             for baseline in BASELINES
         ]
 
     def doubts(self) -> list[str]:
-        """A sentence for every setting whose best value is the last that was tried: a better one may lie beyond."""
+        """A sentence for every setting, and every width, whose best is the last tried: a better one may lie beyond."""
         sentences = []
+        for budget in self.budgets:
+            for method in METHODS:
+                widths = [int(group.first.run.axes["width"]) for group in self.of(method, budget)]
+                best = self.best(method, budget)
+                if (
+                    best is not None
+                    and len(widths) > 1
+                    and (width := best.first.run.axes["width"]) in widths[:: len(widths) - 1]
+                ):
+                    told = f"the best width at {budget:.0e} FLOPs is the last that was tried, {width}"
+                    sentences.append(f"{method_label(method)}: {told}.")
         for method in METHODS:
             found = {_tuning_label(point): point.loss for point in self.tuning if point.run.method == method}
             default = found.pop("default", math.inf)
@@ -147,9 +202,9 @@ class IsoFlopAnalysis:
                     for label, loss in found.items()
                     if label.rsplit("-x", 1)[0] == setting
                 }
-                best = min(losses, key=lambda factor: losses[factor])
-                if best != 1.0 and best in (min(losses), max(losses)):
-                    told = f"the best {setting} is the last that was tried, {best:g} times the default"
+                factor = min(losses, key=lambda factor: losses[factor])
+                if factor != 1.0 and factor in (min(losses), max(losses)):
+                    told = f"the best {setting} is the last that was tried, {factor:g} times the default"
                     sentences.append(f"{method_label(method)}: {told}.")
         return sentences
 
@@ -172,7 +227,8 @@ class IsoFlopAnalysis:
             title="Perplexity of each method at its own best size",
             columns=("FLOPs", "method", "width", *texts, *PAPER_TEXTS),
             rows=tuple(rows),
-            note="Of the mean loss over seeds. The paper's texts and tokens are others: compare the order.",
+            note="Of the mean loss over seeds. The paper's texts and tokens are others: compare the order. A mixture "
+            "of experts is evaluated by thresholds, which let no token see later ones; it trains by expert choice.",
         )
 
     def _differences(self) -> Table:
@@ -188,8 +244,10 @@ class IsoFlopAnalysis:
             title="PEER minus each baseline, nats a token, each at its own best size",
             columns=("FLOPs", "baseline", "on", "mean", "deviation over seeds", "95 % interval", "outcome"),
             rows=tuple(rows),
-            note="Paired by seed. A difference whose interval holds zero is no win. At equal time: of the losses while "
-            "they trained, when the faster run had ended.",
+            note=f"Paired by seed. A difference whose interval holds zero is no win, and of {len(rows)} intervals at "
+            "95 % one in twenty leaves zero out by chance. At equal time: what the baseline reaches in PEER's seconds, "
+            "between two of its budgets; a method's seconds are its tokens at the median speed of its runs of that "
+            "width.",
         )
 
     def _multipliers(self) -> Table:
@@ -296,6 +354,25 @@ class IsoFlopAnalysis:
                 *("usage, %", "unevenness, nats", "seeds"),
             ),
             rows=tuple(rows),
+        )
+
+    def _flops(self) -> Table:
+        rows = {}
+        for group in self.groups:
+            flops, run = group.first.cost.forward_flops, group.first.run
+            parts = (flops.attention, flops.dense_layers, flops.query_network, flops.sub_key_scores, flops.experts)
+            shares = (f"{part / flops.total:.1%}" for part in (*parts, flops.head))
+            head = (method_label(run.method), str(run.axes["width"]))
+            rows[head] = (*head, format_count(flops.total), *shares)
+        return Table(
+            name="flops",
+            title="FLOPs a token of a forward pass, by module",
+            columns=(
+                *("method", "width", "FLOPs", "attention", "dense layers", "query network or router"),
+                *("sub-key scores", "experts", "head"),
+            ),
+            rows=tuple(rows.values()),
+            note="Training costs three times as much.",
         )
 
     def _tuning(self) -> Table:

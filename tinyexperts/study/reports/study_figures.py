@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+import statistics
+from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
@@ -21,7 +21,6 @@ from tinyexperts.study.reports.figures import (
     STYLE,
     Drawing,
     label_ends,
-    loss_curves,
     new_axes,
     svg_of,
 )
@@ -108,14 +107,33 @@ def difference_trend(analysis: IsoFlopAnalysis) -> Drawing | None:
     return Drawing(caption="PEER minus each baseline by budget, 95 % intervals; below zero PEER leads", svg=svg)
 
 
-def time_curves(analysis: IsoFlopAnalysis, budget: float) -> Drawing | None:
-    """Loss against seconds of training, each method at its best size; None without curves."""
-    groups = [best for method in METHODS if (best := analysis.best(method, budget)) is not None]
-    runs = [replace(point.result, method=point.run.method) for group in groups for point in group.points]
-    drawing = loss_curves(runs, "seconds", name=f"{budget:.0e}")
-    if drawing is None:
-        return None
-    return replace(drawing, caption=f"{budget:.0e} training FLOPs, by seconds, each method at its best width")
+def losses_by_time(analysis: IsoFlopAnalysis) -> Drawing | None:
+    """Loss against seconds of training: each method at its best size of each budget. None for fewer than two."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_axes("seconds of training", "held-out loss, nats a token")
+        ends, every = [], []
+        for method in METHODS:
+            bests = [best for budget in analysis.budgets if (best := analysis.best(method, budget)) is not None]
+            x = np.array([analysis.seconds(best) for best in bests])
+            if len(bests) < 2 or not np.isfinite(x).all():
+                continue
+            color, marker = METHOD_STYLES[method]
+            means = [best.mean_loss() for best in bests]
+            axes.plot(x, means, color=color, marker=marker, linewidth=1.6)
+            for position, best in zip(x, bests, strict=True):
+                losses = list(best.losses().values())
+                seeds = [position] * len(losses)
+                axes.plot(seeds, losses, linestyle="", marker=marker, markersize=3, color=color, alpha=0.6)
+            every.append(x)
+            ends.append((float(x[-1]), means[-1], f"{method_label(method)} {means[-1]:.3f}", color))
+        if not ends:
+            return None
+        _log_axis(axes, np.concatenate(every), room=2.2)
+        axes.margins(y=0.15)  # for labels that are moved apart
+        label_ends(axes, ends)
+        reading = ", ".join(text for *_, text, _ in ends)
+        svg = svg_of(figure, "losses-by-time", f"Held-out loss against seconds of training. It ends at {reading}.")
+    return Drawing(caption="Each method at its best width of each budget, by seconds of training", svg=svg)
 
 
 def residuals(analysis: IsoFlopAnalysis) -> Drawing | None:
@@ -142,40 +160,58 @@ def residuals(analysis: IsoFlopAnalysis) -> Drawing | None:
 
 
 def ablation_curves(analysis: AblationAnalysis) -> Drawing | None:
-    """Loss along the study's axis: each series a line through its means, each seed a point."""
-    series = analysis.series()
-    if not series or not all(isinstance(g.first.run.axes[analysis.axis], (int, float)) for g in analysis.groups):
+    """Loss along the study's axis."""
+    return _curves(analysis, "held-out loss, nats a token", lambda group: list(group.losses().values()))
+
+
+def unevenness_curves(analysis: AblationAnalysis) -> Drawing | None:
+    """Unevenness of the experts' use along the study's axis; None where nothing has experts."""
+    return _curves(analysis, "unevenness, nats", Group.unevenness)
+
+
+def _curves(analysis: AblationAnalysis, what: str, values: Callable[[Group], list[float]]) -> Drawing | None:
+    """Each series a line through its means, each seed a point; None where there is nothing to draw along the axis."""
+    series, axis = analysis.series_along(analysis.drawn_axis), analysis.drawn_axis
+    if len({group.first.run.axes[axis] for group in analysis.groups}) < 2 or not all(map(values, analysis.groups)):
         return None
-    name = analysis.axis.replace("_", " ")
+    name = axis.replace("_", " ")
     colors = [color for color, _ in METHOD_STYLES.values()]
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(name, "held-out loss, nats a token")
+        figure, axes = new_axes(name, what)
         ends = []
         for number, (key, groups) in enumerate(series.items()):
             color = colors[number % len(colors)]
-            x = [float(group.first.run.axes[analysis.axis]) for group in groups]
+            x = [float(group.first.run.axes[axis]) for group in groups]
             for position, group in zip(x, groups, strict=True):
-                losses = list(group.losses().values())
+                seeds = values(group)
                 axes.plot(
-                    [position] * len(losses), losses, linestyle="", marker="o", markersize=3, color=color, alpha=0.6
+                    [position] * len(seeds), seeds, linestyle="", marker="o", markersize=3, color=color, alpha=0.6
                 )
-            axes.plot(x, [group.mean_loss() for group in groups], color=color, linewidth=1.8)
-            ends.append((x[-1], groups[-1].mean_loss(), _series_label(key, series), color))
-        every = np.array([float(group.first.run.axes[analysis.axis]) for group in analysis.groups])
+            means = [statistics.fmean(values(group)) for group in groups]
+            axes.plot(x, means, color=color, linewidth=1.8)
+            ends.append((x[-1], means[-1], _series_label(key, series), color))
+        every = np.array([float(group.first.run.axes[axis]) for group in analysis.groups])
         if every.min() > 0 and every.max() / every.min() > 4:
             _log_axis(axes, every, room=3.0)
         else:
             axes.set_xlim(every.min() - 0.3, every.max() + 0.5 * (np.ptp(every) or 1))
             axes.set_xticks(np.unique(every))
         label_ends(axes, ends)
-        svg = svg_of(figure, f"ablation-{analysis.study}", f"Held-out loss against {name}.")
-    return Drawing(caption=f"Held-out loss by {name}", svg=svg)
+        title = what.partition(",")[0].capitalize()
+        svg = svg_of(figure, f"{title}-{analysis.study}", f"{title} against {name}.")
+    return Drawing(caption=f"{title} by {name}", svg=svg)
 
 
 def _series_label(key: Sequence[tuple[str, object]], series: dict[tuple[tuple[str, object], ...], list[Group]]) -> str:
     """What tells a series from the others."""
     telling = [(name, value) for name, value in key if len({dict(other).get(name) for other in series}) > 1]
-    return ", ".join(f"{value:.0e}" if name == "budget" else f"{value}" for name, value in telling) or "PEER"
+    return ", ".join(_named(name, value) for name, value in telling) or "PEER"
+
+
+def _named(name: str, value: object) -> str:
+    if name == "query_norm":
+        return f"query norm: {value}"
+    return f"{value:.0e}" if name == "budget" else str(value)
 
 
 def _log_axis(axes: Axes, values: np.ndarray, *, room: float) -> None:

@@ -65,6 +65,11 @@ class Group:
         losses = list(self.losses().values())
         return statistics.stdev(losses) if len(losses) > 1 else None
 
+    def unevenness(self) -> list[float]:
+        """Of the experts' use in nats, mean over layers, of each seed that has experts."""
+        layers = [[layer.unevenness for layer in point.result.expert_usage] for point in self.points]
+        return [statistics.fmean(values) for values in layers if values]
+
     def usage_told(self) -> tuple[str, str]:
         """Share of the experts that are used in percent, and unevenness in nats, over seeds and layers."""
         layers = [layer for point in self.points for layer in point.result.expert_usage]
@@ -77,10 +82,16 @@ class Group:
 def read_points(folder: StudyFolder) -> tuple[list[Point], list[str]]:
     """The points of the runs that are done, and a sentence for whatever is missing or doubtful."""
     points, problems = [], []
-    for run in folder.planned_runs():
-        status = folder.status(run)
+    runs = folder.planned_runs()
+    statuses = {run.name: folder.status(run) for run in runs}
+    to_come = [name for name, status in statuses.items() if status.state not in ("done", "failed")]
+    if to_come:
+        problems.append(f"{len(to_come)} of {len(runs)} runs are still to come: {_shortened(to_come)}.")
+    for run in runs:
+        status = statuses[run.name]
+        if status.state == "failed":
+            problems.append(f"{run.name} failed: {status.reason}.")
         if status.state != "done":
-            problems.append(f"{run.name} is {status.state}{f': {status.reason}' if status.reason else ''}.")
             continue
         path = folder.run_path(run.name)
         result = read_run(path)
@@ -93,6 +104,11 @@ def read_points(folder: StudyFolder) -> tuple[list[Point], list[str]]:
             losses[name] = json.loads((path / f"evaluation-{name}.json").read_text(encoding="utf-8"))["loss"]
         points.append(Point(run=run, result=result, cost=account(run.config), losses=losses))
     return points, problems + _repeated(folder, points)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} others"
 
 
 def _repeated(folder: StudyFolder, points: Sequence[Point]) -> list[str]:

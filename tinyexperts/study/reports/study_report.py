@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tinyexperts.errors import InputError
 from tinyexperts.study.execution.study_folder import StudyFolder
+from tinyexperts.study.grids.grid import GridRun
 from tinyexperts.study.grids.train_command import train_command
 from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
 from tinyexperts.study.reports.figures import Drawing
@@ -18,10 +19,11 @@ from tinyexperts.study.reports.study_figures import (
     ablation_curves,
     difference_trend,
     isoflop_curves,
+    losses_by_time,
     residuals,
-    time_curves,
+    unevenness_curves,
 )
-from tinyexperts.study.reports.study_points import Group, read_points
+from tinyexperts.study.reports.study_points import read_points
 from tinyexperts.study.reports.table import Table
 
 
@@ -33,22 +35,31 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     """
     settings = folder.settings()
     points, problems = read_points(folder)
+    problems += [
+        f"stage {number} was planned when {' and '.join(stage.without)} had failed: it may have been planned otherwise."
+        for number, stage in enumerate(folder.stages(), start=1)
+        if stage.without
+    ]
     if not points:
         raise InputError(f"no run of the study in {folder.path} is done: there is nothing to report")
     drawings: list[Drawing | None]
     analysis: IsoFlopAnalysis | AblationAnalysis
     if settings.study == "isoflop":
-        analysis = IsoFlopAnalysis(points)
+        open_runs = [run for run in folder.planned_runs() if folder.status(run).state not in ("done", "failed")]
+        analysis = IsoFlopAnalysis(points, open_runs)
         counts = ("active", "total", "matmul")
         problems += analysis.doubts()
         drawings = [difference_trend(analysis)]
         drawings += [isoflop_curves(analysis, budget, count) for budget in analysis.budgets for count in counts]
-        drawings += [time_curves(analysis, budget) for budget in analysis.budgets]
+        drawings.append(losses_by_time(analysis))
         drawings.append(residuals(analysis))
     else:
         analysis = AblationAnalysis(settings.study, points)
-        drawings = [ablation_curves(analysis)]
-    tables = [*analysis.tables(), _commands(analysis.groups, settings.evaluation_tokens)]
+        drawings = [ablation_curves(analysis), unevenness_curves(analysis)]
+    rows = [group.first.run for group in analysis.groups]
+    if isinstance(analysis, IsoFlopAnalysis):
+        rows += [point.run for point in analysis.tuning]
+    tables = [*analysis.tables(), _commands(rows, settings.evaluation_tokens)]
     claims = analysis.claims()
     seconds = sum(point.result.last.get("seconds", 0.0) for point in points)
     title = f"The study {settings.study} at {settings.scale} scale"
@@ -80,12 +91,9 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     return path
 
 
-def _commands(groups: Sequence[Group], evaluation_tokens: int | None) -> Table:
-    """How to run each row of the grid again by itself."""
-    rows = []
-    for group in groups:
-        config = replace(group.first.run.config, run=Path("runs", group.first.run.name))
-        rows.append((group.first.run.name, train_command(group.first.run.method, config)))
+def _commands(runs: Sequence[GridRun], evaluation_tokens: int | None) -> Table:
+    """How to run each row of the grid, and of the tuning, again by itself."""
+    rows = [(run.name, train_command(run.method, replace(run.config, run=Path("runs", run.name)))) for run in runs]
     return Table(
         name="commands",
         title="To run a row again",
