@@ -263,6 +263,27 @@ def test_a_study_that_is_killed_again_and_again_ends_in_the_same_tables(config, 
         assert (killed / "tables" / table.name).read_text().replace(str(killed), "FOLDER") == text
 
 
+@pytest.mark.slow
+def test_the_main_study_by_its_command_though_its_process_is_killed(config, tmp_path):
+    """Of the children one is left at work; the same command waits for it and goes on."""
+    output = tmp_path / "by command"
+    options = ["--scale", "minute", "--data", config.data, "--output", output, "--evaluation-tokens", 64]
+    command = [sys.executable, "-m", "tinyexperts", "study", "isoflop", *map(str, options)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(output.glob("runs/*/config.json")) and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    folder = StudyFolder(output)
+    assert len(folder.stages()) == 4
+    assert {folder.status(run).state for run in folder.planned_runs()} == {"done"}
+    page = (output / "report.html").read_text()
+    assert page.count("PEER reaches a lower loss than") == 9
+    assert "unfinished" not in page
+
+
 def test_what_is_cut_off_is_resumed_and_only_that(config, children):
     run_study(studies.num_experts, config)
     folder = StudyFolder(config.output)

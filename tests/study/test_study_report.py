@@ -97,7 +97,7 @@ def isoflop(tmp_path_factory):
         tmp_path_factory.mktemp("isoflop") / "study", studies.isoflop, isoflop_loss, corpora=("texts/poems",),
         skip=(failed,),
     )  # fmt: skip
-    folder.note_failure(failed, "<script>alert(1)</script> & more")
+    folder.note_failure(failed, "<script>alert(1)</script> & more", diverged=True)
     return folder
 
 
@@ -188,6 +188,7 @@ def test_the_report_is_whole_and_escaped(isoflop, isoflop_page):
     assert page.count("<figure>") == 1 + 9 + 1 + 1, "the trend, sizes of three budgets, seconds, residuals"
     markdown = (isoflop.path / "report.md").read_text(encoding="utf-8")
     assert "PEER reaches a lower loss than dense: **reproduced**" in markdown
+    assert "unfinished" not in markdown
     assert "### Perplexity of each method at its own best size" in markdown
 
 

@@ -118,7 +118,7 @@ class Comparison:
             losses.append(f"its training took {seconds:.2f} times as long")
         equal_time = self.mean_of("difference_equal_time")
         if equal_time is not None and equal_time > 0:
-            losses.append(f"it is {equal_time:.3f} nats behind at equal time")
+            losses.append(f"it is {equal_time:.3f} nats behind at equal time, in the middle of its schedule")
         for field, tokens in (("new", "new tokens"), ("stood_earlier", "tokens whose bigram stood earlier")):
             part = self.mean_of(f"difference_{field}")
             if part is not None and all(getattr(pair, f"difference_{field}") > 0 for pair in self.seeds):

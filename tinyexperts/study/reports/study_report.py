@@ -14,6 +14,7 @@ from tinyexperts.study.grids.train_command import train_command
 from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
 from tinyexperts.study.reports.figures import Drawing
 from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
+from tinyexperts.study.reports.isoflop_tables import isoflop_tables
 from tinyexperts.study.reports.report import template_environment
 from tinyexperts.study.reports.study_figures import (
     ablation_curves,
@@ -45,7 +46,7 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     drawings: list[Drawing | None]
     analysis: IsoFlopAnalysis | AblationAnalysis
     if settings.study == "isoflop":
-        open_runs = [run for run in folder.planned_runs() if folder.status(run).state not in ("done", "failed")]
+        open_runs = [run for run in folder.planned_runs() if not folder.status(run).is_settled]
         analysis = IsoFlopAnalysis(points, open_runs)
         counts = ("active", "total", "matmul")
         problems += analysis.doubts()
@@ -59,7 +60,8 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     rows = [group.first.run for group in analysis.groups]
     if isinstance(analysis, IsoFlopAnalysis):
         rows += [point.run for point in analysis.tuning]
-    tables = [*analysis.tables(), _commands(rows, settings.evaluation_tokens)]
+    of_analysis = isoflop_tables(analysis) if isinstance(analysis, IsoFlopAnalysis) else analysis.tables()
+    tables = [*of_analysis, _commands(rows, settings.evaluation_tokens)]
     claims = analysis.claims()
     seconds = sum(point.result.last.get("seconds", 0.0) for point in points)
     title = f"The study {settings.study} at {settings.scale} scale"
