@@ -28,7 +28,11 @@ class IsoFlopAnalysis:
         """open_runs: those that are planned and will have points, when they are done."""
         self._open = [run for run in open_runs if run.axes["stage"] == "main"]
         self.tuning = [point for point in points if point.run.axes["stage"] == "tuning"]
-        self.groups = groups_of(point for point in points if point.run.axes["stage"] == "main")
+        main = groups_of(point for point in points if point.run.axes["stage"] == "main")
+        self.groups = sorted(
+            main,
+            key=lambda g: (g.first.run.axes["budget"], METHODS.index(g.first.run.method), g.first.run.axes["width"]),
+        )
         self.budgets = sorted({float(group.first.run.axes["budget"]) for group in self.groups})
 
     def of(self, method: str, budget: float) -> list[Group]:
