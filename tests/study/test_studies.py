@@ -15,9 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import submitit
 import torch
 from filelock import FileLock
 
+from tinyexperts.data import PrepareConfig, TokenDataset, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
 from tinyexperts.study import study_runner
@@ -274,6 +276,8 @@ def test_the_main_study_by_its_command_though_its_process_is_killed(config, tmp_
         time.sleep(0.05)
     process.kill()
     process.wait()
+    before = [StudyFolder(output).status(run).state for run in StudyFolder(output).planned_runs()]
+    assert "running" in before, "no child was left at work"
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     folder = StudyFolder(output)
@@ -301,7 +305,8 @@ def test_a_failed_run_stops_no_other_and_is_told_and_tried_again(config, childre
     monkeypatch.setenv("COLUMNS", "250")
     name = studies.num_experts(scale()).stages[0]({})[2].name
     children.fail = (name,)
-    run_study(studies.num_experts, config)
+    with pytest.raises(InputError, match=f"1 runs failed, {name} among them; the same command tries them again"):
+        run_study(studies.num_experts, config)
     folder = StudyFolder(config.output)
     states = {run.name: folder.status(run) for run in folder.planned_runs()}
     assert states[name].state == "failed"
@@ -330,7 +335,8 @@ def test_a_stage_waits_for_failed_runs_to_be_tried_again_and_stays_as_it_was_pla
     assert {run.axes["stage"] for run in folder.planned_runs()} == {"tuning"}
     assert len(folder.losses()) == len(folder.planned_runs()) - 1
     children.started = ()
-    run_study(make, config)  # it fails again, and the others go on without it
+    with pytest.raises(InputError, match=f"1 runs failed, {name} among them"):  # again; the others go on without it
+        run_study(make, config)
     assert children.started[0] == name
     assert [stage.without for stage in folder.stages()] == [[], [name], [name]]
     planned = {run.name: run.config for run in folder.planned_runs()}
@@ -346,6 +352,101 @@ def test_a_stage_waits_for_failed_runs_to_be_tried_again_and_stays_as_it_was_pla
     assert folder.losses() == losses | {name: 0.1}
     page = (config.output / "report.html").read_text()
     assert f"stage 2 was planned when {name} had failed" in page
+
+
+def test_no_stage_is_planned_where_most_runs_of_the_one_before_failed(config, children):
+    """As on a full disk: that a run failed twice says nothing of its settings then."""
+
+    def make(scale):
+        study = studies.isoflop(replace(scale, layers={"dense": scale.layers["dense"]}))
+        return replace(study, stages=study.stages[:3])
+
+    children.fail = tuple(run.name for run in make(scale()).stages[0]({}))
+    for _ in range(3):
+        with pytest.raises(InputError, match=r"9 of 9 runs of stage 1 failed .* if they are less than half"):
+            run_study(make, config)
+    folder = StudyFolder(config.output)
+    assert len(folder.stages()) == 1
+    children.fail = ()
+    run_study(make, config)
+    assert len(folder.losses()) == len(folder.planned_runs()) > 20
+
+
+def test_a_failure_after_progress_is_a_first_one(config, children):
+    children.stop_after = 0
+    run_study_of_nothing(config)
+    folder = StudyFolder(config.output)
+    run = folder.planned_runs()[0]
+    where = folder.run_path(run.name)
+    where.mkdir(parents=True)
+    (where / "run.json").write_text('{"num_steps": 100}')
+    for step, settled in ((10, False), (20, False), (20, True), (30, False), (30, True)):
+        (where / "metrics.jsonl").write_text(json.dumps({"split": "train", "step": step}) + "\n")
+        folder.note_failure(run.name, "its hours were over")
+        assert folder.status(run).is_settled == settled
+
+
+def run_study_of_nothing(config):
+    """Planned, and no run of it started."""
+    with pytest.raises(InputError, match="8 runs failed"):
+        run_study(studies.num_experts, config)
+
+
+def test_a_study_that_was_moved_goes_on_where_it_lies(config, children):
+    children.stop_after = 3
+    with pytest.raises(InputError, match="5 runs failed"):
+        run_study(studies.num_experts, config)
+    moved = config.output.with_name("moved")
+    config.output.rename(moved)
+    children.stop_after, children.started = 10**9, ()
+    run_study(studies.num_experts, replace(config, output=moved))
+    assert len(children.started) == 5
+    assert not config.output.exists()
+    assert len(StudyFolder(moved).losses()) == 8
+
+
+def test_another_grid_and_other_data_are_refused(config, children, tmp_path):
+    run_study(studies.num_experts, config)
+
+    def slower(scale):
+        return studies.num_experts(replace(scale, base=replace(scale.base, table_learning_rate=1e-4)))
+
+    def fewer(scale):
+        return studies.num_experts(replace(scale, experts=scale.experts[:1]))
+
+    with pytest.raises(InputError, match="was planned with other settings: choose another --output"):
+        run_study(slower, config)
+    with pytest.raises(InputError, match="was planned with another grid: choose another --output"):
+        run_study(fewer, config)
+    texts, other = tmp_path / "texts", tmp_path / "other"
+    texts.mkdir()
+    for number in range(20):
+        words = (f"the {n} red cats see {n * number} blue dogs" for n in range(100))
+        texts.joinpath(f"{number}.txt").write_text("\n".join(words))
+    vocab_size = TokenDataset.open(config.data).index.vocab_size
+    prepare(PrepareConfig(files=(texts,), output=other, vocab_size=vocab_size, validation_fraction=0.1))
+    before = config.data.with_name("before")
+    config.data.rename(before)
+    try:
+        other.rename(config.data)
+        with pytest.raises(InputError, match=r"data_sha256 was .*, is .*choose another --output"):
+            run_study(studies.num_experts, config)
+    finally:
+        config.data.rename(other)
+        before.rename(config.data)
+
+
+def test_a_death_while_a_stage_is_planned_leaves_nothing_behind(config, children):
+    """Its files are there, and stages.json is not yet; meanwhile other results have come, and the plan is another."""
+    folder = StudyFolder(config.output)
+    run_study(studies.num_experts, config)
+    first, second = folder.planned_runs()[:2]
+    planned = replace(first, name="half-planned")
+    folder.plan([planned, replace(second, name="half-planned-too")])
+    assert "half-planned" not in {run.name for run in folder.planned_runs()}
+    changed = replace(planned, config=replace(planned.config, table_learning_rate=0.5))
+    folder.plan([changed])
+    assert folder.planned_run("half-planned").config.table_learning_rate == 0.5
 
 
 def test_a_run_that_diverged_is_told_and_not_tried_again(config, children):
@@ -371,7 +472,7 @@ def test_a_run_that_diverged_is_told_and_not_tried_again(config, children):
 
 def test_a_run_at_which_another_process_is_at_work_is_waited_for(config, children):
     children.stop_after = 0
-    run_study(studies.num_experts, config)
+    run_study_of_nothing(config)
     folder = StudyFolder(config.output)
     run = folder.planned_runs()[0]
     folder.note_failure(run.name, "another thing")
@@ -422,7 +523,7 @@ def test_a_second_process_on_a_study_is_refused(config):
 
 def test_another_study_in_the_same_folder_is_refused(config, children):
     children.stop_after = 0
-    run_study(studies.num_experts, config)
+    run_study_of_nothing(config)
     with pytest.raises(InputError, match=r"study was 'num-experts', is 'usage'.*choose another --output"):
         run_study(studies.usage, config)
     (config.output / "study.json").unlink()
@@ -462,6 +563,7 @@ def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, capsys, monkeypatc
         ({"num_parallel": 0}, "num_parallel must be at least 1, got 0"),
         ({"minutes": 0.0}, "minutes must be positive, got 0.0"),
         ({"minutes": 8.0, "executor": "slurm"}, "minutes are for runs on this machine, got 8.0 with slurm"),
+        ({"slurm_gpus": 2}, "slurm_gpus must be 0 or 1: a run of a study takes one device, got 2"),
         ({"slurm_hours": -1.0}, "slurm_hours must be positive, got -1.0"),
         ({"evaluation_tokens": 0}, "evaluation_tokens must be at least 1, got 0"),
         ({"evaluation_corpora": (Path("no/such"),)}, "there is no evaluation corpus no/such"),
@@ -475,7 +577,7 @@ def test_bad_settings_are_told(changes, message):
 
 def test_an_unknown_run_is_told(config, children):
     children.stop_after = 0
-    run_study(studies.num_experts, config)
+    run_study_of_nothing(config)
     with pytest.raises(InputError, match="plans no run nonsense"):
         run_of_study(config.output, "nonsense")
 
@@ -483,7 +585,8 @@ def test_an_unknown_run_is_told(config, children):
 @pytest.mark.slow
 def test_submitit_runs_what_is_left_and_tells_failures(config, children, monkeypatch):
     children.stop_after = 6
-    run_study(studies.num_experts, config)
+    with pytest.raises(InputError, match="2 runs failed"):
+        run_study(studies.num_experts, config)
     folder = StudyFolder(config.output)
     waiting = [run for run in folder.planned_runs() if folder.status(run).state == "waiting"]
     planned = config.output / "planned" / f"{waiting[1].name}.json"
@@ -493,6 +596,36 @@ def test_submitit_runs_what_is_left_and_tells_failures(config, children, monkeyp
     failed = json.loads((config.output / "runs" / f"{waiting[1].name}.failed.json").read_text())
     assert "does not hold a planned run" in failed["reason"]
     assert folder.status(waiting[0]).state == "done"
+
+
+@pytest.mark.slow
+def test_an_interruption_cancels_the_jobs_that_were_submitted(config, children, monkeypatch):
+    children.stop_after = 0
+    run_study_of_nothing(config)
+    folder = StudyFolder(config.output)
+    submitted = []
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", noted(submitit.AutoExecutor.submit, submitted))
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        slurm.run_array(folder, folder.planned_runs()[:2], num_parallel=2, cluster="local", timeout_min=5)
+    monkeypatch.undo()
+    assert len(submitted) == 2
+    deadline = time.monotonic() + 60
+    while not all(job.done(force_check=True) for job in submitted) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not folder.losses()
+
+
+def noted(method, results):
+    def call(*arguments, **options):
+        results.append(method(*arguments, **options))
+        return results[-1]
+
+    return call
 
 
 def test_slurm_is_refused_where_there_is_none(config, children, monkeypatch):

@@ -279,7 +279,7 @@ def study_command(make: Callable[[scales.Scale], study.Study]) -> Callable[..., 
 
 
 def study_status(folder: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Show what of a study is done, begun, waiting or failed, and why.
+    """Show what of a study is done, running, begun, waiting or failed, and why.
 
     Args:
         folder: Folder of the study.

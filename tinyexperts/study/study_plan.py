@@ -56,7 +56,7 @@ def print_plan(study: Study) -> None:
             format_count(cost.parameters_active),
             format_count(cost.parameters_total),
             f"{cost.forward_flops.router / cost.forward_flops.total:.1%}",
-            f"{memory.memory.total / 2**30:.1f} GiB" + ("" if fits else " !"),
+            f"{memory.memory.total / 2**30:.2f} GiB" + ("" if fits else " !"),
             f"{hours:.2g}",
         )
         total_flops, total_hours, num_runs = total_flops + cost.training_flops, total_hours + hours, num_runs + 1
@@ -72,8 +72,8 @@ def print_plan(study: Study) -> None:
     )
     if num_too_large:
         console.print(
-            f"{num_too_large:.0f} runs, marked !, do not fit one GPU of 80 GB: train them on several by torchrun "
-            "(tables/commands.csv has each run's command), or with a smaller --batch-size and more accumulation.",
+            f"{num_too_large:.0f} runs, marked !, do not fit one GPU of 80 GB, and a study gives each run one device: "
+            "they would fail, and the others go on. `tinyexperts plan` says how many devices such a run wants.",
             highlight=False,
             soft_wrap=True,
         )

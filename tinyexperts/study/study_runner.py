@@ -52,6 +52,8 @@ class StudyConfig:
     """Partition of the cluster; default: as the cluster chooses."""
     slurm_hours: float = 24.0
     """Longest time of one job."""
+    slurm_gpus: int = 0
+    """GPUs that each job asks for: 1, or 0 for none."""
     num_parallel: int = 2
     """Runs side by side: one core each on a CPU."""
     minutes: float | None = None
@@ -62,6 +64,8 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if self.num_parallel < 1:
             raise InputError(f"num_parallel must be at least 1, got {self.num_parallel}")
+        if self.slurm_gpus not in (0, 1):
+            raise InputError(f"slurm_gpus must be 0 or 1: a run of a study takes one device, got {self.slurm_gpus}")
         if not self.slurm_hours > 0:
             raise InputError(f"slurm_hours must be positive, got {self.slurm_hours}")
         if self.minutes is not None and not self.minutes > 0:
@@ -102,6 +106,7 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
                 study=study.name,
                 scale=study.scale,
                 data=str(config.data),
+                data_sha256=dataset.sha256,
                 evaluation_corpora=corpora,
                 evaluation_tokens=config.evaluation_tokens,
             )
@@ -110,17 +115,22 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
         for number, stage in enumerate(study.stages):
             runs = folder.stage(number, partial(_checked, stage, dataset.split("train").num_tokens))
             _run_stage(folder, runs, config, deadline, title=f"stage {number + 1} of {len(study.stages)}: ")
-            left = [status for run in runs if not (status := folder.status(run)).is_settled]
-            if left and number + 1 < len(study.stages):
+            statuses = [folder.status(run) for run in runs]
+            failed = [status for status in statuses if status.state != "done"]
+            settled = all(status.is_settled for status in statuses) and 2 * len(failed) <= len(runs)
+            if not settled and number + 1 < len(study.stages):
                 print_status(folder)
                 _report(folder)
                 raise InputError(
-                    f"{len(left)} of {len(runs)} runs of stage {number + 1} failed ({left[0].run.name}: "
-                    f"{left[0].reason}), and what comes next depends on them; the same command tries them again, and "
-                    "goes on without those that fail again"
+                    f"{len(failed)} of {len(runs)} runs of stage {number + 1} failed ({failed[0].run.name}: "
+                    f"{failed[0].reason}), and what comes next depends on them; the same command tries them again, and "
+                    "goes on without those that fail again, if they are less than half"
                 )
         print_status(folder)
         _report(folder)
+        failed = [run.name for run in folder.planned_runs() if not folder.has_ended(run)]
+        if failed:
+            raise InputError(f"{len(failed)} runs failed, {failed[0]} among them; the same command tries them again")
 
 
 def _checked(stage: GridStage, num_train_tokens: int, losses: Mapping[str, float]) -> list[GridRun]:
@@ -147,12 +157,33 @@ def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, de
     open_runs = [run for run in runs if not folder.has_ended(run)]
     if not open_runs:
         return
+    try:
+        _run_all(folder, runs, open_runs, config, deadline, title=title)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; what was trained is saved, and the same command goes on from there") from None
+    if time.monotonic() > deadline:
+        print_status(folder)
+        _report(folder)
+        raise Interrupted("the minutes are over; what was trained is saved, and the same command goes on from there")
+
+
+def _run_all(
+    folder: StudyFolder,
+    runs: list[GridRun],
+    open_runs: list[GridRun],
+    config: StudyConfig,
+    deadline: float,
+    *,
+    title: str,
+) -> None:
     if config.executor == "slurm":
         from tinyexperts.study.execution.slurm import run_array  # its package is an optional extra
 
         parameters: dict[str, Any] = {"timeout_min": math.ceil(60 * config.slurm_hours)}
         if config.slurm_partition is not None:
             parameters["slurm_partition"] = config.slurm_partition
+        if config.slurm_gpus:
+            parameters["gpus_per_node"] = config.slurm_gpus
         run_array(folder, open_runs, num_parallel=config.num_parallel, **parameters)
     else:
         jobs = [
@@ -163,20 +194,13 @@ def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, de
             )
             for run in open_runs
         ]
-        try:
-            run_jobs(
-                jobs,
-                num_parallel=config.num_parallel,
-                environment=ENVIRONMENT,
-                console=Console(stderr=True),
-                max_seconds=deadline - time.monotonic(),
-                title=title,
-                num_done=len(runs) - len(open_runs),
-                failed=folder.note_failure,
-            )
-        except KeyboardInterrupt:
-            raise Interrupted("stopped; what was trained is saved, and the same command goes on from there") from None
-    if time.monotonic() > deadline:
-        print_status(folder)
-        _report(folder)
-        raise Interrupted("the minutes are over; what was trained is saved, and the same command goes on from there")
+        run_jobs(
+            jobs,
+            num_parallel=config.num_parallel,
+            environment=ENVIRONMENT,
+            console=Console(stderr=True),
+            max_seconds=deadline - time.monotonic(),
+            title=title,
+            num_done=len(runs) - len(open_runs),
+            failed=folder.note_failure,
+        )

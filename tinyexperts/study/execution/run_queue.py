@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -100,7 +100,8 @@ class _Queue:
                 continue
             if status != 0:
                 self.failures[run.job.folder.name] = _failure(run, status)
-                self.failed(run.job.folder.name, self.failures[run.job.folder.name])
+                with suppress(OSError):  # a full disk, say, must not stop the others; the failure is returned anyway
+                    self.failed(run.job.folder.name, self.failures[run.job.folder.name])
             word = "[green]done[/green]" if status == 0 else "[red]failed[/red]"
             self.progress.update(run.task, stage=word, left="", visible=len(self.tasks) <= MAX_BARS)
             failed = f"[red]{len(self.failures)} failed[/red]" if self.failures else ""

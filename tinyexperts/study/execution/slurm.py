@@ -18,7 +18,7 @@ _POLL_SECONDS = 5.0
 def run_array(
     folder: StudyFolder, runs: Sequence[GridRun], *, num_parallel: int, cluster: str = "slurm", **parameters: Any
 ) -> None:
-    """Submit the runs and wait for them; the folder keeps what failed.
+    """Submit the runs and wait for them; the folder keeps what failed. Ctrl-C cancels what has not ended.
 
     cluster: as submitit names its executors
     parameters: of submitit's executor (timeout_min, slurm_partition, ...)
@@ -38,15 +38,20 @@ def run_array(
     with executor.batch():
         submitted = [executor.submit(run_of_study, folder.path, run.name) for run in runs]
     jobs = {run.name: job for run, job in zip(runs, submitted, strict=True)}
-    while jobs:
-        for name, job in list(jobs.items()):
-            if job.done():
-                del jobs[name]
-                error = job.exception()
-                if error is not None:
-                    folder.note_failure(name, f"{_raised(error)} (all it printed: {job.paths.stderr})")
-        if jobs:
-            time.sleep(_POLL_SECONDS)
+    try:
+        while jobs:
+            for name, job in list(jobs.items()):
+                if job.done():
+                    del jobs[name]
+                    error = job.exception()
+                    if error is not None:
+                        folder.note_failure(name, f"{_raised(error)} (all it printed: {job.paths.stderr})")
+            if jobs:
+                time.sleep(_POLL_SECONDS)
+    except KeyboardInterrupt:
+        for job in jobs.values():
+            job.cancel()
+        raise
 
 
 def _raised(error: Exception) -> str:

@@ -41,6 +41,8 @@ class StudySettings:
     scale: str
     data: str
     evaluation_corpora: tuple[str, ...] = ()
+    data_sha256: str | None = None
+    """Of the data set; None in folders of old."""
     evaluation_tokens: int | None = None
     """Of each evaluation corpus, and of the held-out split; None: all."""
 
@@ -66,6 +68,8 @@ class _Failure:
 
     reason: str
     times: int = 1
+    """Since it last got further than before"""
+    progress: float = 0.0
     diverged: bool = False
 
     @property
@@ -117,6 +121,7 @@ class StudyFolder:
                 f"{field.name} was {getattr(before, field.name)!r}, is {getattr(settings, field.name)!r}"
                 for field in fields(settings)
                 if getattr(before, field.name) != getattr(settings, field.name)
+                and (field.name != "data_sha256" or before.data_sha256 is not None)
             ]
             if differing:
                 raise InputError(f"{self.path} holds another study ({'; '.join(differing)}): choose another --output")
@@ -167,16 +172,18 @@ class StudyFolder:
         """Keep the runs of a stage.
 
         Raises:
-            InputError: a run was planned otherwise before (another version made another grid).
+            InputError: a run was planned otherwise before and has begun (another version made another grid).
         """
         (self.path / "planned").mkdir(exist_ok=True)
         for run in runs:
             placed = replace(run, config=replace(run.config, run=self.run_path(run.name)))
             path = self.path / "planned" / f"{run.name}.json"
             if path.exists():
-                if self.planned_run(run.name) != placed:
+                before = self.planned_run(run.name)
+                if before == placed:
+                    continue
+                if self.status(before).state != "waiting":
                     raise InputError(f"{path} was planned with other settings: choose another --output")
-                continue
             write_whole(path, _PLANNED.dump_json(placed, indent=2).decode())
 
     def stages(self) -> list[PlannedStage]:
@@ -197,12 +204,18 @@ class StudyFolder:
         """The runs of a stage: as they were planned, or, the first time, planned by what is done so far.
 
         A stage that was planned stays: what a failed run would have changed, had it been tried again before, must not
-        change runs that have been made meanwhile.
+        change runs that have been made meanwhile. Only the first stage, which no result can change, is planned each
+        time: another grid is noticed by it.
 
         Raises:
-            InputError: a run was planned otherwise before (another version made another grid).
+            InputError: a run was planned otherwise before and has begun (another version made another grid).
         """
         stages = self.stages()
+        if number == 0 and stages:
+            runs = plan({})
+            if {run.name for run in runs} != set(stages[0].runs):
+                raise InputError(f"{self.path} was planned with another grid: choose another --output")
+            self.plan(runs)
         if number < len(stages):
             return [self.planned_run(name) for name in stages[number].runs]
         failed = [run.name for run in self.planned_runs() if self.status(run).state == "failed"]
@@ -220,18 +233,25 @@ class StudyFolder:
         """
         path = self.path / "planned" / f"{name}.json"
         try:
-            return _PLANNED.validate_json(path.read_bytes())
+            run = _PLANNED.validate_json(path.read_bytes())
+            # Where the folder lies now, though it may have been planned under another name.
+            return replace(run, config=replace(run.config, run=self.run_path(name)))
         except OSError as error:
             raise InputError(f"{self.path} plans no run {name}: {path} can't be read ({error.strerror})") from None
         except ValidationError as error:
             raise InputError(f"{path} does not hold a planned run: {error.errors()[0]['msg']}") from None
 
     def planned_runs(self) -> list[GridRun]:
-        """All runs that were planned so far, by name."""
-        return [self.planned_run(path.stem) for path in sorted((self.path / "planned").glob("*.json"))]
+        """All runs of the stages that were planned so far, by name."""
+        names = {name for stage in self.stages() for name in stage.runs}
+        # A death may have left files of a stage that was not planned to the end; folders of old have files alone.
+        return [self.planned_run(name) for name in sorted(names or self._planned_files())]
+
+    def _planned_files(self) -> list[str]:
+        return [path.stem for path in (self.path / "planned").glob("*.json")]
 
     def status(self, run: GridRun) -> RunStatus:
-        """How far a run is, by its folder; a failure is kept in failed.json until the run is tried again."""
+        """How far a run is, by its folder; a failure is kept in failed.json until the run is done."""
         folder = self.run_path(run.name)
         if folder.exists() and all((folder / name).exists() for name in self._results(run)):
             damaged = [name for name in ("config.json", "run.json", "metrics.jsonl") if not (folder / name).exists()]
@@ -296,10 +316,12 @@ class StudyFolder:
         """Keep why a run failed, until it is done; one that diverged would do so again, and is not tried again."""
         before = self._failure(name)
         if before is None or not before.diverged:
-            times = 1 if before is None else before.times + 1
+            progress = self._progress(self.run_path(name))
+            times = 1 if before is None or progress > before.progress else before.times + 1
+            failure = _Failure(reason=reason, times=times, progress=progress, diverged=diverged)
             path = self._failure_path(name)
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, _FAILURE.dump_json(_Failure(reason=reason, times=times, diverged=diverged)).decode())
+            write_whole(path, _FAILURE.dump_json(failure).decode())
 
     def forget_failure(self, name: str) -> None:
         """The run is done."""

@@ -25,8 +25,10 @@ def run_of_study(folder: Path, name: str) -> None:
             _do_what_is_left(study, run.config)
         except training.Diverged as error:
             study.note_failure(name, str(error), diverged=True)
+            shutil.rmtree(run.config.run / "checkpoints", ignore_errors=True)
             raise
         study.forget_failure(name)
+        shutil.rmtree(run.config.run / "checkpoints", ignore_errors=True)
 
 
 def _do_what_is_left(study: StudyFolder, config: training.TrainConfig) -> None:
@@ -50,4 +52,3 @@ def _do_what_is_left(study: StudyFolder, config: training.TrainConfig) -> None:
         result = evaluation.evaluate(model, data.TokenDataset.open(config.data).split("validation"), **options)
         shares = {layer: usage.share for layer, usage in result.expert_usage.items()}
         run_folder.write_evaluation(config.run, result.summary(), shares)
-    shutil.rmtree(config.run / "checkpoints")

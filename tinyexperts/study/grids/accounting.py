@@ -49,7 +49,7 @@ class Account:
     parameters_total, parameters_active: all, and those that take part in one token
     parameters_matmul: those of matrix products, which every token meets: neither tables nor the embedding
     forward_bytes: bytes of weights that a forward pass reads for a token: its rows of the tables, and its share of the
-        other weights, which are read once a batch
+        other weights, which are read once a micro-batch
     """
 
     forward_flops: FlopsByModule
@@ -90,7 +90,8 @@ def account(config: TrainConfig) -> Account:
         parameters_total=model.parameters.total,
         parameters_active=model.parameters.active,
         parameters_matmul=model.num_matmul,
-        forward_bytes=model.row_bytes + model.num_matmul * _FP32_BYTES / config.tokens_per_step,
+        forward_bytes=model.row_bytes
+        + model.num_matmul * _FP32_BYTES * config.gradient_accumulation / config.tokens_per_step,
         tokens_per_step=config.tokens_per_step,
         num_steps=config.num_steps or int((config.training_flops or 0) // step_flops),
     )

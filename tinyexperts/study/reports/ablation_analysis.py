@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tinyexperts.study.fits.power_law_fit import WITH_GRANULARITY, fit_power_law
 from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.grids.grid import GridRun
 from tinyexperts.study.reports.claim import Claim, interval_told, judged
 from tinyexperts.study.reports.comparison import signed
 from tinyexperts.study.reports.study_points import Group, Point, groups_of
@@ -36,8 +37,10 @@ PAPER_USAGE = {
 class AblationAnalysis:
     """Groups of seeds of a study of PEER alone."""
 
-    def __init__(self, study: str, points: Sequence[Point]) -> None:
+    def __init__(self, study: str, points: Sequence[Point], open_runs: Sequence[GridRun] = ()) -> None:
+        """open_runs: those that are planned and will have points, when they are done."""
         self.study = study
+        self._open = open_runs
         self.axis, self.question = QUESTIONS[study]
         self.groups = groups_of(points)
 
@@ -54,10 +57,7 @@ class AblationAnalysis:
         """As `series`, along another axis of the grid."""
         found: dict[tuple[tuple[str, object], ...], list[Group]] = {}
         for group in self.groups:
-            axes = group.first.run.axes
-            # Heads and experts a head go together as the number of active experts.
-            left_out = {"seed", axis, *(("heads", "experts_per_head") if axis == "active" else ())}
-            found.setdefault(tuple((n, v) for n, v in axes.items() if n not in left_out), []).append(group)
+            found.setdefault(_key(group.first.run, axis), []).append(group)
 
         def position(group: Group) -> float:
             value, names = group.first.run.axes[axis], _NAMED_ENDS.get(axis)
@@ -84,8 +84,13 @@ class AblationAnalysis:
                 continue
             ends = " against ".join(str(group.first.run.axes[self.axis]) for group in (groups[-1], groups[0]))
             where = ", ".join(f"{name} {_value(value)}" for name, value in key)
+            is_finished = key not in {_key(run, self.axis) for run in self._open}
             difference = paired_difference(groups[-1].losses(), groups[0].losses())
-            claims.append(judged(f"{where}: {self.question} ({ends})", difference))
+            claims.append(judged(f"{where}: {self.question} ({ends})", difference, is_finished=is_finished))
+            if self.study == "usage":
+                difference = paired_difference(groups[-1].unevenness(), groups[0].unevenness())
+                question = f"{where}: it makes the experts' use more even ({ends})"
+                claims.append(judged(question, difference, is_finished=is_finished))
         return claims
 
     def _groups(self) -> Table:
@@ -144,6 +149,13 @@ class AblationAnalysis:
             rows=(row,),
             note="P active parameters, D tokens, G active experts.",
         )
+
+
+def _key(run: GridRun, axis: str) -> tuple[tuple[str, object], ...]:
+    """What a run is beside the axis."""
+    # Heads and experts a head go together as the number of active experts.
+    left_out = {"seed", axis, *(("heads", "experts_per_head") if axis == "active" else ())}
+    return tuple((name, value) for name, value in run.axes.items() if name not in left_out)
 
 
 def _papers_usage() -> Table:

@@ -21,10 +21,10 @@ class Claim:
 def judged(claim: str, difference: SeedInterval | None, *, is_finished: bool = True) -> Claim:
     """The verdict on a claim that a difference is below zero: only an interval that leaves out zero decides.
 
-    While runs are still to come there is none.
+    While runs are still to come it is "unfinished".
     """
     if difference is None:
-        evidence = "no seed that both have" if is_finished else "runs are still to come"
+        evidence = "no sizes and seeds to compare" if is_finished else "runs are still to come"
         return Claim(claim=claim, verdict="can't tell" if is_finished else "unfinished", evidence=evidence)
     verdict = {"lower": "reproduced", "higher": "not reproduced", "undecided": "can't tell"}[difference.outcome]
     if not is_finished:

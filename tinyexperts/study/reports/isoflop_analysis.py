@@ -18,6 +18,7 @@ from tinyexperts.study.reports.claim import Claim, judged
 from tinyexperts.study.reports.run_results import method_label
 from tinyexperts.study.reports.study_points import HELD_OUT, Group, Point, groups_of
 
+AT_EQUAL_TIME = "held out, at equal time"
 BASELINES = tuple(method for method in METHODS if method != "peer")
 
 
@@ -44,16 +45,25 @@ class IsoFlopAnalysis:
         """Whether no run of them is still to come."""
         return not any(run.method == method and run.axes["budget"] == budget for run in self._open)
 
-    def best(self, method: str, budget: float) -> Group | None:
-        """The size of least mean loss over the seeds that all sizes have; None while a size shares none with others.
+    def is_compared(self, baseline: str, budget: float) -> bool:
+        """Whether no run of PEER or of a baseline is still to come."""
+        return self.is_finished("peer", budget) and self.is_finished(baseline, budget)
 
-        A size that has only been run with a seed that ends low, or has not been run yet, must not decide.
+    def best(self, method: str, budget: float) -> Group | None:
+        """The size of least mean loss over the seeds that all sizes have; None where there is no such seed.
+
+        A size that has not been run yet, or only with a seed that ends low, must not decide: while runs are to come the
+        seeds count that all sizes have, and when they have ended the sizes that have all seeds.
         """
         groups = self.of(method, budget)
-        widths = {group.first.run.axes["width"] for group in groups}
+        if not groups:
+            return None
+        if self.is_finished(method, budget):
+            every = set.union(*(set(group.losses()) for group in groups))
+            groups = [group for group in groups if set(group.losses()) == every]
         to_come = {run.axes["width"] for run in self._open if run.method == method and run.axes["budget"] == budget}
         seeds = set.intersection(*(set(group.losses()) for group in groups)) if groups else set()
-        if not seeds or to_come - widths:
+        if not seeds or to_come - {group.first.run.axes["width"] for group in groups}:
             return None
         return min(groups, key=lambda group: math.fsum(group.losses()[seed] for seed in seeds))
 
@@ -134,7 +144,7 @@ class IsoFlopAnalysis:
             HELD_OUT: self.difference(baseline, budget),
             "held out, tokens whose bigram is new": self.difference_of_part(baseline, budget, "new"),
             "held out, tokens whose bigram stood earlier": self.difference_of_part(baseline, budget, "stood_earlier"),
-            "held out, at equal time": self.difference_at_equal_time(baseline, budget),
+            AT_EQUAL_TIME: self.difference_at_equal_time(baseline, budget),
             **{text: self.difference(baseline, budget, text) for text in texts},
         }
         return {what: difference for what, difference in found.items() if difference is not None}
@@ -145,7 +155,7 @@ class IsoFlopAnalysis:
             judged(
                 f"At {budget:.0e} FLOPs PEER reaches a lower loss than {method_label(baseline)}",
                 self.difference(baseline, budget),
-                is_finished=all(self.is_finished(method, budget) for method in ("peer", baseline)),
+                is_finished=self.is_compared(baseline, budget),
             )
             for budget in self.budgets
             for baseline in BASELINES

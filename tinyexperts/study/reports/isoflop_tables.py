@@ -10,7 +10,7 @@ from tinyexperts.study.fits.seed_interval import SeedInterval
 from tinyexperts.study.grids.scales import METHODS
 from tinyexperts.study.reports.claim import interval_told
 from tinyexperts.study.reports.comparison import signed
-from tinyexperts.study.reports.isoflop_analysis import BASELINES, IsoFlopAnalysis, tuning_label
+from tinyexperts.study.reports.isoflop_analysis import AT_EQUAL_TIME, BASELINES, IsoFlopAnalysis, tuning_label
 from tinyexperts.study.reports.report import format_count
 from tinyexperts.study.reports.run_results import method_label
 from tinyexperts.study.reports.table import MISSING, Table
@@ -71,9 +71,16 @@ def _perplexities(analysis: IsoFlopAnalysis) -> Table:
 
 
 def _differences(analysis: IsoFlopAnalysis) -> Table:
-    outcome = {"undecided": "no difference shown", "lower": "PEER lower", "higher": "PEER higher"}
+    def outcome(baseline: str, budget: float, what: str, found: SeedInterval) -> str:
+        if not analysis.is_compared(baseline, budget):
+            return "unfinished"
+        if what == AT_EQUAL_TIME:
+            return "not judged"
+        told = {"undecided": "no difference shown", "lower": "PEER lower", "higher": "PEER higher"}
+        return told[found.outcome]
+
     rows = [
-        (f"{budget:.0e}", method_label(baseline), what, *_interval(found), outcome[found.outcome])
+        (f"{budget:.0e}", method_label(baseline), what, *_interval(found), outcome(baseline, budget, what, found))
         for budget in analysis.budgets
         for baseline in BASELINES
         for what, found in analysis.differences(baseline, budget).items()
@@ -85,15 +92,16 @@ def _differences(analysis: IsoFlopAnalysis) -> Table:
         rows=tuple(rows),
         note=f"Paired by seed. A difference whose interval holds zero is no win, and of {len(rows)} intervals at "
         "95 % one in twenty leaves zero out by chance. At equal time: what the baseline reaches in PEER's seconds, "
-        "between two of its budgets; a method's seconds are its tokens at the median speed of its runs of that "
-        "width.",
+        "between two of its budgets (a straight line in the logarithm, which lies above a curve that flattens: in "
+        "PEER's favour); a method's seconds are its tokens at the median speed of its runs of that width. The interval "
+        "is of the losses alone, and speeds vary with what else a machine does: nothing is judged by it.",
     )
 
 
 def _multipliers(analysis: IsoFlopAnalysis) -> Table:
     by_seed: dict[int, dict[float, float]] = {}
     for budget in analysis.budgets:
-        best = analysis.best("dense", budget)
+        best = analysis.best("dense", budget) if analysis.is_finished("dense", budget) else None
         for seed, loss in best.losses().items() if best else ():
             by_seed.setdefault(seed, {})[budget] = loss
     rows = []
@@ -101,6 +109,9 @@ def _multipliers(analysis: IsoFlopAnalysis) -> Table:
         for method in METHODS[1:]:
             best = analysis.best(method, budget)
             if best is None:
+                continue
+            if not analysis.is_finished(method, budget):
+                rows.append((f"{budget:.0e}", method_label(method), MISSING, MISSING, "unfinished"))
                 continue
             found = compute_multiplier(by_seed, best.losses(), budget)
             value = MISSING if found.value is None else f"{found.value:.2f}"
@@ -111,6 +122,8 @@ def _multipliers(analysis: IsoFlopAnalysis) -> Table:
         title="How many times more FLOPs dense needs for the same loss",
         columns=("FLOPs", "method", "multiplier", "95 % interval", "why none"),
         rows=tuple(rows),
+        note="Between two budgets dense's loss is a straight line in the logarithm of the FLOPs, which lies above a "
+        "curve that flattens: the multiplier is a little too large.",
     )
 
 
@@ -126,9 +139,11 @@ def _optima(analysis: IsoFlopAnalysis) -> Table:
                 ends = fit.optimum_interval
                 interval = MISSING if ends is None else f"{format_count(ends[0])} to {_open(ends[1])}"
                 loss = MISSING if fit.loss_at_optimum is None else f"{fit.loss_at_optimum:.3f}"
+                low_and_high = fit.loss_interval
+                of_loss = MISSING if low_and_high is None else f"{low_and_high[0]:.3f} to {low_and_high[1]:.3f}"
                 left = f"{math.sqrt(float((fit.residuals**2).mean())):.3f}" if fit.has_curve else MISSING
                 why = fit.refusal or ""
-                rows.append((f"{budget:.0e}", method_label(method), count, optimum, interval, loss, left, why))
+                rows.append((f"{budget:.0e}", method_label(method), count, optimum, interval, loss, of_loss, left, why))
     return Table(
         name="optimum",
         title="The size of least loss, by a parabola in its logarithm",
@@ -139,6 +154,7 @@ def _optima(analysis: IsoFlopAnalysis) -> Table:
             "optimum",
             "95 % interval",
             "loss there",
+            "its 95 % interval",
             "residuals, nats (RMS)",
             "why none",
         ),
@@ -222,16 +238,18 @@ def _flops(analysis: IsoFlopAnalysis) -> Table:
 
 def _tuning(analysis: IsoFlopAnalysis) -> Table:
     rows = []
+    hours = dict.fromkeys((method_label(point.run.method) for point in analysis.tuning), 0.0)
     for point in analysis.tuning:
         seconds = point.result.last.get("seconds", math.nan)
         rows.append((method_label(point.run.method), tuning_label(point), f"{point.loss:.3f}", f"{seconds:,.0f}"))
+        hours[method_label(point.run.method)] += seconds / 3600
     return Table(
         name="tuning",
         title="Tuning: one seed at the smallest budget and the middle width",
         columns=("method", "setting", "loss", "seconds"),
         rows=tuple(rows),
         note="Each setting is changed by itself, and twice as far where that was best; the best value of each is "
-        "taken, all together.",
+        f"taken, all together. Hours: {', '.join(f'{method} {value:.2f}' for method, value in hours.items())}.",
     )
 
 

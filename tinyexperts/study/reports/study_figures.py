@@ -79,7 +79,12 @@ def difference_trend(analysis: IsoFlopAnalysis) -> Drawing | None:
         readings: list[str] = []
         spread: list[float] = []
         for number, baseline in enumerate(BASELINES):
-            found = {b: d for b in analysis.budgets if (d := analysis.difference(baseline, b)) is not None}
+            found = {
+                budget: difference
+                for budget in analysis.budgets
+                if analysis.is_compared(baseline, budget)
+                if (difference := analysis.difference(baseline, budget)) is not None
+            }
             if not found:
                 continue
             color, marker = METHOD_STYLES[baseline]
@@ -161,7 +166,7 @@ def residuals(analysis: IsoFlopAnalysis) -> Drawing | None:
 
 def ablation_curves(analysis: AblationAnalysis) -> Drawing | None:
     """Loss along the study's axis."""
-    return _curves(analysis, "held-out loss, nats a token", lambda group: list(group.losses().values()))
+    return _curves(analysis, "held-out loss, nats a token", Group.losses)
 
 
 def unevenness_curves(analysis: AblationAnalysis) -> Drawing | None:
@@ -169,7 +174,7 @@ def unevenness_curves(analysis: AblationAnalysis) -> Drawing | None:
     return _curves(analysis, "unevenness, nats", Group.unevenness)
 
 
-def _curves(analysis: AblationAnalysis, what: str, values: Callable[[Group], list[float]]) -> Drawing | None:
+def _curves(analysis: AblationAnalysis, what: str, values: Callable[[Group], dict[int, float]]) -> Drawing | None:
     """Each series a line through its means, each seed a point; None where there is nothing to draw along the axis."""
     series, axis = analysis.series_along(analysis.drawn_axis), analysis.drawn_axis
     if len({group.first.run.axes[axis] for group in analysis.groups}) < 2 or not all(map(values, analysis.groups)):
@@ -183,11 +188,11 @@ def _curves(analysis: AblationAnalysis, what: str, values: Callable[[Group], lis
             color = colors[number % len(colors)]
             x = [float(group.first.run.axes[axis]) for group in groups]
             for position, group in zip(x, groups, strict=True):
-                seeds = values(group)
+                seeds = list(values(group).values())
                 axes.plot(
                     [position] * len(seeds), seeds, linestyle="", marker="o", markersize=3, color=color, alpha=0.6
                 )
-            means = [statistics.fmean(values(group)) for group in groups]
+            means = [statistics.fmean(values(group).values()) for group in groups]
             axes.plot(x, means, color=color, linewidth=1.8)
             ends.append((x[-1], means[-1], _series_label(key, series), color))
         every = np.array([float(group.first.run.axes[axis]) for group in analysis.groups])

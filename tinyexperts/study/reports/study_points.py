@@ -65,10 +65,10 @@ class Group:
         losses = list(self.losses().values())
         return statistics.stdev(losses) if len(losses) > 1 else None
 
-    def unevenness(self) -> list[float]:
-        """Of the experts' use in nats, mean over layers, of each seed that has experts."""
-        layers = [[layer.unevenness for layer in point.result.expert_usage] for point in self.points]
-        return [statistics.fmean(values) for values in layers if values]
+    def unevenness(self) -> dict[int, float]:
+        """Of the experts' use in nats, mean over layers, by seed."""
+        layers = {point.seed: [layer.unevenness for layer in point.result.expert_usage] for point in self.points}
+        return {seed: statistics.fmean(values) for seed, values in layers.items() if values}
 
     def usage_told(self) -> tuple[str, str]:
         """Share of the experts that are used in percent, and unevenness in nats, over seeds and layers."""
@@ -79,8 +79,18 @@ class Group:
         return f"{100 * usage:.1f}", f"{statistics.fmean(layer.unevenness for layer in layers):.2f}"
 
 
-def read_points(folder: StudyFolder) -> tuple[list[Point], list[str]]:
-    """The points of the runs that are done, and a sentence for whatever is missing or doubtful."""
+@dataclass(frozen=True, kw_only=True)
+class StudyPoints:
+    """What a study has come to: the points of its runs that are done, the runs that are still to come, and a sentence
+    for whatever is missing or doubtful."""
+
+    done: list[Point]
+    to_come: list[GridRun]
+    problems: list[str]
+
+
+def read_points(folder: StudyFolder) -> StudyPoints:
+    """All of it as of one moment, though runs may end meanwhile."""
     points, problems = [], []
     runs = folder.planned_runs()
     statuses = {run.name: folder.status(run) for run in runs}
@@ -103,7 +113,11 @@ def read_points(folder: StudyFolder) -> tuple[list[Point], list[str]]:
         for name in folder.settings().corpora():
             losses[name] = json.loads((path / f"evaluation-{name}.json").read_text(encoding="utf-8"))["loss"]
         points.append(Point(run=run, result=result, cost=account(run.config), losses=losses))
-    return points, problems + _repeated(folder, points)
+    return StudyPoints(
+        done=points,
+        to_come=[run for run in runs if not statuses[run.name].is_settled],
+        problems=problems + _repeated(folder, points),
+    )
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from tinyexperts.study.reports.study_figures import (
 )
 from tinyexperts.study.reports.study_points import read_points
 from tinyexperts.study.reports.table import Table
+from tinyexperts.training.run_folder import write_whole
 
 
 def write_study_report(folder: StudyFolder, *, command: str, created: datetime | None = None) -> Path:
@@ -35,7 +36,8 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
         InputError: no run of the study is done.
     """
     settings = folder.settings()
-    points, problems = read_points(folder)
+    found = read_points(folder)
+    points, problems = found.done, found.problems
     problems += [
         f"stage {number} was planned when {' and '.join(stage.without)} had failed: it may have been planned otherwise."
         for number, stage in enumerate(folder.stages(), start=1)
@@ -46,8 +48,7 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     drawings: list[Drawing | None]
     analysis: IsoFlopAnalysis | AblationAnalysis
     if settings.study == "isoflop":
-        open_runs = [run for run in folder.planned_runs() if not folder.status(run).is_settled]
-        analysis = IsoFlopAnalysis(points, open_runs)
+        analysis = IsoFlopAnalysis(points, found.to_come)
         counts = ("active", "total", "matmul")
         problems += analysis.doubts()
         drawings = [difference_trend(analysis)]
@@ -55,7 +56,7 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
         drawings.append(losses_by_time(analysis))
         drawings.append(residuals(analysis))
     else:
-        analysis = AblationAnalysis(settings.study, points)
+        analysis = AblationAnalysis(settings.study, points, found.to_come)
         drawings = [ablation_curves(analysis), unevenness_curves(analysis)]
     rows = [group.first.run for group in analysis.groups]
     if isinstance(analysis, IsoFlopAnalysis):
@@ -83,7 +84,7 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
         )
     )
     path = folder.path / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     (folder.path / "tables").mkdir(exist_ok=True)
     for table in tables:
         (folder.path / "tables" / f"{table.name}.csv").write_text(table.as_csv(), encoding="utf-8")
