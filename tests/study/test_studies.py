@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import submitit
@@ -609,7 +610,7 @@ def test_an_interruption_cancels_the_jobs_that_were_submitted(config, children, 
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(slurm.time, "sleep", interrupt)
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=interrupt))
     with pytest.raises(KeyboardInterrupt):
         slurm.run_array(folder, folder.planned_runs()[:2], num_parallel=2, cluster="local", timeout_min=5)
     monkeypatch.undo()
