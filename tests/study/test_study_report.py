@@ -8,6 +8,7 @@ import math
 import re
 import shlex
 import shutil
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,18 +19,20 @@ import tyro
 from tinyexperts.cli.parser import RECIPES
 from tinyexperts.errors import InputError
 from tinyexperts.study.execution.study_folder import StudyFolder, StudySettings
+from tinyexperts.study.fits.seed_interval import SeedInterval
 from tinyexperts.study.grids import studies
 from tinyexperts.study.grids.accounting import account
 from tinyexperts.study.grids.scales import scale_named
 from tinyexperts.study.grids.train_command import train_command
 from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
+from tinyexperts.study.reports.claim import judged
 from tinyexperts.study.reports.figures import loss_curves
 from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
 from tinyexperts.study.reports.isoflop_tables import isoflop_tables
 from tinyexperts.study.reports.study_figures import difference_trend, residuals
 from tinyexperts.study.reports.study_points import read_points
 from tinyexperts.study.reports.study_report import write_study_report
-from tinyexperts.study.reports.table import Table
+from tinyexperts.study.reports.table import MISSING, Table
 from tinyexperts.training import TrainConfig, recipes
 
 # Per method: by how much it is better than dense at any budget, in nats, and how far its seeds lie apart.
@@ -170,7 +173,7 @@ def test_runs_that_are_to_come_leave_a_budget_unfinished(isoflop):
     assert analysis.best("peer", 1e13).first.run.axes["width"] == min(losses, key=losses.get)
     (claim,) = [c for c in analysis.claims() if c.claim == claim.claim]
     assert claim.verdict == "unfinished"
-    assert "nats, 95 % interval" in claim.evidence
+    assert claim.evidence.endswith(" nats, no interval, one seed")
 
 
 def test_a_width_that_lost_a_seed_neither_wins_nor_decides(isoflop):
@@ -277,6 +280,27 @@ def test_the_tables_hold_what_was_measured(isoflop):
     assert len(rows_of(isoflop, "scaling-law")) == 4
 
 
+def test_every_run_stands_in_the_report_by_itself(isoflop, isoflop_page):
+    points = {point.run.name: point for point in read_points(isoflop).done}
+    rows = {row["run"]: row for row in rows_of(isoflop, "runs")}
+    assert rows.keys() == points.keys()
+    for name, row in rows.items():
+        assert float(row["loss, held out"]) == pytest.approx(points[name].loss, abs=6e-5)
+        assert float(row["loss, poems"]) == pytest.approx(points[name].losses["poems"], abs=6e-5)
+        speed = points[name].cost.training_flops / float(row["seconds of training"])
+        assert float(row["training FLOPs a second"]) == pytest.approx(speed, rel=0.02)
+    median = statistics.median(float(row["training FLOPs a second"]) for row in rows.values())
+    told = re.search(r"The median is ([\d.e+]+)\.", isoflop_page.read_text(encoding="utf-8"))
+    assert float(told[1]) == pytest.approx(median, rel=0.05)
+
+
+def test_one_seed_has_no_interval():
+    (one, three) = (judged("x", SeedInterval(values=values)) for values in ((-0.04,), (-0.04, -0.05, -0.06)))
+    assert one.evidence == "\N{MINUS SIGN}0.040 nats, no interval, one seed"
+    assert three.evidence.endswith(", 3 seeds")
+    assert (one.verdict, three.verdict) == ("can't tell", "reproduced")
+
+
 @pytest.mark.usefixtures("isoflop_page")
 def test_the_residuals_are_those_of_the_law_and_tell_a_run_astray(isoflop):
     points = read_points(isoflop).done
@@ -336,7 +360,14 @@ def test_an_ablation_is_judged_by_the_ends_of_its_axis(tmp_path):
     rows = rows_of(folder, "points")
     assert len(rows) == 8
     assert {(row["usage, %"], row["unevenness, nats"]) for row in rows} == {("75.0", "0.50")}
-    assert rows[3]["against the first of its series, 95 % interval"].startswith("\N{MINUS SIGN}0.120 (")
+    assert rows[3]["loss against the first of its series"] == "\N{MINUS SIGN}0.120"
+    low, high = rows[3]["95 % interval"].replace("\N{MINUS SIGN}", "-").split(" to ")
+    assert float(low) <= -0.12 <= float(high)
+    assert rows[0]["95 % interval"] == MISSING
+    fewest = {"num_experts": 64**2, "budget": 3e12}
+    cost = next(point.cost for point in points if fewest.items() <= point.run.axes.items())
+    assert rows[0]["training FLOPs"] == f"{cost.training_flops:.3e}"
+    assert float(rows[0]["without router"]) < float(rows[0]["training FLOPs"])
 
 
 @pytest.mark.parametrize("make", studies.STUDIES[1:], ids=lambda make: make.__name__)

@@ -159,7 +159,7 @@ def granularity(scale: Scale) -> Study:
                 width=width, heads=heads, experts_per_head=k, active=heads * k,
             )
             for budget in scale.budgets[:2]
-            for seed in scale.seeds[:1]
+            for seed in scale.seeds
             for width in scale.widths[budget]
             for heads, k in scale.active
         ]  # fmt: skip

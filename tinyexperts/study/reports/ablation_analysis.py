@@ -10,6 +10,7 @@ from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
 from tinyexperts.study.grids.grid import GridRun
 from tinyexperts.study.reports.claim import Claim, interval_told, judged
 from tinyexperts.study.reports.comparison import signed
+from tinyexperts.study.reports.run_tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
 from tinyexperts.study.reports.study_points import Group, Point, groups_of
 from tinyexperts.study.reports.table import MISSING, Table
 
@@ -98,17 +99,15 @@ class AblationAnalysis:
         rows = []
         for groups in self.series().values():
             for group in groups:
-                axes, deviation = group.first.run.axes, group.standard_deviation()
+                axes = group.first.run.axes
                 against = paired_difference(group.losses(), groups[0].losses())
                 rows.append(
                     (
                         *(_value(axes.get(name, MISSING)) for name in names),
-                        f"{group.mean_loss():.3f}",
-                        MISSING if deviation is None else f"{deviation:.3f}",
+                        *cost_cells(group),
+                        *result_cells(group),
                         f"{math.exp(group.mean_loss()):.2f}",
-                        MISSING if against is None or group is groups[0] else _difference(against),
-                        *group.usage_told(),
-                        str(len(group.points)),
+                        *((MISSING,) * 2 if against is None or group is groups[0] else _difference(against)),
                     )
                 )
         return Table(
@@ -116,8 +115,9 @@ class AblationAnalysis:
             title="Every point of the grid",
             columns=(
                 *(name.replace("_", " ") for name in names),
-                *("loss", "deviation over seeds", "perplexity", "against the first of its series, 95 % interval"),
-                *("usage, %", "unevenness, nats", "seeds"),
+                *COST_COLUMNS,
+                *RESULT_COLUMNS,
+                *("perplexity", "loss against the first of its series", "95 % interval"),
             ),
             rows=tuple(rows),
         )
@@ -172,8 +172,8 @@ def _papers_usage() -> Table:
     )
 
 
-def _difference(found: SeedInterval) -> str:
-    return f"{signed(found.mean)} ({interval_told(found)})"
+def _difference(found: SeedInterval) -> tuple[str, str]:
+    return signed(found.mean), interval_told(found)
 
 
 def _value(value: object) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tinyexperts.study.fits.seed_interval import SeedInterval
 from tinyexperts.study.reports.comparison import signed
+from tinyexperts.study.reports.table import MISSING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,13 @@ def judged(claim: str, difference: SeedInterval | None, *, is_finished: bool = T
     verdict = {"lower": "reproduced", "higher": "not reproduced", "undecided": "can't tell"}[difference.outcome]
     if not is_finished:
         verdict = "unfinished"
-    evidence = f"{signed(difference.mean)} nats, 95 % interval {interval_told(difference)}"
-    return Claim(claim=claim, verdict=verdict, evidence=f"{evidence}, {len(difference.values)} seeds")
+    seeds = "one seed" if len(difference.values) == 1 else f"{len(difference.values)} seeds"
+    interval = interval_told(difference)
+    chance = "no interval" if interval == MISSING else f"95 % interval {interval}"
+    return Claim(claim=claim, verdict=verdict, evidence=f"{signed(difference.mean)} nats, {chance}, {seeds}")
 
 
 def interval_told(difference: SeedInterval) -> str:
+    """The 95 % interval; a dash where nothing bounds it."""
     low, high = difference.bounds
-    return f"{signed(low)} to {signed(high)}" if math.isfinite(low) else "everything"
+    return f"{signed(low)} to {signed(high)}" if math.isfinite(low) else MISSING

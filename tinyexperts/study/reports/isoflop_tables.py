@@ -13,6 +13,7 @@ from tinyexperts.study.reports.comparison import signed
 from tinyexperts.study.reports.isoflop_analysis import AT_EQUAL_TIME, BASELINES, IsoFlopAnalysis, tuning_label
 from tinyexperts.study.reports.report import format_count
 from tinyexperts.study.reports.run_results import method_label
+from tinyexperts.study.reports.run_tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
 from tinyexperts.study.reports.table import MISSING, Table
 
 # Perplexity of each method's compute-optimal model in the paper, by budget and text.
@@ -185,33 +186,13 @@ def _laws(analysis: IsoFlopAnalysis) -> Table:
 def _points(analysis: IsoFlopAnalysis) -> Table:
     rows = []
     for group in analysis.groups:
-        run, cost, deviation = group.first.run, group.first.cost, group.standard_deviation()
-        flops = cost.forward_flops
-        without = cost.training_flops * (1 - flops.router / flops.total)
-        rows.append(
-            (
-                method_label(run.method),
-                f"{run.axes['budget']:.0e}",
-                str(run.axes["width"]),
-                *(format_count(n) for n in (cost.parameters_active, cost.parameters_total, cost.parameters_matmul)),
-                format_count(cost.num_tokens),
-                f"{cost.training_flops:.3e}",
-                f"{without:.3e}",
-                format_count(cost.forward_bytes),
-                f"{group.mean_loss():.3f}",
-                MISSING if deviation is None else f"{deviation:.3f}",
-                *group.usage_told(),
-                str(len(group.points)),
-            )
-        )
+        run = group.first.run
+        place = (method_label(run.method), f"{run.axes['budget']:.0e}", str(run.axes["width"]))
+        rows.append((*place, *cost_cells(group), *result_cells(group)))
     return Table(
         name="points",
         title="Every size and budget",
-        columns=(
-            *("method", "budget", "width", "active", "total", "matmul parameters", "tokens", "training FLOPs"),
-            *("without router", "bytes a token, forward", "loss", "deviation over seeds"),
-            *("usage, %", "unevenness, nats", "seeds"),
-        ),
+        columns=("method", "budget", "width", *COST_COLUMNS, *RESULT_COLUMNS),
         rows=tuple(rows),
     )
 
@@ -240,9 +221,8 @@ def _tuning(analysis: IsoFlopAnalysis) -> Table:
     rows = []
     hours = dict.fromkeys((method_label(point.run.method) for point in analysis.tuning), 0.0)
     for point in analysis.tuning:
-        seconds = point.result.last.get("seconds", math.nan)
-        rows.append((method_label(point.run.method), tuning_label(point), f"{point.loss:.3f}", f"{seconds:,.0f}"))
-        hours[method_label(point.run.method)] += seconds / 3600
+        rows.append((method_label(point.run.method), tuning_label(point), f"{point.loss:.3f}", f"{point.seconds:,.0f}"))
+        hours[method_label(point.run.method)] += point.seconds / 3600
     return Table(
         name="tuning",
         title="Tuning: one seed at the smallest budget and the middle width",

@@ -41,6 +41,11 @@ class Point:
         """On the held-out split."""
         return self.losses[HELD_OUT]
 
+    @property
+    def seconds(self) -> float:
+        """Of training; 0 where the metrics don't tell."""
+        return float(self.result.last.get("seconds", 0.0))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Group:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from tinyexperts.errors import InputError
 from tinyexperts.study.execution.study_folder import StudyFolder
-from tinyexperts.study.grids.grid import GridRun
-from tinyexperts.study.grids.train_command import train_command
 from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
 from tinyexperts.study.reports.figures import Drawing
 from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
 from tinyexperts.study.reports.isoflop_tables import isoflop_tables
 from tinyexperts.study.reports.report import template_environment
+from tinyexperts.study.reports.run_tables import commands_table, runs_table
 from tinyexperts.study.reports.study_figures import (
     ablation_curves,
     difference_trend,
@@ -25,7 +22,6 @@ from tinyexperts.study.reports.study_figures import (
     unevenness_curves,
 )
 from tinyexperts.study.reports.study_points import read_points
-from tinyexperts.study.reports.table import Table
 from tinyexperts.training.run_folder import write_whole
 
 
@@ -62,9 +58,9 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     if isinstance(analysis, IsoFlopAnalysis):
         rows += [point.run for point in analysis.tuning]
     of_analysis = isoflop_tables(analysis) if isinstance(analysis, IsoFlopAnalysis) else analysis.tables()
-    tables = [*of_analysis, _commands(rows, settings.evaluation_tokens)]
+    tables = [*of_analysis, runs_table(points), commands_table(rows, settings.evaluation_tokens)]
     claims = analysis.claims()
-    seconds = sum(point.result.last.get("seconds", 0.0) for point in points)
+    seconds = sum(point.seconds for point in points)
     title = f"The study {settings.study} at {settings.scale} scale"
     page = (
         template_environment()
@@ -92,16 +88,3 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     text = [f"# {title}", "", *verdicts, "", *(table.as_markdown() for table in tables if table.rows)]
     (folder.path / "report.md").write_text("\n".join(text), encoding="utf-8")
     return path
-
-
-def _commands(runs: Sequence[GridRun], evaluation_tokens: int | None) -> Table:
-    """How to run each row of the grid, and of the tuning, again by itself."""
-    rows = [(run.name, train_command(run.method, replace(run.config, run=Path("runs", run.name)))) for run in runs]
-    return Table(
-        name="commands",
-        title="To run a row again",
-        columns=("run", "command"),
-        rows=tuple(rows),
-        note="Other seeds by --seed and --run; then tinyexperts evaluate and the run's folder"
-        + (f", with --max-tokens {evaluation_tokens}." if evaluation_tokens else "."),
-    )

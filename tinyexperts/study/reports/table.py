@@ -15,13 +15,14 @@ _NUMBER = re.compile("(?:" + _ONE + "(?: to (?:" + _ONE + "|open))?|" + MISSING 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells are what a reader sees; `note` says how to read them."""
+    """Cells are what a reader sees; `note` says how to read them; a folded one is opened by who looks something up."""
 
     name: str
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    is_folded: bool = False
 
     def is_text(self, column: int) -> bool:
         """Whether a column holds words rather than numbers, and is set to the left."""
