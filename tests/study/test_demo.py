@@ -17,7 +17,6 @@ from tinyexperts.errors import InputError
 from tinyexperts.study import demo
 from tinyexperts.study.demo import DemoConfig, run_demo
 from tinyexperts.study.execution import run_queue
-from tinyexperts.study.execution.run_queue import last_metrics
 
 # Writes what the real commands write. `train` waits while the output folder has a file `hold`, and saves on SIGINT.
 # A shell's background job ignores Ctrl-C, and so would its children.
@@ -185,13 +184,3 @@ def test_run_demo_interrupted_lets_children_save_and_says_how_to_go_on(output: P
 def test_demo_config_names_the_value_and_the_rule(field: str, value: object, rule: str) -> None:
     with pytest.raises(InputError, match=rule):
         DemoConfig(**{field: value})
-
-
-def test_last_metrics_reads_the_last_whole_lines_of_a_growing_file(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert last_metrics(path) == {}
-    lines = [{"split": "validation", "step": 0}, *({"split": "train", "step": step} for step in range(5000))]
-    lines.append({"split": "validation", "step": 4999})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"split": "train", "st', encoding="utf-8")
-    assert path.stat().st_size > 2 * 65536
-    assert {split: line["step"] for split, line in last_metrics(path).items()} == {"train": 4999, "validation": 4999}

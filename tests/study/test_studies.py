@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import pytest
 import submitit
 import torch
 from filelock import FileLock
+from rich.console import Console
 
 from tinyexperts.data import PrepareConfig, TokenDataset, prepare
 from tinyexperts.errors import InputError
@@ -233,7 +235,7 @@ def test_the_main_study_from_start_to_report(config, children, methods):
         assert 0 < result["num_tokens"] <= 64
     page = (config.output / "report.html").read_text()
     assert page.count("At 3e+08 FLOPs PEER reaches a lower loss than") == 3
-    assert len(list((config.output / "tables").glob("*.csv"))) == 9
+    assert len(list((config.output / "tables").glob("*.csv"))) == 10
     with pytest.raises(InputError, match="evaluation_tokens was 64, is None"):
         run_study(make, config)
 
@@ -593,7 +595,21 @@ def test_submitit_runs_what_is_left_and_tells_failures(config, children, monkeyp
     planned = config.output / "planned" / f"{waiting[1].name}.json"
     planned.write_text("{}")
     monkeypatch.setattr(slurm, "_POLL_SECONDS", 0.2)
-    slurm.run_array(folder, waiting, num_parallel=2, cluster="local", timeout_min=5)
+    seen = Console(file=io.StringIO(), force_terminal=True, width=160)
+    slurm.run_array(
+        folder,
+        waiting,
+        num_parallel=2,
+        console=seen,
+        title="stage 1 of 1: ",
+        num_done=6,
+        cluster="local",
+        timeout_min=5,
+    )
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.file.getvalue())
+    last = shown.splitlines()[-len(waiting) :]
+    assert any(line.startswith(waiting[0].name) and " done " in line and "100%" in line for line in last)
+    assert any(line.startswith(waiting[1].name) and " failed " in line for line in last)
     failed = json.loads((config.output / "runs" / f"{waiting[1].name}.failed.json").read_text())
     assert "does not hold a planned run" in failed["reason"]
     assert folder.status(waiting[0]).state == "done"
@@ -612,7 +628,14 @@ def test_an_interruption_cancels_the_jobs_that_were_submitted(config, children, 
 
     monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=interrupt))
     with pytest.raises(KeyboardInterrupt):
-        slurm.run_array(folder, folder.planned_runs()[:2], num_parallel=2, cluster="local", timeout_min=5)
+        slurm.run_array(
+            folder,
+            folder.planned_runs()[:2],
+            num_parallel=2,
+            console=Console(quiet=True),
+            cluster="local",
+            timeout_min=5,
+        )
     monkeypatch.undo()
     assert len(submitted) == 2
     deadline = time.monotonic() + 60

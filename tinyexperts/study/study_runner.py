@@ -176,6 +176,11 @@ def _run_all(
     *,
     title: str,
 ) -> None:
+    display: dict[str, Any] = {
+        "console": Console(stderr=True),
+        "title": title,
+        "num_done": len(runs) - len(open_runs),
+    }
     if config.executor == "slurm":
         from tinyexperts.study.execution.slurm import run_array  # its package is an optional extra
 
@@ -184,7 +189,7 @@ def _run_all(
             parameters["slurm_partition"] = config.slurm_partition
         if config.slurm_gpus:
             parameters["gpus_per_node"] = config.slurm_gpus
-        run_array(folder, open_runs, num_parallel=config.num_parallel, **parameters)
+        run_array(folder, open_runs, num_parallel=config.num_parallel, **display, **parameters)
     else:
         jobs = [
             Job(
@@ -198,9 +203,7 @@ def _run_all(
             jobs,
             num_parallel=config.num_parallel,
             environment=ENVIRONMENT,
-            console=Console(stderr=True),
             max_seconds=deadline - time.monotonic(),
-            title=title,
-            num_done=len(runs) - len(open_runs),
             failed=folder.note_failure,
+            **display,
         )

@@ -31,6 +31,8 @@ from tinyexperts.training.config import TrainConfig
 
 _CONFIG = TypeAdapter(TrainConfig)
 
+_TAIL_BYTES = 65536  # of metrics.jsonl, ample for its last lines
+
 # Where a run lies and who does it: what may change between two sittings.
 _MAY_CHANGE = {"run", "data", "mesh", "backend", "timeout_seconds", "asynchronous_checkpoints"}
 
@@ -186,6 +188,26 @@ def check_tokenizer(run: Path, dataset: TokenDataset) -> None:
             f"{dataset.folder} was made by another tokenizer than that of the run {run}: "
             f"sha256 {dataset.tokenizer.hash[:12]} and {own.hash[:12]}"
         )
+
+
+def last_metrics(path: Path) -> dict[str, dict[str, Any]]:
+    """The last whole line of each split in a metrics.jsonl that may be growing; empty where there is none yet."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            tail = file.read()
+    except FileNotFoundError:
+        return {}
+    last: dict[str, dict[str, Any]] = {}
+    for raw in tail.splitlines():
+        try:
+            line = json.loads(raw)
+        except ValueError:  # the first line may be cut by the tail, the last one half written
+            continue
+        if isinstance(line, dict) and "split" in line:
+            last[line["split"]] = line
+    return last
 
 
 class Metrics:

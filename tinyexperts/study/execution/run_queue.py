@@ -5,7 +5,6 @@ The children are asked to stop where the user presses Ctrl-C; they save, so that
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -16,16 +15,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
-from rich.table import Column
+
+from tinyexperts.study.execution.run_display import RunDisplay, run_display
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 60.0  # for a checkpoint to be written after a request to stop
-TAIL_BYTES = 65536  # of metrics.jsonl, ample for its last lines
-MAX_BARS = 8  # of more runs than this only those under way have a bar, below one for all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +45,6 @@ class Job:
 @dataclass(kw_only=True)
 class _Active:
     job: Job
-    task: TaskID
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     stage: int
@@ -61,9 +57,7 @@ class _Queue:
 
     waiting: list[Job]
     environment: Mapping[str, str]
-    progress: Progress
-    tasks: dict[Path, TaskID]
-    overall: TaskID
+    display: RunDisplay
     failed: Callable[[str, str], None]
     active: list[_Active] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -81,16 +75,14 @@ class _Queue:
             env={**os.environ, **self.environment},
             start_new_session=True,
         )
-        task = self.tasks[job.folder]
-        self.progress.update(task, stage=job.stages[stage].name, visible=True)
-        active = _Active(job=job, task=task, process=process, log=log, stage=stage, log_start=log_start)
-        self.active.append(active)
+        self.display.begin(job.folder, job.stages[stage].name)
+        self.active.append(_Active(job=job, process=process, log=log, stage=stage, log_start=log_start))
 
     def advance(self) -> None:
         """Move every run whose command has ended to its next one, or out."""
         for run in list(self.active):
             status = run.process.poll()
-            _show(self.progress, run.task, run.job.folder)
+            self.display.refresh(run.job.folder)
             if status is None:
                 continue
             run.log.close()
@@ -102,17 +94,14 @@ class _Queue:
                 self.failures[run.job.folder.name] = _failure(run, status)
                 with suppress(OSError):  # a full disk, say, must not stop the others; the failure is returned anyway
                     self.failed(run.job.folder.name, self.failures[run.job.folder.name])
-            word = "[green]done[/green]" if status == 0 else "[red]failed[/red]"
-            self.progress.update(run.task, stage=word, left="", visible=len(self.tasks) <= MAX_BARS)
-            failed = f"[red]{len(self.failures)} failed[/red]" if self.failures else ""
-            self.progress.update(self.overall, advance=1, loss=failed)
+            self.display.end(run.job.folder, is_failed=status != 0)
 
     def stop(self) -> None:
         """Ask the children to save and end; end those that don't, or all at once on a second Ctrl-C."""
         deadline = time.monotonic() + GRACE_SECONDS
         try:
             for run in self.active:
-                self.progress.update(run.task, stage="saving", left="")
+                self.display.save(run.job.folder)
                 run.process.send_signal(signal.SIGINT)
             for run in self.active:
                 run.process.wait(max(0.0, deadline - time.monotonic()))
@@ -142,35 +131,13 @@ def run_jobs(
     end, then KeyboardInterrupt is raised; after max_seconds they are asked the same, and the failures so far returned.
     """
     deadline = time.monotonic() + max_seconds
-    columns = (
-        TextColumn("{task.description}"),
-        TextColumn("{task.fields[stage]}", table_column=Column(no_wrap=True, min_width=8)),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[speed]}"),
-        TextColumn("{task.fields[left]}"),
-    )
-    with Progress(*columns, console=console, expand=True) as progress, _signals_as_interrupts():
-        few = len(jobs) <= MAX_BARS
-        empty = {"stage": "", "loss": "", "speed": "", "left": ""}
-        total = num_done + len(jobs)
-        overall = progress.add_task(f"{title}{total} runs", total=total, completed=num_done, visible=not few, **empty)
-        tasks = {
-            job.folder: progress.add_task(
-                job.folder.name, total=None, start=False, visible=few, **(empty | {"stage": "waiting"})
-            )
-            for job in jobs
-        }
-        queue = _Queue(
-            waiting=list(jobs), environment=environment, progress=progress, tasks=tasks, overall=overall, failed=failed
-        )
+    folders = [job.folder for job in jobs]
+    with run_display(folders, console=console, title=title, num_done=num_done) as display, _signals_as_interrupts():
+        queue = _Queue(waiting=list(jobs), environment=environment, display=display, failed=failed)
         try:
             while queue.waiting or queue.active:
                 while queue.waiting and len(queue.active) < num_parallel:
-                    job = queue.waiting.pop(0)
-                    progress.start_task(tasks[job.folder])
-                    queue.start(job, 0)
+                    queue.start(queue.waiting.pop(0), 0)
                 time.sleep(POLL_SECONDS)
                 queue.advance()
                 if time.monotonic() > deadline:
@@ -195,48 +162,6 @@ def _signals_as_interrupts() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def last_metrics(path: Path) -> dict[str, dict[str, Any]]:
-    """The last whole line of each split in a metrics.jsonl that may be growing; empty where there is none yet."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            tail = file.read()
-    except FileNotFoundError:
-        return {}
-    last: dict[str, dict[str, Any]] = {}
-    for raw in tail.splitlines():
-        try:
-            line = json.loads(raw)
-        except ValueError:  # the first line may be cut by the tail, the last one half written
-            continue
-        if isinstance(line, dict) and "split" in line:
-            last[line["split"]] = line
-    return last
-
-
-def _show(progress: Progress, task: TaskID, folder: Path) -> None:
-    last = last_metrics(folder / "metrics.jsonl")
-    train = last.get("train")
-    if train is None:
-        return
-    try:
-        num_steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["num_steps"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return
-    step = train["step"]
-    left = train["seconds"] * (num_steps - step) / step if step else 0.0
-    held_out = f", held out {last['validation']['loss']:.3f}" if "validation" in last else ""
-    progress.update(
-        task,
-        total=num_steps,
-        completed=step,
-        loss=f"loss {train['loss']:.3f}{held_out}",
-        speed=f"{train['tokens_per_second']:,.0f} tokens/s",
-        left=f"{int(left) // 60}:{int(left) % 60:02d} left",
-    )
 
 
 def _failure(run: _Active, status: int) -> str:

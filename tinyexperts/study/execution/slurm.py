@@ -7,7 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+
 from tinyexperts.errors import InputError
+from tinyexperts.study.execution.run_display import run_display
 from tinyexperts.study.execution.study_folder import StudyFolder
 from tinyexperts.study.execution.study_run import run_of_study
 from tinyexperts.study.grids.grid import GridRun
@@ -16,10 +19,19 @@ _POLL_SECONDS = 5.0
 
 
 def run_array(
-    folder: StudyFolder, runs: Sequence[GridRun], *, num_parallel: int, cluster: str = "slurm", **parameters: Any
+    folder: StudyFolder,
+    runs: Sequence[GridRun],
+    *,
+    num_parallel: int,
+    console: Console,
+    title: str = "",
+    num_done: int = 0,
+    cluster: str = "slurm",
+    **parameters: Any,
 ) -> None:
     """Submit the runs and wait for them; the folder keeps what failed. Ctrl-C cancels what has not ended.
 
+    title, num_done: for the display, as of run_jobs
     cluster: as submitit names its executors
     parameters: of submitit's executor (timeout_min, slurm_partition, ...)
 
@@ -38,16 +50,24 @@ def run_array(
     with executor.batch():
         submitted = [executor.submit(run_of_study, folder.path, run.name) for run in runs]
     jobs = {run.name: job for run, job in zip(runs, submitted, strict=True)}
+    folders = [folder.run_path(name) for name in jobs]
     try:
-        while jobs:
-            for name, job in list(jobs.items()):
-                if job.done():
-                    del jobs[name]
-                    error = job.exception()
-                    if error is not None:
-                        folder.note_failure(name, f"{_raised(error)} (all it printed: {job.paths.stderr})")
-            if jobs:
-                time.sleep(_POLL_SECONDS)
+        with run_display(folders, console=console, title=title, num_done=num_done) as display:
+            while jobs:
+                for name, job in list(jobs.items()):
+                    path = folder.run_path(name)
+                    if job.done():
+                        del jobs[name]
+                        error = job.exception()
+                        if error is not None:
+                            folder.note_failure(name, f"{_raised(error)} (all it printed: {job.paths.stderr})")
+                        display.refresh(path)
+                        display.end(path, is_failed=error is not None)
+                    elif job.state == "RUNNING":
+                        display.begin(path, "running")
+                        display.refresh(path)
+                if jobs:
+                    time.sleep(_POLL_SECONDS)
     except KeyboardInterrupt:
         for job in jobs.values():
             job.cancel()

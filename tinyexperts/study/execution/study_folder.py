@@ -24,9 +24,8 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from tinyexperts.errors import InputError
-from tinyexperts.study.execution.run_queue import last_metrics
 from tinyexperts.study.grids.grid import GridRun
-from tinyexperts.training.run_folder import write_whole
+from tinyexperts.training.run_folder import last_metrics, write_whole
 
 State = Literal["waiting", "running", "begun", "done", "failed"]
 
