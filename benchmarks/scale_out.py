@@ -196,7 +196,11 @@ def main() -> None:
 
 def check(arguments: argparse.Namespace, mesh: Mesh, sent: list[dict[str, int]]) -> dict[str, float]:
     """The bytes that ranks send in gathers, scatters and all-to-alls are those of the plan, to the byte."""
-    devices = Devices(count=len(sent), memory_bytes=1e9, flops=1e9, memory_speed=1e9, link_speed=1e9)
+    count, any_speed = len(sent), 1e9
+    devices = Devices(
+        count=count, per_node=count, memory_bytes=1e9, flops=any_speed, memory_speed=any_speed, link_speed=any_speed,
+        node_link_speed=any_speed,
+    )  # fmt: skip
     plans = plan(config_of(arguments, mesh), devices)
     exchanges = next(each.exchanges for each in plans if (each.replicate, each.table) == mesh)
     for rank, counted in enumerate(sent):

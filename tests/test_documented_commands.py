@@ -1,4 +1,4 @@
-"""Commands that README and guides show for training and planning are accepted, and by as many ranks as they start."""
+"""What README and guides show: commands for training and planning are accepted, by as many ranks; Python runs."""
 
 from __future__ import annotations
 
@@ -46,3 +46,15 @@ def test_commands_are_found():
     found = list(documented())
     assert {each.values[0] for each in found} == {1, 2, 8, 32}
     assert len(found) >= 7
+
+
+def test_the_python_of_the_readme_runs():
+    """With fewer experts."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    names = {}
+    for block in blocks:
+        exec(block.replace("512**2", "32**2"), names)
+    assert len(blocks) == 2
+    assert names["y"].shape == names["x"].shape
+    assert names["ids"].shape == (4, 128, 8, 16)
+    assert names["layer"].experts.grad.is_sparse

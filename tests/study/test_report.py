@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,7 +20,7 @@ import pytest
 from tinyexperts.errors import InputError
 from tinyexperts.study.reports.report import write_report
 
-CREATED = datetime(2030, 1, 2, 3, 4, tzinfo=timezone.utc)
+CREATED = datetime(2030, 1, 2, 3, 4, tzinfo=UTC)
 VOID = {"meta", "link", "br", "img"}
 
 

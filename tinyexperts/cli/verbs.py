@@ -245,7 +245,7 @@ def report(
     title: str | None = None,
     baseline: str | None = None,
 ) -> None:
-    """Write a report that compares runs, from their folders named <method>-seed<k>; or that of a study, as it stands.
+    """Write a report that compares runs, folders named <method>-seed<k> as seeds of a method; or that of a study.
 
     Args:
         runs: Folders of the runs, or of one study.
