@@ -57,16 +57,22 @@ def test_an_exact_parabola_gives_its_optimum():
     assert fit.loss_at(8e5) == pytest.approx(parabola([8e5], 3e5)[0])
     assert np.abs(fit.residuals).max() < 1e-12
     assert fit.optimum_interval == pytest.approx((3e5, 3e5))
+    three = fit_isoflop(sizes[:3], parabola(sizes[:3], 3e5))
+    assert three.optimum is None
+    assert three.refusal == "a parabola through three runs leaves nothing to judge it by"
+    assert three.has_curve
 
 
 def test_the_interval_of_the_optimum_covers_the_truth():
     sizes, generator = np.repeat([1e5, 2e5, 4e5, 8e5, 16e5], 3), np.random.default_rng(1)
-    covered = []
+    covered, widths = [], []
     for trial in range(100):
         losses = parabola(sizes, 3.7e5) + generator.normal(0, 0.02, len(sizes))
         low, high = fit_isoflop(sizes, losses, seed=trial).optimum_interval
         covered.append(low <= 3.7e5 <= high)
+        widths.append(math.log(high / low))
     assert 0.86 <= np.mean(covered) <= 1.0
+    assert max(widths) < 1, "an interval that covers everything says nothing"
 
 
 @pytest.mark.parametrize(("optimum", "side"), [(5e4, "smaller"), (9.9e4, "smaller"), (3e6, "larger")])
@@ -91,8 +97,9 @@ def test_a_minimum_near_the_edge_has_an_open_interval():
     sizes, generator = np.repeat([1e5, 2e5, 4e5], 3), np.random.default_rng(0)
     losses = parabola(sizes, 3.6e5, curvature=0.02) + generator.normal(0, 0.01, len(sizes))
     fit = fit_isoflop(sizes, losses)
-    assert fit.optimum is not None
+    assert fit.optimum is None
     assert fit.optimum_interval[1] == math.inf
+    assert fit.refusal == "the interval of the minimum leaves the sizes that were run"
 
 
 @pytest.mark.parametrize("bad", [([1e5, -1.0, 3e5], [3, 3, 3]), ([1e5, 2e5, 3e5], [3, math.nan, 3])])
@@ -117,7 +124,7 @@ def test_known_exponents_of_size_and_tokens_are_found():
     assert fit.coefficients == pytest.approx({"a": 400, "b": 410}, rel=1e-2)
     assert fit.constant == pytest.approx(1.7, rel=1e-3)
     assert np.abs(fit.residuals).max() < 1e-5
-    assert fit.at_bounds == ()
+    assert fit.undetermined == ()
     assert fit.loss(P=1e6, D=1e8) == pytest.approx(1.7 + 400 / 1e6**0.34 + 410 / 1e8**0.28, rel=1e-4)
 
 
@@ -140,7 +147,24 @@ def test_a_run_that_went_astray_pulls_little():
 
 def test_an_exponent_that_the_runs_do_not_determine_is_told():
     fit = fit_power_law((Term(coefficient="a", exponents={"P": "alpha"}),), {"P": [1e5, 2e5, 4e5, 8e5]}, [4, 3, 3, 3])
-    assert fit.at_bounds == ("alpha",)
+    assert fit.undetermined[0] == "alpha"
+
+
+def test_a_term_without_an_effect_and_a_constant_that_is_not_needed_are_told():
+    v = grid_of_runs(num=60)
+    fit = fit_power_law(WITH_GRANULARITY, v, 3 + 400 / v["P"] ** 0.34 + 410 / v["D"] ** 0.28 + 1e-3 * np.log(v["G"]))
+    assert fit.coefficients["g"] == 0, "the loss rises with G"
+    assert fit.undetermined == ("gamma",)
+    noise = np.random.default_rng(2).normal(0, 0.01, 60)
+    narrow = {"P": 1e6 * 1.2 ** (np.arange(60) % 5), "D": 1e8 * 1.1 ** (np.arange(60) // 5)}
+    fit = fit_power_law(SIZE_AND_TOKENS, narrow, 20 / narrow["P"] ** 0.1 + 20 / narrow["D"] ** 0.1 + noise)
+    assert "c" in fit.undetermined
+
+
+def test_seeds_of_one_size_are_one_run_of_a_law():
+    sizes = {"P": np.repeat([1e5, 2e5, 4e5, 8e5], 3), "D": np.repeat([8e6, 4e6, 2e6, 1e6], 3)}
+    with pytest.raises(ValueError, match="5 parameters, and there are 4 different runs"):
+        fit_power_law(SIZE_AND_TOKENS, sizes, np.linspace(4, 3, 12))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +172,7 @@ def test_an_exponent_that_the_runs_do_not_determine_is_told():
     [
         ({"P": [1.0, 2.0]}, [3.0, 2.0], "wants positive D, P"),
         ({"P": [1.0, 0.0], "D": [1.0, 1.0]}, [3.0, 2.0], "wants positive D, P"),
-        ({"P": [1.0, 2.0], "D": [1.0, 3.0]}, [3.0, 2.0], "5 parameters, and there are 2 runs"),
+        ({"P": [1.0, 2.0], "D": [1.0, 3.0]}, [3.0, 2.0], "5 parameters, and there are 2 different runs"),
     ],
 )
 def test_a_law_refuses_what_it_cannot_be_fitted_to(variables, losses, message):
@@ -175,16 +199,20 @@ def test_one_seed_beyond_the_budgets_makes_no_bound_of_the_multiplier():
     baseline = {seed: {1e12: 3.0, 1e13: 2.8} for seed in range(3)}
     found = compute_multiplier(baseline, {0: 2.9, 1: 2.7, 2: 3.1}, 1e12)
     assert (found.value, found.interval) == (None, None)
-    assert found.refusal == "can't tell: of 3 seeds 1 beyond the largest budget and 1 before the least"
+    assert found.refusal == "can't tell; seeds beyond the largest budget 1 of 3, before the least 1 of 3"
     found = compute_multiplier(baseline, {0: 2.7, 1: 2.75, 2: 2.6}, 1e12)
-    assert found.refusal.startswith("more than 10.00: for no seed")
+    assert found.refusal == "can't tell; seeds beyond the largest budget 3 of 3", "equal signs are not enough"
+    found = compute_multiplier(baseline, {0: 2.7, 1: 2.71, 2: 2.69}, 1e12)
+    assert found.refusal == "more than 10.00: the baseline's largest budget does not reach the loss"
+    found = compute_multiplier(baseline, {0: 3.2, 1: 3.21, 2: 3.19}, 1e12)
+    assert found.refusal == "less than 1.00: the baseline's least budget is better already"
 
 
 @pytest.mark.parametrize(
     ("losses", "reached", "reason"),
     [
-        ((3.0, 2.8), 2.5, "more than 10.00: for no seed"),
-        ((3.0, 2.8), 3.5, "less than 1.00: for every seed"),
+        ((3.0, 2.8), 2.5, "can't tell; seeds beyond the largest budget 1 of 1"),
+        ((3.0, 2.8), 3.5, "can't tell; seeds before the least 1 of 1"),
         ((3.0, 3.1), 2.9, "does not fall from budget to budget for seed 0"),
     ],
 )
@@ -197,7 +225,7 @@ def test_no_multiplier_is_made_up_beyond_the_budgets(losses, reached, reason):
 def test_one_seed_gives_a_multiplier_without_an_interval():
     found = compute_multiplier({0: {1e12: 3.0, 1e13: 2.0}}, {0: 2.5}, 1e12)
     assert found.value == pytest.approx(math.sqrt(10))
-    assert found.interval == (0.0, math.inf)
+    assert found.interval is None
 
 
 @pytest.mark.parametrize("values", [(math.nan, math.nan), (1.0, math.inf), (1.0,)])

@@ -9,12 +9,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from tinyexperts.study.fits.seed_interval import SeedInterval
+from tinyexperts.study.fits.seed_interval import Outcome, SeedInterval, paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeMultiplier:
-    """The multiplier (geometric mean over seeds) and its 95 % interval; or, in words, why there is none."""
+    """The multiplier (geometric mean over seeds) and its 95 % interval, None for one seed; or, in words, why none."""
 
     value: float | None
     interval: tuple[float, float] | None
@@ -27,37 +27,47 @@ def compute_multiplier(
     """From the losses (nats) of a baseline by seed and budget (FLOPs), and those of a method by seed at one budget.
 
     Between two budgets the baseline's loss is taken as linear in their logarithm; beyond them nothing is said but on
-    which side the multiplier lies, where all seeds agree on it.
+    which side the multiplier lies, where the difference to the last budget, or to the first, has an interval that
+    leaves out zero.
     """
     seeds = sorted(baseline.keys() & method.keys())
     if not seeds:
         return _refused("the two share no seed")
     logs, beyond, before = [], [], []
+    first, last = {}, {}
     for seed in seeds:
         budgets = sorted(baseline[seed])
         losses = [baseline[seed][b] for b in budgets]
         if len(budgets) < 2 or any(later >= earlier for earlier, later in pairwise(losses)):
             return _refused(f"the baseline's loss does not fall from budget to budget for seed {seed}")
+        first[seed], last[seed] = losses[0], losses[-1]
         if method[seed] < losses[-1]:
-            beyond.append(budgets[-1] / budget)
+            beyond.append(seed)
         elif method[seed] > losses[0]:
-            before.append(budgets[0] / budget)
+            before.append(seed)
         else:
             at = np.interp(-method[seed], [-loss for loss in losses], np.log(budgets))
             logs.append(float(at) - math.log(budget))
-    if len(beyond) == len(seeds):
-        return _refused(f"more than {min(beyond):.2f}: for no seed a budget of the baseline reaches the loss")
-    if len(before) == len(seeds):
-        return _refused(f"less than {max(before):.2f}: for every seed the least budget is better already")
+    if beyond and _outcome(method, last) == "lower":
+        least = min(max(baseline[seed]) for seed in seeds) / budget
+        return _refused(f"more than {least:.2f}: the baseline's largest budget does not reach the loss")
+    if before and _outcome(method, first) == "higher":
+        most = max(min(baseline[seed]) for seed in seeds) / budget
+        return _refused(f"less than {most:.2f}: the baseline's least budget is better already")
     if beyond or before:
-        outside = [f"{len(beyond)} beyond the largest budget"] * bool(beyond)
-        outside += [f"{len(before)} before the least"] * bool(before)
-        return _refused(f"can't tell: of {len(seeds)} seeds {' and '.join(outside)}")
+        where = ((beyond, "beyond the largest budget"), (before, "before the least"))
+        told = ", ".join(f"{side} {len(outside)} of {len(seeds)}" for outside, side in where if outside)
+        return _refused(f"can't tell; seeds {told}")
     interval = SeedInterval(values=tuple(logs))
     low, high = interval.bounds
     with np.errstate(over="ignore"):
         ends = (float(np.exp(low)), float(np.exp(high)))
-    return ComputeMultiplier(value=math.exp(interval.mean), interval=ends, refusal=None)
+    return ComputeMultiplier(value=math.exp(interval.mean), interval=ends if len(seeds) > 1 else None, refusal=None)
+
+
+def _outcome(method: Mapping[int, float], end: Mapping[int, float]) -> Outcome:
+    difference = paired_difference(method, end)
+    return "undecided" if difference is None else difference.outcome
 
 
 def _refused(reason: str) -> ComputeMultiplier:

@@ -1,14 +1,14 @@
 """The best model size of one training budget: a parabola of the loss in the logarithm of the size.
 
 As in the isoFLOP method of Hoffmann et al. (arXiv 2203.15556), which the paper uses. A minimum is named only where it
-is interior to the sizes that were run. Grids that are wide or off centre bias a parabola: the residuals tell, and
-power_law_fit.py doesn't have that fault.
+is interior to the sizes that were run, with all of its interval. Grids that are wide or off centre bias a parabola: the
+residuals tell, and power_law_fit.py doesn't have that fault.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,8 +22,8 @@ class IsoFlopFit:
     """Loss = curvature (log size - log optimum)^2 + loss_at_optimum, fitted to all sizes and seeds of a budget.
 
     optimum: the size of least loss; None where none can be named, and then `refusal` says why
-    optimum_interval: 95 %, by resampled residuals; 0 or infinity at an end that the grid does not close; None where
-        there are no more points than a parabola has parameters
+    optimum_interval: 95 %, by resampled residuals; 0 or infinity at an end that the grid does not close (then there is
+        no optimum); None where there are no more points than a parabola has parameters
     residuals: measured minus fitted loss in nats, in the order of the points
     """
 
@@ -73,29 +73,31 @@ def fit_isoflop(sizes: Sequence[float], losses: Sequence[float], *, seed: int = 
         side = "smaller" if optimum <= low else "larger"
         reason = f"the least loss lies outside of the sizes that were run, {low:,.0f} to {high:,.0f}: run {side} ones"
         return _refused(residuals, reason, coefficients)
-    optimum_interval = loss_interval = None
-    spare = len(size) - 3
-    if spare > 0:
-        # A fit pulls its points towards itself, those at the ends most: its residuals are too small by that.
-        leverage = np.einsum("ij,ji->i", design, solve)
-        scaled = residuals / np.sqrt(np.clip(1 - leverage, 1e-9, None))
-        scaled -= scaled.mean()
-        drawn = np.random.default_rng(seed).choice(scaled, (NUM_RESAMPLES, len(size)))
-        a_r, b_r, c_r = solve @ (design @ fitted + drawn).T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            logs = np.where(a_r > 0, center - b_r / (2 * a_r), np.nan)
-            least = np.where(a_r > 0, c_r - b_r**2 / (4 * a_r), np.nan)
-        # A resample without a minimum closes neither end.
-        ends = (
-            np.quantile(np.where(np.isnan(logs), -np.inf, logs), _TAIL, method="nearest"),
-            np.quantile(np.where(np.isnan(logs), np.inf, logs), 1 - _TAIL, method="nearest"),
-        )
-        optimum_interval = (
-            0.0 if ends[0] < np.log(low) else float(np.exp(ends[0])),
-            np.inf if ends[1] > np.log(high) else float(np.exp(ends[1])),
-        )
-        quantiles = np.nanquantile(least, [_TAIL, 1 - _TAIL])
-        loss_interval = (float(quantiles[0]), float(quantiles[1]))
+    if len(size) == 3:
+        return _refused(residuals, "a parabola through three runs leaves nothing to judge it by", coefficients)
+    # A fit pulls its points towards itself, those at the ends most: its residuals are too small by that.
+    leverage = np.einsum("ij,ji->i", design, solve)
+    scaled = residuals / np.sqrt(np.clip(1 - leverage, 1e-9, None))
+    scaled -= scaled.mean()
+    drawn = np.random.default_rng(seed).choice(scaled, (NUM_RESAMPLES, len(size)))
+    a_r, b_r, c_r = solve @ (design @ fitted + drawn).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.where(a_r > 0, center - b_r / (2 * a_r), np.nan)
+        least = np.where(a_r > 0, c_r - b_r**2 / (4 * a_r), np.nan)
+    # A resample without a minimum closes neither end.
+    ends = (
+        np.quantile(np.where(np.isnan(logs), -np.inf, logs), _TAIL, method="nearest"),
+        np.quantile(np.where(np.isnan(logs), np.inf, logs), 1 - _TAIL, method="nearest"),
+    )
+    optimum_interval = (
+        0.0 if ends[0] < np.log(low) else float(np.exp(ends[0])),
+        np.inf if ends[1] > np.log(high) else float(np.exp(ends[1])),
+    )
+    if optimum_interval[0] == 0.0 or np.isinf(optimum_interval[1]):
+        reason = "the interval of the minimum leaves the sizes that were run"
+        return replace(_refused(residuals, reason, coefficients), optimum_interval=optimum_interval)
+    quantiles = np.nanquantile(least, [_TAIL, 1 - _TAIL])
+    loss_interval = (float(quantiles[0]), float(quantiles[1]))
     return IsoFlopFit(
         coefficients=coefficients,
         optimum=optimum,

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, special  # scipy.stats would take a second to import
 
 # Residuals beyond it (nats) count linearly.
 HUBER_DELTA = 0.02
@@ -20,6 +20,7 @@ _STARTS = (0.1, 0.3, 0.6, 1.0)
 _BOUNDS = (0.01, 3.0)
 _POLISHED_STARTS = 5
 _MAX_REWEIGHTINGS = 50
+_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class PowerLawFit:
 
     constant: c, the loss (nats) that no size removes
     residuals: measured minus fitted loss in nats, in the order of the runs
-    at_bounds: exponents that ended at an end of the range that was searched: the runs do not determine them
+    undetermined: what the runs leave open: exponents at an end of the range that was searched, those of terms whose
+        coefficient is 0, and c, where without it the runs are fitted as well
     """
 
     terms: tuple[Term, ...]
@@ -53,7 +55,7 @@ class PowerLawFit:
     coefficients: dict[str, float]
     exponents: dict[str, float]
     residuals: np.ndarray
-    at_bounds: tuple[str, ...]
+    undetermined: tuple[str, ...]
 
     def loss(self, **variables: float) -> float:
         """The fitted loss in nats."""
@@ -72,7 +74,8 @@ def fit_power_law(
     """Fit a law to runs: the values of each variable, and the losses in nats.
 
     Raises:
-        ValueError: a variable that is missing, values that are not positive, or fewer runs than the law has parameters.
+        ValueError: a variable that is missing, values that are not positive, or fewer different runs than the law has
+            parameters: seeds of one size are one.
     """
     terms = tuple(terms)
     names = tuple(dict.fromkeys(name for term in terms for name in term.exponents.values()))
@@ -82,8 +85,9 @@ def fit_power_law(
     if values.keys() != wanted or any(v.shape != loss.shape or not (v > 0).all() for v in values.values()):
         raise ValueError(f"the law wants positive {', '.join(sorted(wanted))}, one for each of {len(loss)} losses")
     num_parameters = 1 + len(terms) + len(names)
-    if len(loss) < num_parameters:
-        raise ValueError(f"the law has {num_parameters} parameters, and there are {len(loss)} runs")
+    num_different = len(np.unique(np.stack([values[name] for name in sorted(wanted)]), axis=1).T)
+    if num_different < num_parameters:
+        raise ValueError(f"the law has {num_parameters} parameters, and there are {num_different} different runs")
     # About their geometric mean, so that the columns of the linear problem are of one size.
     middle = {name: float(np.exp(np.log(v).mean())) for name, v in values.items()}
 
@@ -95,18 +99,24 @@ def fit_power_law(
             columns.append(np.exp(-logs))
         return np.stack(columns, 1)
 
-    def objective(exponents: np.ndarray) -> float:
-        if not ((exponents >= _BOUNDS[0]) & (exponents <= _BOUNDS[1])).all():
-            return np.inf
-        return _solve(design(exponents), loss)[1]
+    def search(first_column: int) -> tuple[np.ndarray, float]:
+        """The exponents of least Huber loss, and that loss; without the first column c is 0."""
 
-    starts = sorted(itertools.product(_STARTS, repeat=len(names)), key=lambda start: objective(np.array(start)))
-    tolerances = {"xatol": 1e-6, "fatol": 1e-14, "maxiter": 4000, "maxfev": 4000}
-    found = [
-        optimize.minimize(objective, start, method="Nelder-Mead", options=tolerances)
-        for start in starts[:_POLISHED_STARTS]
-    ]
-    exponents = min(found, key=lambda result: result.fun).x
+        def objective(exponents: np.ndarray) -> float:
+            if not ((exponents >= _BOUNDS[0]) & (exponents <= _BOUNDS[1])).all():
+                return np.inf
+            return _solve(design(exponents)[:, first_column:], loss)[1]
+
+        starts = sorted(itertools.product(_STARTS, repeat=len(names)), key=lambda start: objective(np.array(start)))
+        tolerances = {"xatol": 1e-6, "fatol": 1e-14, "maxiter": 4000, "maxfev": 4000}
+        found = [
+            optimize.minimize(objective, start, method="Nelder-Mead", options=tolerances)
+            for start in starts[:_POLISHED_STARTS]
+        ]
+        best = min(found, key=lambda result: result.fun)
+        return best.x, float(best.fun)
+
+    exponents, cost = search(0)
     matrix = design(exponents)
     solution, _ = _solve(matrix, loss)
     by_name = dict(zip(names, map(float, exponents), strict=True))
@@ -115,14 +125,22 @@ def fit_power_law(
         * float(np.prod([middle[v] ** by_name[e] for v, e in term.exponents.items()]))
         for number, term in enumerate(terms)
     }
-    at_bounds = tuple(name for name, e in by_name.items() if min(abs(e - bound) for bound in _BOUNDS) < 1e-3)
+    at_bounds = {name for name, e in by_name.items() if min(abs(e - bound) for bound in _BOUNDS) < 1e-3}
+    needed = {name for term in terms if coefficients[term.coefficient] > 0 for name in term.exponents.values()}
+    # An F test: by how much the loss would rise without c, against what a parameter without an effect would take away.
+    spare = len(loss) - num_parameters
+    rise = (search(1)[1] - cost) * spare
+    without_constant = spare < 1 or rise < cost * float(special.fdtri(1, spare, _CONFIDENCE))
     return PowerLawFit(
         terms=terms,
         constant=float(solution[0]),
         coefficients=coefficients,
         exponents=by_name,
         residuals=loss - matrix @ solution,
-        at_bounds=at_bounds,
+        undetermined=(
+            *(name for name in by_name if name in at_bounds or name not in needed),
+            *(("c",) if without_constant else ()),
+        ),
     )
 
 

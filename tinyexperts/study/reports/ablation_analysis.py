@@ -10,6 +10,7 @@ from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
 from tinyexperts.study.grids.grid import GridRun
 from tinyexperts.study.reports.claim import Claim, interval_told, judged
 from tinyexperts.study.reports.comparison import signed
+from tinyexperts.study.reports.paper_results import PAPER_USAGE
 from tinyexperts.study.reports.run_tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
 from tinyexperts.study.reports.study_points import Group, Point, groups_of
 from tinyexperts.study.reports.table import MISSING, Table
@@ -26,13 +27,6 @@ QUESTIONS = {
 }
 # The values that a claim goes from and to, where they are no numbers.
 _NAMED_ENDS = {"query_norm": ("none", "batch")}
-# In the paper: perplexity, usage in percent, unevenness in nats, by N, without and with query norm.
-PAPER_USAGE = {
-    128**2: ((23.47, 100.0, 0.45), (23.47, 100.0, 0.30)),
-    256**2: ((22.61, 100.0, 0.63), (22.55, 100.0, 0.44)),
-    512**2: ((21.54, 100.0, 0.97), (21.47, 100.0, 0.66)),
-    1024**2: ((20.73, 99.8, 1.52), (20.64, 100.0, 1.06)),
-}
 
 
 class AblationAnalysis:
@@ -139,7 +133,7 @@ class AblationAnalysis:
             row: tuple[str, ...] = (*(MISSING,) * 8, str(error))
         else:
             numbers = {**fit.coefficients, **fit.exponents, "c": fit.constant}
-            doubt = f"the runs do not determine {' and '.join(fit.at_bounds)}" if fit.at_bounds else ""
+            doubt = f"the runs do not determine {' and '.join(fit.undetermined)}" if fit.undetermined else ""
             deviation = math.sqrt(float((fit.residuals**2).mean()))
             row = (*(f"{numbers[name]:.4g}" for name in columns[:7]), f"{deviation:.3f}", doubt)
         return Table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinyexperts.study.fits.seed_interval import SeedInterval
@@ -19,10 +20,13 @@ class Claim:
     evidence: str
 
 
-def judged(claim: str, difference: SeedInterval | None, *, is_finished: bool = True) -> Claim:
+def judged(
+    claim: str, difference: SeedInterval | None, *, is_finished: bool = True, margins: Sequence[float] = ()
+) -> Claim:
     """The verdict on a claim that a difference is below zero: only an interval that leaves out zero decides.
 
-    While runs are still to come it is "unfinished".
+    While runs are still to come it is "unfinished". Of the paper's own margins (nats) the evidence says whether the
+    interval holds them.
     """
     if difference is None:
         evidence = "no sizes and seeds to compare" if is_finished else "runs are still to come"
@@ -33,7 +37,13 @@ def judged(claim: str, difference: SeedInterval | None, *, is_finished: bool = T
     seeds = "one seed" if len(difference.values) == 1 else f"{len(difference.values)} seeds"
     interval = interval_told(difference)
     chance = "no interval" if interval == MISSING else f"95 % interval {interval}"
-    return Claim(claim=claim, verdict=verdict, evidence=f"{signed(difference.mean)} nats, {chance}, {seeds}")
+    evidence = f"{signed(difference.mean)} nats, {chance}, {seeds}"
+    if margins and interval != MISSING:
+        low, high = difference.bounds
+        held = sum(low <= margin <= high for margin in margins)
+        where = "outside of it" if held == 0 else "inside it" if held == len(margins) else f"{held} of them inside it"
+        evidence += f"; the paper's margins, {' and '.join(map(signed, margins))}, {where}"
+    return Claim(claim=claim, verdict=verdict, evidence=evidence)
 
 
 def interval_told(difference: SeedInterval) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-
-import numpy as np
 
 from tinyexperts.study.fits.isoflop_fit import IsoFlopFit, fit_isoflop
 from tinyexperts.study.fits.power_law_fit import SIZE_AND_TOKENS, PowerLawFit, fit_power_law
@@ -15,9 +13,11 @@ from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
 from tinyexperts.study.grids.grid import GridRun
 from tinyexperts.study.grids.scales import METHODS
 from tinyexperts.study.reports.claim import Claim, judged
+from tinyexperts.study.reports.paper_results import paper_margins
 from tinyexperts.study.reports.run_results import method_label
 from tinyexperts.study.reports.study_points import HELD_OUT, Group, Point, groups_of
 
+WITHOUT_ROUTER = "held out, router not counted"
 AT_EQUAL_TIME = "held out, at equal time"
 BASELINES = tuple(method for method in METHODS if method != "peer")
 
@@ -79,7 +79,7 @@ class IsoFlopAnalysis:
         return [point for group in self.groups if group.first.run.method == method for point in group.points]
 
     def law(self, method: str) -> PowerLawFit | None:
-        """L(P, D) of all runs of a method; None where they are fewer than its parameters."""
+        """L(P, D) of all runs of a method; None where fewer differ than it has parameters."""
         points = self.points_of(method)
         sizes = {"P": [p.cost.parameters_active for p in points], "D": [p.cost.num_tokens for p in points]}
         try:
@@ -117,25 +117,26 @@ class IsoFlopAnalysis:
         ]
         return group.first.cost.num_tokens / statistics.median(speeds) if speeds else math.nan
 
-    def difference_at_equal_time(self, baseline: str, budget: float) -> SeedInterval | None:
-        """PEER minus what a baseline reaches in the same seconds, each at its best size of each budget.
+    def difference_at_equal(self, cost: Callable[[Group], float], baseline: str, budget: float) -> SeedInterval | None:
+        """PEER minus what a baseline reaches at the same cost of another kind, each at its best size of each budget.
 
-        Between two of its budgets the baseline's loss is taken as linear in the logarithm of the seconds; beyond them
-        nothing is said.
+        Between two of its budgets, which must be finished, the baseline's loss is taken as linear in the logarithm of
+        the cost; beyond them nothing is said.
         """
         ours = self.best("peer", budget)
-        bests = [best for b in self.budgets if (best := self.best(baseline, b)) is not None]
-        if ours is None or len(bests) < 2:
+        finished = [b for b in self.budgets if self.is_finished(baseline, b)]
+        bests = [best for b in finished if (best := self.best(baseline, b)) is not None]
+        if ours is None:
             return None
-        times, now = [self.seconds(best) for best in bests], self.seconds(ours)
-        rising = all(earlier < later for earlier, later in pairwise(times))  # never of a time that is not a number
-        if not rising or not times[0] <= now <= times[-1]:
-            return None
-        at = {
-            seed: float(np.interp(math.log(now), np.log(times), [best.losses()[seed] for best in bests]))
-            for seed in set.intersection(*(set(best.losses()) for best in bests))
-        }
-        return paired_difference(ours.losses(), at)
+        for less, more in pairwise(bests):
+            low, at, high = cost(less), cost(ours), cost(more)
+            if low <= at <= high and low < high:  # never of a cost that is not a number
+                share = math.log(at / low) / math.log(high / low)
+                before, after = less.losses(), more.losses()
+                both = before.keys() & after.keys()
+                reached = {seed: (1 - share) * before[seed] + share * after[seed] for seed in both}
+                return paired_difference(ours.losses(), reached)
+        return None
 
     def differences(self, baseline: str, budget: float) -> dict[str, SeedInterval]:
         """PEER minus a baseline by what is compared: all tokens, its parts, equal time, and the other texts."""
@@ -144,7 +145,8 @@ class IsoFlopAnalysis:
             HELD_OUT: self.difference(baseline, budget),
             "held out, tokens whose bigram is new": self.difference_of_part(baseline, budget, "new"),
             "held out, tokens whose bigram stood earlier": self.difference_of_part(baseline, budget, "stood_earlier"),
-            AT_EQUAL_TIME: self.difference_at_equal_time(baseline, budget),
+            WITHOUT_ROUTER: self.difference_at_equal(_flops_without_router, baseline, budget),
+            AT_EQUAL_TIME: self.difference_at_equal(self.seconds, baseline, budget),
             **{text: self.difference(baseline, budget, text) for text in texts},
         }
         return {what: difference for what, difference in found.items() if difference is not None}
@@ -156,15 +158,23 @@ class IsoFlopAnalysis:
                 f"At {budget:.0e} FLOPs PEER reaches a lower loss than {method_label(baseline)}",
                 self.difference(baseline, budget),
                 is_finished=self.is_compared(baseline, budget),
+                margins=paper_margins(baseline),
             )
             for budget in self.budgets
             for baseline in BASELINES
         ]
 
     def doubts(self) -> list[str]:
-        """A sentence for every setting, and every width, whose best is the last tried: a better one may lie beyond."""
+        """A sentence for every setting, and every width, whose best is the last tried: a better one may lie beyond.
+
+        And one for each budget of a single width.
+        """
         sentences = []
         for budget in self.budgets:
+            alone = {m: groups[0].first.run.axes["width"] for m in METHODS if len(groups := self.of(m, budget)) == 1}
+            if alone:
+                told = ", ".join(f"{method_label(method)} {width}" for method, width in alone.items())
+                sentences.append(f"At {budget:.0e} FLOPs one width was run of each ({told}): a better one may exist.")
             for method in METHODS:
                 widths = [int(group.first.run.axes["width"]) for group in self.of(method, budget)]
                 best = self.best(method, budget)
@@ -189,6 +199,11 @@ class IsoFlopAnalysis:
                     told = f"the best {setting} is the last that was tried, {factor:g} times the default"
                     sentences.append(f"{method_label(method)}: {told}.")
         return sentences
+
+
+def _flops_without_router(group: Group) -> float:
+    cost = group.first.cost
+    return cost.training_flops * (1 - cost.forward_flops.router / cost.forward_flops.total)
 
 
 def tuning_label(point: Point) -> str:

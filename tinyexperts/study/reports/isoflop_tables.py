@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from tinyexperts.study.fits.compute_multiplier import compute_multiplier
 from tinyexperts.study.fits.seed_interval import SeedInterval
@@ -11,27 +10,11 @@ from tinyexperts.study.grids.scales import METHODS
 from tinyexperts.study.reports.claim import interval_told
 from tinyexperts.study.reports.comparison import signed
 from tinyexperts.study.reports.isoflop_analysis import AT_EQUAL_TIME, BASELINES, IsoFlopAnalysis, tuning_label
+from tinyexperts.study.reports.paper_results import PAPER_PERPLEXITY, PAPER_TEXTS
 from tinyexperts.study.reports.report import format_count
 from tinyexperts.study.reports.run_results import method_label
 from tinyexperts.study.reports.run_tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
 from tinyexperts.study.reports.table import MISSING, Table
-
-# Perplexity of each method's compute-optimal model in the paper, by budget and text.
-PAPER_TEXTS = ("Curation", "Lambada", "Pile", "Wikitext", "C4")
-PAPER_PERPLEXITY: Mapping[float, Mapping[str, tuple[float, ...]]] = {
-    6e18: {
-        "dense": (23.26, 21.95, 24.55, 29.14, 23.84),
-        "moe": (20.98, 19.09, 23.26, 26.10, 21.41),
-        "pkm": (21.80, 19.39, 20.49, 27.09, 21.92),
-        "peer": (20.68, 17.65, 19.01, 25.48, 20.63),
-    },
-    2e19: {
-        "dense": (17.70, 12.28, 18.19, 21.21, 18.31),
-        "moe": (16.88, 12.97, 17.41, 20.28, 17.12),
-        "pkm": (17.03, 11.18, 16.34, 20.26, 17.36),
-        "peer": (16.34, 10.33, 14.99, 19.09, 16.45),
-    },
-}
 
 
 def isoflop_tables(analysis: IsoFlopAnalysis) -> list[Table]:
@@ -56,7 +39,8 @@ def _perplexities(analysis: IsoFlopAnalysis) -> Table:
             if best is not None:
                 values = tuple(f"{math.exp(best.mean_loss(text)):.2f}" for text in texts)
                 width, blank = str(best.first.run.axes["width"]), (MISSING,) * len(PAPER_TEXTS)
-                rows.append((f"{budget:.0e}", method_label(method), width, *values, *blank))
+                unfinished = "" if analysis.is_finished(method, budget) else ", unfinished"
+                rows.append((f"{budget:.0e}", method_label(method) + unfinished, width, *values, *blank))
     for budget, by_method in PAPER_PERPLEXITY.items():
         for method, perplexities in by_method.items():
             blank = (MISSING,) * (1 + len(texts))
@@ -92,10 +76,12 @@ def _differences(analysis: IsoFlopAnalysis) -> Table:
         columns=("FLOPs", "baseline", "on", "mean", "deviation over seeds", "95 % interval", "outcome"),
         rows=tuple(rows),
         note=f"Paired by seed. A difference whose interval holds zero is no win, and of {len(rows)} intervals at "
-        "95 % one in twenty leaves zero out by chance. At equal time: what the baseline reaches in PEER's seconds, "
-        "between two of its budgets (a straight line in the logarithm, which lies above a curve that flattens: in "
-        "PEER's favour); a method's seconds are its tokens at the median speed of its runs of that width. The interval "
-        "is of the losses alone, and speeds vary with what else a machine does: nothing is judged by it.",
+        "95 % one in twenty leaves zero out by chance; the width is the best of the same seeds. Router not counted: "
+        "what the baseline reaches at as many FLOPs, the routers of both left out. At equal time: what the baseline "
+        "reaches in PEER's seconds; a method's seconds are its tokens at the median speed of its runs of that width. "
+        "Both lie between two budgets of the baseline, on a straight line in the logarithm, which lies above a curve "
+        "that flattens: in PEER's favour. At equal time the interval is of the losses alone, and speeds vary with what "
+        "else a machine does: nothing is judged by it.",
     )
 
 
@@ -116,7 +102,7 @@ def _multipliers(analysis: IsoFlopAnalysis) -> Table:
                 continue
             found = compute_multiplier(by_seed, best.losses(), budget)
             value = MISSING if found.value is None else f"{found.value:.2f}"
-            interval = MISSING if found.interval is None else f"{found.interval[0]:.2f} to {found.interval[1]:.2f}"
+            interval = MISSING if found.interval is None else "{:.2f} to {:.2f}".format(*found.interval)
             rows.append((f"{budget:.0e}", method_label(method), value, interval, found.refusal or ""))
     return Table(
         name="compute-multiplier",
@@ -124,7 +110,7 @@ def _multipliers(analysis: IsoFlopAnalysis) -> Table:
         columns=("FLOPs", "method", "multiplier", "95 % interval", "why none"),
         rows=tuple(rows),
         note="Between two budgets dense's loss is a straight line in the logarithm of the FLOPs, which lies above a "
-        "curve that flattens: the multiplier is a little too large.",
+        "curve that flattens: the multiplier is a little too large. At the least budget one below 1 can't be seen.",
     )
 
 
@@ -138,12 +124,13 @@ def _optima(analysis: IsoFlopAnalysis) -> Table:
                     continue
                 optimum = MISSING if fit.optimum is None else format_count(fit.optimum)
                 ends = fit.optimum_interval
-                interval = MISSING if ends is None else f"{format_count(ends[0])} to {_open(ends[1])}"
+                interval = MISSING if ends is None else f"{_open(ends[0])} to {_open(ends[1])}"
                 loss = MISSING if fit.loss_at_optimum is None else f"{fit.loss_at_optimum:.3f}"
                 low_and_high = fit.loss_interval
                 of_loss = MISSING if low_and_high is None else f"{low_and_high[0]:.3f} to {low_and_high[1]:.3f}"
                 left = f"{math.sqrt(float((fit.residuals**2).mean())):.3f}" if fit.has_curve else MISSING
-                why = fit.refusal or ""
+                unfinished = [] if analysis.is_finished(method, budget) else ["unfinished"]
+                why = ", ".join([*unfinished, *([fit.refusal] if fit.refusal else [])])
                 rows.append((f"{budget:.0e}", method_label(method), count, optimum, interval, loss, of_loss, left, why))
     return Table(
         name="optimum",
@@ -168,18 +155,21 @@ def _laws(analysis: IsoFlopAnalysis) -> Table:
     for method in METHODS:
         fit = analysis.law(method)
         if fit is None:
-            few = f"a law of five parameters, and {len(analysis.points_of(method))} runs"
-            rows.append((method_label(method), *(MISSING,) * 4, few))
+            rows.append((method_label(method), *(MISSING,) * 6, "fewer different runs than the law has parameters"))
             continue
         deviation = math.sqrt(float((fit.residuals**2).mean()))
-        doubt = f"the runs do not determine {' and '.join(fit.at_bounds)}" if fit.at_bounds else ""
-        exponents = (f"{fit.exponents['alpha']:.3f}", f"{fit.exponents['beta']:.3f}")
-        rows.append((method_label(method), f"{fit.constant:.3f}", *exponents, f"{deviation:.3f}", doubt))
+        doubts = [] if all(analysis.is_finished(method, budget) for budget in analysis.budgets) else ["unfinished"]
+        doubts += [f"the runs do not determine {' and '.join(fit.undetermined)}"] if fit.undetermined else []
+        terms = [f"{fit.coefficients['a']:.4g}", f"{fit.exponents['alpha']:.3f}"]
+        terms += [f"{fit.coefficients['b']:.4g}", f"{fit.exponents['beta']:.3f}"]
+        rows.append((method_label(method), f"{fit.constant:.3f}", *terms, f"{deviation:.3f}", ", ".join(doubts)))
     return Table(
         name="scaling-law",
         title="L(P, D) = c + a / P^alpha + b / D^beta, P active parameters, D tokens",
-        columns=("method", "c", "alpha", "beta", "residuals, nats (root mean square)", "doubt"),
+        columns=("method", "c", "a", "alpha", "b", "beta", "residuals, nats (root mean square)", "doubt"),
         rows=tuple(rows),
+        note="Of all runs of a method, its seeds too. A c without which they are fitted as well is no loss that any "
+        "size would leave.",
     )
 
 
@@ -198,9 +188,10 @@ def _points(analysis: IsoFlopAnalysis) -> Table:
 
 
 def _flops(analysis: IsoFlopAnalysis) -> Table:
-    rows = {}
+    rows, unspent = {}, []
     for group in analysis.groups:
         flops, run = group.first.cost.forward_flops, group.first.run
+        unspent.append(2 * flops.sub_key_scores / (3 * flops.total))
         parts = (flops.attention, flops.dense_layers, flops.query_network, flops.sub_key_scores, flops.experts)
         shares = (f"{part / flops.total:.1%}" for part in (*parts, flops.head))
         head = (method_label(run.method), str(run.axes["width"]))
@@ -213,7 +204,9 @@ def _flops(analysis: IsoFlopAnalysis) -> Table:
             *("sub-key scores", "experts", "head"),
         ),
         rows=tuple(rows.values()),
-        note="Training costs three times as much.",
+        note="Training is counted as three times as much, the scores of sub-keys too, though their backward pass "
+        "touches the chosen ones alone: of the FLOPs of PEER and PKM up to "
+        f"{max(unspent, default=0.0):.1%} are counted and not spent.",
     )
 
 
@@ -239,4 +232,4 @@ def _interval(found: SeedInterval) -> tuple[str, str, str]:
 
 
 def _open(value: float) -> str:
-    return "open" if math.isinf(value) else format_count(value)
+    return "open" if math.isinf(value) or value == 0 else format_count(value)

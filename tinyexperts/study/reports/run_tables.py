@@ -75,7 +75,7 @@ def commands_table(runs: Sequence[GridRun], evaluation_tokens: int | None) -> Ta
         title="To run a row again",
         columns=("run", "command"),
         rows=tuple(rows),
-        note="Other seeds by --seed and --run; then tinyexperts evaluate and the run's folder"
-        + (f", with --max-tokens {evaluation_tokens}." if evaluation_tokens else "."),
+        note="Other seeds by --seed and --run; then tinyexperts evaluate and the run's folder, with --files for other "
+        "texts than the held-out one" + (f", and --max-tokens {evaluation_tokens}." if evaluation_tokens else "."),
         is_folded=True,
     )

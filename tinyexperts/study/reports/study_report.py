@@ -85,6 +85,7 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     for table in tables:
         (folder.path / "tables" / f"{table.name}.csv").write_text(table.as_csv(), encoding="utf-8")
     verdicts = [f"- {claim.claim}: **{claim.verdict}** ({claim.evidence})" for claim in claims]
-    text = [f"# {title}", "", *verdicts, "", *(table.as_markdown() for table in tables if table.rows)]
+    doubts = ["What is missing or doubtful:", "", *(f"- {problem}" for problem in problems), ""] if problems else []
+    text = [f"# {title}", "", *verdicts, "", *doubts, *(table.as_markdown() for table in tables if table.rows)]
     (folder.path / "report.md").write_text("\n".join(text), encoding="utf-8")
     return path

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 MISSING = "\N{EN DASH}"
 # With its unit; two of them are an interval.
 _ONE = r"[-+\N{MINUS SIGN}]?[\d.,]+(?:e[-+]?\d+)?(?: ?[kMGTB%])?"
-_NUMBER = re.compile("(?:" + _ONE + "(?: to (?:" + _ONE + "|open))?|" + MISSING + ")?")
+_END = "(?:" + _ONE + "|open)"
+_NUMBER = re.compile("(?:" + _END + "(?: to " + _END + ")?|" + MISSING + ")?")
 
 
 @dataclass(frozen=True, kw_only=True)
