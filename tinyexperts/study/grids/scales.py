@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,6 +33,7 @@ class Scale:
     layers: the sparse layer of each method
     base: what all runs share; its model's width and sparse layer, its budget and seed are replaced
     experts, active: values of N, and of (heads, experts a head), for the ablations
+    peer_settings: of the ablations' runs, which are all of PEER: what the tuning of the isoFLOP study chose for it
     """
 
     name: ScaleName
@@ -44,6 +45,7 @@ class Scale:
     experts: tuple[int, ...]
     active: tuple[tuple[int, int], ...]
     last_budget: float | None = None
+    peer_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -134,6 +136,13 @@ def _laptop(data: Path, vocab_size: int) -> Scale:
         base=base,
         experts=(64**2, 128**2, 256**2, 512**2),
         active=((2, 16), (4, 16), (8, 16), (8, 32), (16, 32)),
+        peer_settings={
+            "batch_size": 2,
+            "matrix_learning_rate": 2e-3,
+            "embedding_learning_rate": 0.384,
+            "head_learning_rate": 0.032,
+            "table_learning_rate": 5e-3,
+        },
     )
 
 

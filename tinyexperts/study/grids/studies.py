@@ -132,7 +132,7 @@ def optimiser(scale: Scale) -> Study:
     """Row-sparse or dense Adam on the tables, and at which learning rate? The paper does not say."""
 
     def stage(losses: Mapping[str, float]) -> list[GridRun]:
-        rate = scale.base.table_learning_rate
+        rate = scale.peer_settings.get("table_learning_rate", scale.base.table_learning_rate)
         kinds: tuple[dict[str, Any], ...] = (
             {"table_gradients": "sparse"},
             {"table_gradients": "dense"},
@@ -259,7 +259,8 @@ def _peer(
     """A PEER run of an ablation: the layer and the run with changes, named by the axes."""
     width = width or scale.middle_width
     layer = replace(scale.layers["peer"], **layer_changes)
-    config: TrainConfig = scale.config(layer, width=width, budget=budget, seed=seed, **(changes or {}))
+    settings = {**scale.peer_settings, **(changes or {})}
+    config: TrainConfig = scale.config(layer, width=width, budget=budget, seed=seed, **settings)
     written = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in axes.items()}
     words = "-".join(f"{name}-{value}" for name, value in written.items()).replace("_", "-")
     name = f"peer-d{width}-c{budget:.0e}-{words}-seed{seed}".replace("+", "")

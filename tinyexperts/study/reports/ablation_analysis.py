@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tinyexperts.study.fits.power_law_fit import WITH_GRANULARITY, fit_power_law
 from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
@@ -63,6 +64,8 @@ class AblationAnalysis:
 
     def tables(self) -> list[Table]:
         tables = [self._groups()]
+        if self.study == "optimiser":
+            tables.append(self._optimisers())
         if self.study == "granularity":
             tables.append(self._law())
         if self.study in ("usage", "query-norm", "num-experts"):
@@ -92,16 +95,17 @@ class AblationAnalysis:
         names = list(dict.fromkeys(name for group in self.groups for name in group.first.run.axes if name != "seed"))
         rows = []
         for groups in self.series().values():
+            reference = self._reference(groups)
             for group in groups:
                 axes = group.first.run.axes
-                against = paired_difference(group.losses(), groups[0].losses())
+                against = None if reference is None else paired_difference(group.losses(), reference.losses())
                 rows.append(
                     (
                         *(_value(axes.get(name, MISSING)) for name in names),
                         *cost_cells(group),
                         *result_cells(group),
                         f"{math.exp(group.mean_loss()):.2f}",
-                        *((MISSING,) * 2 if against is None or group is groups[0] else _difference(against)),
+                        *((MISSING,) * 2 if against is None or group is reference else _difference(against)),
                     )
                 )
         return Table(
@@ -111,9 +115,47 @@ class AblationAnalysis:
                 *(name.replace("_", " ") for name in names),
                 *COST_COLUMNS,
                 *RESULT_COLUMNS,
-                *("perplexity", "loss against the first of its series", "95 % interval"),
+                "perplexity",
+                f"loss against the {'middle block' if self.study == 'placement' else 'first of its series'}",
+                "95 % interval",
             ),
             rows=tuple(rows),
+        )
+
+    def _reference(self, groups: Sequence[Group]) -> Group | None:
+        """What a series is compared with: its first group, and for the placement the block that the paper takes."""
+        if self.study != "placement":
+            return groups[0]
+        of_paper = (group for group in groups if group.first.run.axes["block"] == _middle_block(group.first.run))
+        return next(of_paper, None)
+
+    def _optimisers(self) -> Table:
+        """Each optimiser of the tables at its own best rate, against the first of them."""
+        best: dict[str, Group] = {}
+        for key, groups in self.series().items():
+            seeds = set.intersection(*(set(group.losses()) for group in groups))
+            if seeds:
+                best[str(dict(key)["optimiser"])] = min(
+                    groups, key=lambda group: math.fsum(group.losses()[seed] for seed in seeds)
+                )
+        reference = best.get("sparse")
+        rows = []
+        for name, group in best.items():
+            against = None if reference is None else paired_difference(group.losses(), reference.losses())
+            rows.append(
+                (
+                    name,
+                    _value(group.first.run.axes["table_learning_rate"]),
+                    *result_cells(group),
+                    *((MISSING,) * 2 if against is None or group is reference else _difference(against)),
+                )
+            )
+        return Table(
+            name="optimisers",
+            title="Each optimiser of the tables at its own best rate",
+            columns=("optimiser", "table learning rate", *RESULT_COLUMNS, "loss against sparse", "95 % interval"),
+            rows=tuple(rows),
+            note="sparse: Adam on touched rows; sparse-row: with one second moment a row; dense: AdamW on all of them.",
         )
 
     def _law(self) -> Table:
@@ -143,6 +185,11 @@ class AblationAnalysis:
             rows=(row,),
             note="P active parameters, D tokens, G active experts.",
         )
+
+
+def _middle_block(run: GridRun) -> int:
+    (block,) = replace(run.config.model, layers_with_peer=None).sparse_blocks
+    return block
 
 
 def _key(run: GridRun, axis: str) -> tuple[tuple[str, object], ...]:
