@@ -27,6 +27,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
 from tinyexperts.study import study_runner
 from tinyexperts.study.execution import slurm
+from tinyexperts.study.execution.run_display import run_display
 from tinyexperts.study.execution.study_folder import StudyFolder
 from tinyexperts.study.execution.study_run import run_of_study
 from tinyexperts.study.execution.study_status import print_status
@@ -100,7 +101,7 @@ def test_the_account_of_a_run_is_that_of_its_model(method):
         rows = 0
         num_matmul += sum(p.numel() for p in sparse.parameters() if p.dim() == 3)  # a mixture's experts
     assert cost.parameters_matmul == num_matmul
-    assert cost.forward_bytes == rows + 4 * num_matmul / config.tokens_per_step
+    assert cost.forward_bytes == rows + 4 * 64 + 4 * num_matmul / config.tokens_per_step
 
 
 def test_tuning_decides_the_settings_of_the_main_runs():
@@ -544,6 +545,36 @@ def test_a_half_deleted_run_is_told(config, children):
     status = folder.status(run)
     assert status.state == "failed"
     assert "has results but no config.json: delete it, and it is run again" in status.reason
+    (folder.run_path(run.name) / "evaluation.json").unlink()
+    (folder.run_path(run.name) / "checkpoints").mkdir()
+    status = folder.status(run)
+    assert status.state == "failed"
+    assert "has checkpoints but no config.json: delete it, and it is run again" in status.reason
+    shutil.rmtree(folder.run_path(run.name))
+    other = folder.planned_runs()[1]
+    (folder.run_path(other.name) / "evaluation-poems.json").write_text("{")
+    status = folder.status(other)
+    assert status.state == "failed"
+    assert re.search(r"evaluation-poems.json can't be read: delete .*, and it is run again", status.reason)
+    assert other.name not in folder.losses()
+    shutil.rmtree(folder.run_path(other.name))
+    before = folder.losses()
+    run_study(studies.num_experts, config)
+    assert folder.losses().keys() - before.keys() == {run.name, other.name}
+
+
+def test_a_result_that_was_deleted_is_measured_again_with_all_others(config, children):
+    """The weights are gone by then, and are made anew."""
+    run_study(studies.num_experts, config)
+    folder = StudyFolder(config.output)
+    path = folder.run_path(folder.planned_runs()[0].name)
+    kept = json.loads((path / "evaluation.json").read_text())
+    (path / "evaluation.json").write_text(json.dumps(kept | {"loss": 99.0}))
+    (path / "evaluation-poems.json").unlink()
+    children.started = ()
+    run_study(studies.num_experts, config)
+    assert children.started == (path.name,)
+    assert json.loads((path / "evaluation.json").read_text())["loss"] == pytest.approx(kept["loss"])
 
 
 def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -567,7 +598,10 @@ def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, capsys, monkeypatc
         ({"minutes": 0.0}, "minutes must be positive, got 0.0"),
         ({"minutes": 8.0, "executor": "slurm"}, "minutes are for runs on this machine, got 8.0 with slurm"),
         ({"slurm_gpus": 2}, "slurm_gpus must be 0 or 1: a run of a study takes one device, got 2"),
-        ({"slurm_hours": -1.0}, "slurm_hours must be positive, got -1.0"),
+        ({"slurm_hours": -1.0, "executor": "slurm"}, "slurm_hours must be positive, got -1.0"),
+        ({"slurm_hours": 2.0}, "slurm_hours is for the executor slurm, got 2.0 with local"),
+        ({"slurm_partition": "large"}, "slurm_partition is for the executor slurm, got large with local"),
+        ({"slurm_gpus": 1}, "slurm_gpus is for the executor slurm, got 1 with local"),
         ({"evaluation_tokens": 0}, "evaluation_tokens must be at least 1, got 0"),
         ({"evaluation_corpora": (Path("no/such"),)}, "there is no evaluation corpus no/such"),
         ({"evaluation_corpora": (Path("a/x.txt"), Path("b/x.md"))}, "must have different names, got x, x"),
@@ -642,6 +676,26 @@ def test_an_interruption_cancels_the_jobs_that_were_submitted(config, children, 
     while not all(job.done(force_check=True) for job in submitted) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not folder.losses()
+
+
+def test_a_job_without_a_result_is_told_with_its_state():
+    told = "Job 7_1 (task: 0) with path x.pkl\nhas not produced any output (state: OUT_OF_MEMORY)\nIOError: gone"
+    found = slurm._raised(submitit.core.utils.UncompletedJobError(told))
+    assert found == "its job ended without a result, in the state OUT_OF_MEMORY"
+
+
+def test_a_few_runs_that_are_left_of_many_have_the_bar_of_all(tmp_path):
+    def shown(num_done):
+        console = Console(file=io.StringIO(), force_terminal=True, width=120)
+        with run_display(
+            [tmp_path / "a", tmp_path / "b"], console=console, title="stage 1: ", num_done=num_done
+        ) as bars:
+            bars.begin(tmp_path / "a", "running")
+            bars.end(tmp_path / "a", is_failed=True)
+        return console.file.getvalue()
+
+    assert re.search("stage 1: 92 runs.* 99%.*1 failed", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(90)))
+    assert "2 runs" not in shown(0), "two bars say all"
 
 
 def noted(method, results):

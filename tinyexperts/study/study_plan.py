@@ -66,7 +66,8 @@ def print_plan(study: Study) -> None:
         f"{num_runs:,.0f} runs, {total_flops:.2e} training FLOPs, {total_hours:,.1f} hours on one {GPU} at "
         f"{_UTILISATION:.0%} of its {_ONE_GPU.flops / 1e12:.0f} TFLOP/s, which only large models reach, "
         f"{core_hours:,.1f} on two CPU cores at {_CPU_FLOPS / 2:.2g} FLOP/s each. Speeds are assumed; memory is that "
-        f"of one {'CPU process' if on_cpu else 'GPU'}, as `tinyexperts plan` counts it.",
+        f"of one {'CPU process' if on_cpu else 'GPU'}, as `tinyexperts plan` counts it. Settings that are best at the "
+        "last value tried are tuned further; those runs are not counted here.",
         highlight=False,
         soft_wrap=True,
     )

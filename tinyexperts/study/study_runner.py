@@ -30,6 +30,7 @@ from tinyexperts.training import Interrupted
 
 # Of the data set that a dry run can do without.
 _VOCAB_SIZE_UNTIL_THERE_IS_DATA = 32_000
+_SLURM_HOURS = 24.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,8 @@ class StudyConfig:
     """local: processes on this machine; slurm: a job array, by submitit."""
     slurm_partition: str | None = None
     """Partition of the cluster; default: as the cluster chooses."""
-    slurm_hours: float = 24.0
-    """Longest time of one job."""
+    slurm_hours: float | None = None
+    """Longest time of one job; default: 24."""
     slurm_gpus: int = 0
     """GPUs that each job asks for: 1, or 0 for none."""
     num_parallel: int = 2
@@ -66,7 +67,10 @@ class StudyConfig:
             raise InputError(f"num_parallel must be at least 1, got {self.num_parallel}")
         if self.slurm_gpus not in (0, 1):
             raise InputError(f"slurm_gpus must be 0 or 1: a run of a study takes one device, got {self.slurm_gpus}")
-        if not self.slurm_hours > 0:
+        for name in ("slurm_partition", "slurm_hours", "slurm_gpus"):
+            if self.executor != "slurm" and (value := getattr(self, name)):
+                raise InputError(f"{name} is for the executor slurm, got {value} with {self.executor}")
+        if self.slurm_hours is not None and not self.slurm_hours > 0:
             raise InputError(f"slurm_hours must be positive, got {self.slurm_hours}")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"minutes must be positive, got {self.minutes}")
@@ -94,6 +98,8 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
     study = make(scale_named(config.scale, data=config.data, vocab_size=vocab_size))
     if config.dry_run or dataset is None:
         print_plan(study)
+        if dataset is None:
+            print(f"There is no data set in {config.data}: a vocabulary of {vocab_size:,} is assumed.")
         return
     # Later stages, too: what can't be run is told before hours are spent.
     check_grid(runs_if_all_end_alike(study), dataset.split("train").num_tokens)
@@ -184,7 +190,7 @@ def _run_all(
     if config.executor == "slurm":
         from tinyexperts.study.execution.slurm import run_array  # its package is an optional extra
 
-        parameters: dict[str, Any] = {"timeout_min": math.ceil(60 * config.slurm_hours)}
+        parameters: dict[str, Any] = {"timeout_min": math.ceil(60 * (config.slurm_hours or _SLURM_HOURS))}
         if config.slurm_partition is not None:
             parameters["slurm_partition"] = config.slurm_partition
         if config.slurm_gpus:

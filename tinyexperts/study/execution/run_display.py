@@ -13,7 +13,7 @@ from rich.table import Column
 
 from tinyexperts.training.run_folder import last_metrics
 
-MAX_BARS = 8  # of more runs than this only those under way have a bar, below one for all
+MAX_BARS = 8  # of more runs than this only those under way have a bar, below the one for all
 
 _NOTHING = {"stage": "", "loss": "", "speed": "", "left": ""}
 
@@ -26,8 +26,9 @@ class RunDisplay:
         self._is_short = len(folders) <= MAX_BARS
         self._num_failed = 0
         total = num_done + len(folders)
+        is_alone = self._is_short and not num_done
         self._overall = progress.add_task(
-            f"{title}{total} runs", total=total, completed=num_done, visible=not self._is_short, **_NOTHING
+            f"{title}{total} runs", total=total, completed=num_done, visible=not is_alone, **_NOTHING
         )
         waiting = _NOTHING | {"stage": "waiting"}
         self._tasks = {

@@ -132,7 +132,7 @@ def run_jobs(
     """
     deadline = time.monotonic() + max_seconds
     folders = [job.folder for job in jobs]
-    with run_display(folders, console=console, title=title, num_done=num_done) as display, _signals_as_interrupts():
+    with run_display(folders, console=console, title=title, num_done=num_done) as display, signals_as_interrupts():
         queue = _Queue(waiting=list(jobs), environment=environment, display=display, failed=failed)
         try:
             while queue.waiting or queue.active:
@@ -150,7 +150,7 @@ def run_jobs(
 
 
 @contextmanager
-def _signals_as_interrupts() -> Iterator[None]:
+def signals_as_interrupts() -> Iterator[None]:
     """SIGTERM and a closed terminal are handled as Ctrl-C is, so that no child outlives its parent."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:

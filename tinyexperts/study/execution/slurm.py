@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
 
 from tinyexperts.errors import InputError
 from tinyexperts.study.execution.run_display import run_display
+from tinyexperts.study.execution.run_queue import signals_as_interrupts
 from tinyexperts.study.execution.study_folder import StudyFolder
 from tinyexperts.study.execution.study_run import run_of_study
 from tinyexperts.study.grids.grid import GridRun
@@ -29,7 +31,7 @@ def run_array(
     cluster: str = "slurm",
     **parameters: Any,
 ) -> None:
-    """Submit the runs and wait for them; the folder keeps what failed. Ctrl-C cancels what has not ended.
+    """Submit the runs and wait for them; the folder keeps what failed. Whatever ends the wait cancels the rest.
 
     title, num_done: for the display, as of run_jobs
     cluster: as submitit names its executors
@@ -47,34 +49,48 @@ def run_array(
     except RuntimeError as error:
         raise InputError(f"--executor slurm wants a machine of a Slurm cluster: {error}") from None
     executor.update_parameters(name=folder.settings().study, slurm_array_parallelism=num_parallel, **parameters)
-    with executor.batch():
-        submitted = [executor.submit(run_of_study, folder.path, run.name) for run in runs]
-    jobs = {run.name: job for run, job in zip(runs, submitted, strict=True)}
+    jobs: dict[str, Any] = {}
+    with signals_as_interrupts():
+        try:
+            with executor.batch():
+                jobs = {run.name: executor.submit(run_of_study, folder.path, run.name) for run in runs}
+            _wait(folder, jobs, console, title, num_done)
+        except BaseException:
+            for job in jobs.values():
+                with suppress(Exception):  # one that was not submitted yet, or that can't be reached
+                    job.cancel(check=False)
+            raise
+
+
+def _wait(folder: StudyFolder, jobs: dict[str, Any], console: Console, title: str, num_done: int) -> None:
+    """Until all jobs have ended; those that have are taken out."""
     folders = [folder.run_path(name) for name in jobs]
-    try:
-        with run_display(folders, console=console, title=title, num_done=num_done) as display:
-            while jobs:
-                for name, job in list(jobs.items()):
-                    path = folder.run_path(name)
-                    if job.done():
-                        del jobs[name]
-                        error = job.exception()
-                        if error is not None:
+    with run_display(folders, console=console, title=title, num_done=num_done) as display:
+        while jobs:
+            for name, job in list(jobs.items()):
+                path = folder.run_path(name)
+                if job.done():
+                    del jobs[name]
+                    error = job.exception()
+                    if error is not None:
+                        with suppress(OSError):  # a full disk, say, must not stop the others
                             folder.note_failure(name, f"{_raised(error)} (all it printed: {job.paths.stderr})")
-                        display.refresh(path)
-                        display.end(path, is_failed=error is not None)
-                    elif job.state == "RUNNING":
-                        display.begin(path, "running")
-                        display.refresh(path)
-                if jobs:
-                    time.sleep(_POLL_SECONDS)
-    except KeyboardInterrupt:
-        for job in jobs.values():
-            job.cancel()
-        raise
+                    display.refresh(path)
+                    display.end(path, is_failed=error is not None)
+                elif job.state == "RUNNING":
+                    display.begin(path, "running")
+                    display.refresh(path)
+            if jobs:
+                time.sleep(_POLL_SECONDS)
 
 
 def _raised(error: Exception) -> str:
-    """The sentence of what a job raised: submitit tells its traceback and, below it, where its logs are."""
+    """The sentence of what a job raised: submitit tells its traceback and, below it, where its logs are.
+
+    Of one that left no result it tells its state, and all that it printed.
+    """
+    state = re.search(r"has not produced any output \(state: ([^)]+)\)", str(error))
+    if state:
+        return f"its job ended without a result, in the state {state[1]}"
     raised = re.findall(r"^[\w.]*(?:Error|Exception|Interrupted|Diverged): (.*)$", str(error), re.MULTILINE)
     return raised[-1] if raised else f"{type(error).__name__}: {error}".splitlines()[0]

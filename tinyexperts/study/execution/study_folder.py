@@ -257,11 +257,18 @@ class StudyFolder:
             if damaged:
                 reason = f"{folder} has results but no {' and no '.join(damaged)}: delete it, and it is run again"
                 return RunStatus(run=run, state="failed", progress=1.0, reason=reason, is_settled=False)
+            broken = [name for name in self._results(run) if "loss" not in (_read(folder / name) or {})]
+            if broken:
+                reason = f"{folder / broken[0]} can't be read: delete {folder}, and it is run again"
+                return RunStatus(run=run, state="failed", progress=1.0, reason=reason, is_settled=False)
             return RunStatus(run=run, state="done", progress=1.0, reason=None, is_settled=True)
         failure = self._failure(run.name)
         state: State = "begun" if folder.exists() else "waiting"
         if self._is_running(run.name):
             state, failure = "running", None
+        elif (folder / "checkpoints").exists() and not (folder / "config.json").exists():
+            reason = f"{folder} has checkpoints but no config.json: delete it, and it is run again"
+            return RunStatus(run=run, state="failed", progress=0.0, reason=reason, is_settled=False)
         elif failure is not None:
             state = "failed"
         return RunStatus(

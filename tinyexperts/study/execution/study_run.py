@@ -10,6 +10,7 @@ from typing import Any
 from tinyexperts import data, evaluation, training
 from tinyexperts.study.execution.study_folder import StudyFolder
 from tinyexperts.training import run_folder
+from tinyexperts.training.checkpoint import checkpoints
 
 
 def run_of_study(folder: Path, name: str) -> None:
@@ -41,6 +42,9 @@ def _do_what_is_left(study: StudyFolder, config: training.TrainConfig) -> None:
     held_out = not (config.run / "evaluation.json").exists()
     if not missing and not held_out:
         return
+    if not checkpoints(config.run):
+        # Its weights are made anew, maybe after a result of an earlier run of it was deleted: all results are theirs.
+        missing, held_out = settings.corpora(), True
     training.train(config, resume=(config.run / "config.json").exists(), progress=False)
     model = training.load_model(config.run, device=training.choose_device(config.device))
     options: dict[str, Any] = {"batch_size": config.batch_size, "max_tokens": settings.evaluation_tokens}

@@ -47,9 +47,9 @@ class Account:
 
     forward_flops: FLOPs a token of one forward pass; training costs three times as much
     parameters_total, parameters_active: all, and those that take part in one token
-    parameters_matmul: those of matrix products, which every token meets: neither tables nor the embedding
-    forward_bytes: bytes of weights that a forward pass reads for a token: its rows of the tables, and its share of the
-        other weights, which are read once a micro-batch
+    parameters_matmul: those of matrix products: neither tables nor the embedding; a mixture's experts all count
+    forward_bytes: bytes of weights that a forward pass reads for a token: its rows of the tables and of the embedding,
+        and its share of the other weights, which are read once a micro-batch
     """
 
     forward_flops: FlopsByModule
@@ -101,7 +101,8 @@ def account(config: TrainConfig) -> Account:
 def _account_of_model(config: TransformerConfig) -> _ModelAccount:
     with torch.device("meta"):
         model = Transformer(config)
-    attention = dense = query_network = scores = experts = row_bytes = 0
+    attention = dense = query_network = scores = experts = 0
+    row_bytes = config.d_model * _FP32_BYTES  # of the embedding
     for number, block in enumerate(model.blocks):
         attention += block.attention.flops_per_token(config.context_length)
         layer, flops = block.feed_forward, block.feed_forward.flops_per_token()
