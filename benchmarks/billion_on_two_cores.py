@@ -1,8 +1,8 @@
-"""A language model of 1.07 billion parameters on two CPU cores: one PEER block, N = 2^22 experts, D = 128.
+"""A language model of 1.08 billion parameters on two CPU cores: one PEER block, N = 2^22 experts, D = 128.
 
 Trains it, and the same model with N = 2^14, by the trainer of the package, and compares their tokens a second in
 interleaved slices. Run: python benchmarks/billion_on_two_cores.py --data data/stdlib
-(`tinyexperts data prepare` makes the data). About 12 GiB of memory and, for its checkpoint, 10 GB of disk.
+(`tinyexperts data prepare` makes the data). About 9 GiB of memory and, for its checkpoint, 10 GB of disk.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main() -> None:
         result["loading_seconds"] = time.perf_counter() - started
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    table = Table("quantity", "value", title="1.07 billion parameters on two cores", title_justify="left")
+    table = Table("quantity", "value", title="1.08 billion parameters on two cores", title_justify="left")
     for name, value in result.items():
         table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
     console.print(table)

@@ -1,7 +1,7 @@
 """Exact retrieval with product keys on the CPU; must match reference.py, ties included.
 
 The scores are torch's matrix products, a chunk of tokens at a time so that they stay in the cache. The best of a half
-are found without sorting it: the maxima of 64 columns of the row give a threshold that enough elements reach, few
+are found without sorting it: the maxima of some columns of the row give a threshold that enough elements reach, few
 elements are left above it, and each of those takes the place that the number of better ones says. The candidate pairs
 are ranked the same way.
 """
