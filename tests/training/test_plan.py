@@ -73,7 +73,7 @@ def test_a_token_sends_what_the_formula_says():
 def test_the_widths_above_which_columns_send_less_than_rows_are_those_of_the_guide():
     """The guide's formulas, and its R: the other ranks that hold one of a token's P experts at least."""
     guide = Path(__file__).parents[2].joinpath("docs/how-to/several-processes.md").read_text()
-    (first, rest) = re.search(r"for D above (\d+) at T = 8, (.*?)\. Columns", guide).groups()
+    (first, rest) = re.search(r"for D above (\d+) at G = 8, (.*?)\. Columns", guide).groups()
     widths = {8: int(first), **{int(t): int(d) for d, t in re.findall(r"above (\d+) at (\d+)", rest)}}
     assert widths.keys() == {8, 64, 512}
     retrieved, draw = 128, np.random.default_rng(0)
