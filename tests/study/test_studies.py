@@ -236,7 +236,7 @@ def test_the_main_study_from_start_to_report(config, children, methods):
         assert 0 < result["num_tokens"] <= 64
     page = (config.output / "report.html").read_text()
     assert page.count("At 3e+08 FLOPs PEER reaches a lower loss than") == 3
-    assert len(list((config.output / "tables").glob("*.csv"))) == 10
+    assert len(list((config.output / "tables").glob("*.csv"))) == 11
     with pytest.raises(InputError, match="evaluation_tokens was 64, is None"):
         run_study(make, config)
 

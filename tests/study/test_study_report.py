@@ -292,6 +292,16 @@ def test_the_tables_hold_what_was_measured(isoflop):
     assert float(without["without router"]) < float(without["training FLOPs"])
     assert (without["usage, %"], without["unevenness, nats"]) == ("75.0", "0.50")
     assert len(rows_of(isoflop, "scaling-law")) == 4
+    by_width = {(row["FLOPs"], row["baseline"], row["width"]): row for row in rows_of(isoflop, "differences-by-width")}
+    assert len(by_width) == 3 * (3 + 4 + 3 + 1)
+    for width in (32, 48, 64, 96):
+        ours, theirs = (
+            next(g for g in analysis.of(m, 1e13) if g.first.run.axes["width"] == width) for m in ("peer", "dense")
+        )
+        expected = np.mean([ours.losses()[seed] - theirs.losses()[seed] for seed in ours.losses()])
+        told = by_width["1e+13", "dense", str(width)]
+        assert float(told["mean"].replace("\N{MINUS SIGN}", "-")) == pytest.approx(expected, abs=6e-4)
+    assert by_width["3e+13", "PKM", "96"]["seeds"] == "2"
 
 
 def test_every_run_stands_in_the_report_by_itself(isoflop, isoflop_page):
