@@ -249,7 +249,7 @@ def test_the_tables_hold_what_was_measured(isoflop):
     assert [row["C4"] for row in paper] == ["18.31", "17.12", "17.36", "16.45"]
     differences = {(row["FLOPs"], row["baseline"], row["on"]): row for row in rows_of(isoflop, "differences")}
     # At equal time the last budget reaches beyond what is known, and so does the first where routers are not counted.
-    assert len(differences) == 4 * 3 * 6 - 1 - 2
+    assert len(differences) == 4 * 3 * 7 - 1 - 2
     assert ("3e+12", "dense", "held out, router not counted") not in differences
     assert ("1e+14", "dense", "held out, at equal time") not in differences, "beyond the last budget nothing is known"
     dense = differences["1e+13", "dense", "held out"]
@@ -545,6 +545,22 @@ def test_a_best_value_at_the_end_of_what_was_tried_is_told(tmp_path):
     widths = "dense 64, MoE 64, PKM 64, PEER 64"
     one_width = f"At 1e+14 FLOPs one width was run of each ({widths}): a better one may exist."
     assert analysis.doubts() == [one_width, "PEER: the best table is the last that was tried, 4 times the default."]
+
+
+def test_no_seed_takes_part_in_choosing_the_width_at_which_it_is_compared(isoflop):
+    points = read_points(isoflop).done
+    losses = {
+        "dense": {32: (9, 9, 9), 48: (3.0, 3.4, 3.5), 64: (3.3, 3.2, 3.1), 96: (9, 9, 9)},
+        "peer": {32: (9, 9, 9), 48: (2, 2, 2), 64: (3, 3, 3), 96: (9, 9, 9)},
+    }
+    for point in points:
+        if point.run.method in losses and point.run.axes["budget"] == 1e13:
+            point.losses["held out"] = losses[point.run.method][point.run.axes["width"]][point.seed]
+    found = IsoFlopAnalysis(points).difference_with_widths_of_other_seeds("dense", 1e13)
+    # Seeds 1 and 2 choose width 64 for seed 0; 0 and 2 choose 64 for seed 1, by 0.05; 0 and 1 choose 48 for seed 2.
+    assert found.values == pytest.approx((2 - 3.3, 2 - 3.2, 2 - 3.5))
+    one = IsoFlopAnalysis([point for point in points if point.seed == 0])
+    assert one.difference_with_widths_of_other_seeds("dense", 1e13) is None
 
 
 def test_losses_that_are_not_finite_are_no_difference(isoflop):

@@ -92,6 +92,33 @@ class IsoFlopAnalysis:
         ours, theirs = self.best("peer", budget), self.best(baseline, budget)
         return None if ours is None or theirs is None else paired_difference(ours.losses(text), theirs.losses(text))
 
+    def difference_with_widths_of_other_seeds(self, baseline: str, budget: float) -> SeedInterval | None:
+        """PEER minus a baseline, each seed's run at the width that the other seeds say is best.
+
+        So that no run takes part in choosing the width at which it is compared. None with fewer than two seeds.
+        """
+        ours, theirs = (
+            {
+                seed: loss
+                for seed in self._shared_seeds(m, budget)
+                if (loss := self._left_out(m, budget, seed)) is not None
+            }
+            for m in ("peer", baseline)
+        )
+        return paired_difference(ours, theirs)
+
+    def _shared_seeds(self, method: str, budget: float) -> set[int]:
+        seeds = [set(group.losses()) for group in self.of(method, budget)]
+        return set.intersection(*seeds) if seeds else set()
+
+    def _left_out(self, method: str, budget: float, seed: int) -> float | None:
+        """The loss of a seed at the width of least mean loss over the others; None without others."""
+        others = self._shared_seeds(method, budget) - {seed}
+        if not others:
+            return None
+        best = min(self.of(method, budget), key=lambda group: math.fsum(group.losses()[other] for other in others))
+        return best.losses()[seed]
+
     def difference_of_part(self, baseline: str, budget: float, part: str) -> SeedInterval | None:
         """PEER minus a baseline on a part of the held-out tokens: `new` or `stood_earlier`."""
         ours, theirs = self.best("peer", budget), self.best(baseline, budget)
@@ -145,6 +172,7 @@ class IsoFlopAnalysis:
             HELD_OUT: self.difference(baseline, budget),
             "held out, tokens whose bigram is new": self.difference_of_part(baseline, budget, "new"),
             "held out, tokens whose bigram stood earlier": self.difference_of_part(baseline, budget, "stood_earlier"),
+            "held out, width by the other seeds": self.difference_with_widths_of_other_seeds(baseline, budget),
             WITHOUT_ROUTER: self.difference_at_equal(_flops_without_router, baseline, budget),
             AT_EQUAL_TIME: self.difference_at_equal(self.seconds, baseline, budget),
             **{text: self.difference(baseline, budget, text) for text in texts},

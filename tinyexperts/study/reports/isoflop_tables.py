@@ -77,7 +77,8 @@ def _differences(analysis: IsoFlopAnalysis) -> Table:
         columns=("FLOPs", "baseline", "on", "mean", "deviation over seeds", "95 % interval", "outcome"),
         rows=tuple(rows),
         note=f"Paired by seed. A difference whose interval holds zero is no win, and of {len(rows)} intervals at "
-        "95 % one in twenty leaves zero out by chance; the width is the best of the same seeds. Router not counted: "
+        "95 % one in twenty leaves zero out by chance. The width is the best of the same seeds, and where it is by the "
+        "other seeds, each seed is compared at the width that is best for the others. Router not counted: "
         "what the baseline reaches at as many FLOPs, the routers of both left out. At equal time: what the baseline "
         "reaches in PEER's seconds; a method's seconds are its tokens at the median speed of its runs of that width. "
         "Both lie between two budgets of the baseline, on a straight line in the logarithm, which lies above a curve "
