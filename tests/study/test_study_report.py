@@ -77,7 +77,13 @@ def fill(path, make, loss, *, corpora=(), skip=()):
             ]
             (where / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (where / "config.json").write_text("{}")
-            (where / "run.json").write_text(json.dumps({"num_steps": cost.num_steps, "versions": {"torch": "2.13.0"}}))
+            versions = {
+                "tinyexperts": "0.1",
+                "torch": "2.13",
+                "python": "3.11",
+                "platform": f"machine {run.config.seed}",
+            }
+            (where / "run.json").write_text(json.dumps({"num_steps": cost.num_steps, "versions": versions}))
             usage = []
             if run.method == "peer":
                 np.save(where / "usage.npy", np.full(4, 0.25))
@@ -229,6 +235,7 @@ def test_the_report_is_whole_and_escaped(isoflop, isoflop_page):
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
     assert "How often data was repeated is not known" in page
     assert page.count("<figure>") == 1 + 9 + 1 + 1, "the trend, sizes of three budgets, seconds, residuals"
+    assert "tinyexperts 0.1, torch 2.13, python 3.11</p>" in page, "once, though machines differ"
     markdown = (isoflop.path / "report.md").read_text(encoding="utf-8")
     assert "What is missing or doubtful:\n\n- " in markdown
     assert "3 seeds; the paper's margins, \N{MINUS SIGN}0.145 and \N{MINUS SIGN}0.107, outside of it)" in markdown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
             problems=problems,
             drawings=[drawing for drawing in drawings if drawing is not None],
             tables=[table for table in tables if table.rows],
-            versions=sorted({str(p.result.run["versions"]) for p in points if p.result.run}),
+            versions=sorted({_versions(point.result.run["versions"]) for point in points if point.result.run}),
         )
     )
     path = folder.path / "report.html"
@@ -89,3 +90,8 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
     text = [f"# {title}", "", *verdicts, "", *doubts, *(table.as_markdown() for table in tables if table.rows)]
     (folder.path / "report.md").write_text("\n".join(text), encoding="utf-8")
     return path
+
+
+def _versions(of_run: Mapping[str, str]) -> str:
+    """Of the packages and of Python; machines differ within a study, and their seconds stand in the tables."""
+    return ", ".join(f"{name} {version}" for name, version in of_run.items() if name != "platform")
