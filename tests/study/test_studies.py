@@ -265,8 +265,13 @@ def test_a_study_that_is_killed_again_and_again_ends_in_the_same_tables(config, 
     assert unfinished, "no kill met unfinished work"
     subprocess.run(command(killed), check=True, capture_output=True)
     for table in (whole / "tables").glob("*.csv"):
-        text = table.read_text().replace(str(whole), "FOLDER")
-        assert (killed / "tables" / table.name).read_text().replace(str(killed), "FOLDER") == text
+        first, second = (
+            path.joinpath("tables", table.name).read_text().replace(str(path), "FOLDER") for path in (whole, killed)
+        )
+        if table.name == "runs.csv":  # how fast a run was is another thing each time
+            seconds = re.compile(r"^([^,]+),[^,]+,[^,]+,", re.MULTILINE)
+            first, second = (seconds.sub(r"\1,", text) for text in (first, second))
+        assert first == second
 
 
 @pytest.mark.slow
