@@ -69,6 +69,10 @@ class Account:
         return self.training_flops_per_step * self.num_steps
 
     @property
+    def training_flops_without_router(self) -> float:
+        return self.training_flops * (1 - self.forward_flops.router / self.forward_flops.total)
+
+    @property
     def num_tokens(self) -> int:
         return self.tokens_per_step * self.num_steps
 

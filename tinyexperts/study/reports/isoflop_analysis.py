@@ -173,7 +173,9 @@ class IsoFlopAnalysis:
             "held out, tokens whose bigram is new": self.difference_of_part(baseline, budget, "new"),
             "held out, tokens whose bigram stood earlier": self.difference_of_part(baseline, budget, "stood_earlier"),
             "held out, width by the other seeds": self.difference_with_widths_of_other_seeds(baseline, budget),
-            WITHOUT_ROUTER: self.difference_at_equal(_flops_without_router, baseline, budget),
+            WITHOUT_ROUTER: self.difference_at_equal(
+                lambda group: group.first.cost.training_flops_without_router, baseline, budget
+            ),
             AT_EQUAL_TIME: self.difference_at_equal(self.seconds, baseline, budget),
             **{text: self.difference(baseline, budget, text) for text in texts},
         }
@@ -227,11 +229,6 @@ class IsoFlopAnalysis:
                     told = f"the best {setting} is the last that was tried, {factor:g} times the default"
                     sentences.append(f"{method_label(method)}: {told}.")
         return sentences
-
-
-def _flops_without_router(group: Group) -> float:
-    cost = group.first.cost
-    return cost.training_flops * (1 - cost.forward_flops.router / cost.forward_flops.total)
 
 
 def tuning_label(point: Point) -> str:

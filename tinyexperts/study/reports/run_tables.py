@@ -23,12 +23,11 @@ RESULT_COLUMNS = ("loss", "deviation over seeds", "usage, %", "unevenness, nats"
 def cost_cells(group: Group) -> tuple[str, ...]:
     """What a run of the group costs: the cells of COST_COLUMNS."""
     cost = group.first.cost
-    flops = cost.forward_flops
     return (
         *(format_count(n) for n in (cost.parameters_active, cost.parameters_total, cost.parameters_matmul)),
         format_count(cost.num_tokens),
         f"{cost.training_flops:.3e}",
-        f"{cost.training_flops * (1 - flops.router / flops.total):.3e}",
+        f"{cost.training_flops_without_router:.3e}",
         format_count(cost.forward_bytes),
     )
 
