@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, special, stats
 
 from tinyexperts.study.fits.compute_multiplier import compute_multiplier
 from tinyexperts.study.fits.isoflop_fit import fit_isoflop
@@ -134,6 +134,30 @@ def test_known_exponents_with_granularity_are_found():
     fit = fit_power_law(WITH_GRANULARITY, v, losses)
     assert fit.exponents == pytest.approx({"gamma": 0.58, "alpha": 0.115, "beta": 0.147}, rel=0.05)
     assert np.abs(fit.residuals).max() < 1e-3
+
+
+def test_intervals_are_those_of_least_squares_where_noise_is_small():
+    # With residuals below Huber's delta, and so small that the law is nearly linear within the interval.
+    v = grid_of_runs()
+    losses = 1.7 + 400 / v["P"] ** 0.34 + 410 / v["D"] ** 0.28 + np.random.default_rng(3).normal(0, 0.003, 40)
+    fit = fit_power_law(SIZE_AND_TOKENS, v, losses)
+
+    def law(sizes, c, log_a, alpha, log_b, beta):
+        return c + np.exp(log_a - alpha * np.log(sizes[0])) + np.exp(log_b - beta * np.log(sizes[1]))
+
+    start = (1.7, np.log(400), 0.34, np.log(410), 0.28)
+    values, covariance = optimize.curve_fit(law, (v["P"], v["D"]), losses, p0=start)
+    half = special.stdtrit(40 - 5, 0.975) * np.sqrt(np.diag(covariance))
+    for name, place in (("c", 0), ("alpha", 2), ("beta", 4)):
+        expected = values[place] - half[place], values[place] + half[place]
+        assert fit.intervals[name] == pytest.approx(expected, abs=0.1 * half[place])
+        assert fit.open_ends[name] == (False, False)
+
+
+def test_as_many_runs_as_parameters_determine_nothing():
+    size = {"P": [1e5, 1e6, 1e7]}
+    fit = fit_power_law((Term(coefficient="a", exponents={"P": "alpha"}),), size, [4.0, 3.5, 3.3])
+    assert fit.open_ends == {"alpha": (True, True), "c": (True, True)}
 
 
 def test_a_run_that_went_astray_pulls_little():

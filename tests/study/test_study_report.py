@@ -298,7 +298,14 @@ def test_the_tables_hold_what_was_measured(isoflop):
     without = next(row for row in rows_of(isoflop, "points") if row["method"] == "PEER")
     assert float(without["without router"]) < float(without["training FLOPs"])
     assert (without["usage, %"], without["unevenness, nats"]) == ("75.0", "0.50")
-    assert len(rows_of(isoflop, "scaling-law")) == 4
+    laws = {row["method"]: row for row in rows_of(isoflop, "scaling-law")}
+    assert laws.keys() == {"dense", "MoE", "PKM", "PEER"}
+    fit = analysis.laws["peer"]
+    for name, found in {**fit.exponents, "c": fit.constant}.items():
+        assert float(laws["PEER"][name]) == pytest.approx(found, abs=6e-4)
+        (low, high), is_open = fit.intervals[name], fit.open_ends[name]
+        told = [f"{end:.3f}" if not opened else "open" for end, opened in zip((low, high), is_open, strict=True)]
+        assert laws["PEER"][f"{name}, 95 %"] == " to ".join(told)
     by_width = {(row["FLOPs"], row["baseline"], row["width"]): row for row in rows_of(isoflop, "differences-by-width")}
     assert len(by_width) == 3 * (3 + 4 + 3 + 1)
     for width in (32, 48, 64, 96):
@@ -337,7 +344,7 @@ def test_the_residuals_are_those_of_the_law_and_tell_a_run_astray(isoflop):
     points = read_points(isoflop).done
     analysis = IsoFlopAnalysis(points)
     ours = analysis.points_of("peer")
-    law = analysis.law("peer")
+    law = analysis.laws["peer"]
     predicted = [law.loss(P=p.cost.parameters_active, D=p.cost.num_tokens) for p in ours]
     np.testing.assert_allclose(law.residuals, np.array([p.loss for p in ours]) - predicted, atol=1e-9)
     rows = [row for row in rows_of(isoflop, "optimum") if row["FLOPs"] == "1e+13"]
@@ -345,7 +352,7 @@ def test_the_residuals_are_those_of_the_law_and_tell_a_run_astray(isoflop):
     assert float(rows[0]["residuals, nats (RMS)"]) == pytest.approx(np.sqrt((fit.residuals**2).mean()), abs=1e-3)
     assert "Residuals of the laws" in residuals(analysis).svg
     few = IsoFlopAnalysis([point for point in points if point.run.method == "peer"][-4:])
-    assert few.law("peer") is None
+    assert "peer" not in few.laws
     assert residuals(few) is None
 
 

@@ -8,7 +8,7 @@ little.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,8 +46,9 @@ class PowerLawFit:
 
     constant: c, the loss (nats) that no size removes
     residuals: measured minus fitted loss in nats, in the order of the runs
-    undetermined: what the runs leave open: exponents at an end of the range that was searched, those of terms whose
-        coefficient is 0, and c, where without it the runs are fitted as well
+    intervals: of every exponent, and of c: the values with which the law, everything else fitted anew, is no worse than
+        chance explains (95 %, an F test, which takes the runs' deviations as independent of each other)
+    open_ends: whether each interval goes on below and above what was searched, from 0 for c
     """
 
     terms: tuple[Term, ...]
@@ -55,7 +56,13 @@ class PowerLawFit:
     coefficients: dict[str, float]
     exponents: dict[str, float]
     residuals: np.ndarray
-    undetermined: tuple[str, ...]
+    intervals: dict[str, tuple[float, float]]
+    open_ends: dict[str, tuple[bool, bool]]
+
+    @property
+    def undetermined(self) -> tuple[str, ...]:
+        """Exponents, and c, of which an end is open: without such a c the runs are fitted as well."""
+        return tuple(name for name, is_open in self.open_ends.items() if any(is_open))
 
     def loss(self, **variables: float) -> float:
         """The fitted loss in nats."""
@@ -99,49 +106,74 @@ def fit_power_law(
             columns.append(np.exp(-logs))
         return np.stack(columns, 1)
 
-    def search(first_column: int) -> tuple[np.ndarray, float]:
-        """The exponents of least Huber loss, and that loss; without the first column c is 0."""
+    def cost_of(exponents: np.ndarray, constant: float | None) -> float:
+        if not ((exponents >= _BOUNDS[0]) & (exponents <= _BOUNDS[1])).all():
+            return np.inf
+        matrix = design(exponents)
+        return _solve(matrix, loss)[1] if constant is None else _solve(matrix[:, 1:], loss - constant)[1]
 
-        def objective(exponents: np.ndarray) -> float:
-            if not ((exponents >= _BOUNDS[0]) & (exponents <= _BOUNDS[1])).all():
-                return np.inf
-            return _solve(design(exponents)[:, first_column:], loss)[1]
+    def least(
+        held: Mapping[str, float], starts: list[tuple[float, ...]], *, polished: int, tolerance: float
+    ) -> tuple[np.ndarray, float]:
+        """The exponents of least Huber loss, and that loss, with some of them, and c, held at a value."""
+        free = [number for number, name in enumerate(names) if name not in held]
 
-        starts = sorted(itertools.product(_STARTS, repeat=len(names)), key=lambda start: objective(np.array(start)))
-        tolerances = {"xatol": 1e-6, "fatol": 1e-14, "maxiter": 4000, "maxfev": 4000}
-        found = [
-            optimize.minimize(objective, start, method="Nelder-Mead", options=tolerances)
-            for start in starts[:_POLISHED_STARTS]
-        ]
+        def whole(values: Sequence[float]) -> np.ndarray:
+            exponents = np.array([held.get(name, 0.0) for name in names])
+            exponents[free] = values
+            return exponents
+
+        def objective(values: Sequence[float]) -> float:
+            return cost_of(whole(values), held.get("c"))
+
+        starts = sorted({tuple(start[number] for number in free) for start in starts}, key=objective)[:polished]
+        if not free:
+            return whole(()), objective(())
+        tolerances = {"xatol": tolerance, "fatol": tolerance**2, "maxiter": 4000, "maxfev": 4000}
+        found = [optimize.minimize(objective, start, method="Nelder-Mead", options=tolerances) for start in starts]
         best = min(found, key=lambda result: result.fun)
-        return best.x, float(best.fun)
+        return whole(best.x), float(best.fun)
 
-    exponents, cost = search(0)
+    grid = list(itertools.product(_STARTS, repeat=len(names)))
+    exponents, cost = least({}, grid, polished=_POLISHED_STARTS, tolerance=1e-7)
     matrix = design(exponents)
     solution, _ = _solve(matrix, loss)
+    constant = float(solution[0])
     by_name = dict(zip(names, map(float, exponents), strict=True))
     coefficients = {
         term.coefficient: float(solution[1 + number])
         * float(np.prod([middle[v] ** by_name[e] for v, e in term.exponents.items()]))
         for number, term in enumerate(terms)
     }
-    at_bounds = {name for name, e in by_name.items() if min(abs(e - bound) for bound in _BOUNDS) < 1e-3}
-    needed = {name for term in terms if coefficients[term.coefficient] > 0 for name in term.exponents.values()}
-    # An F test: by how much the loss would rise without c, against what a parameter without an effect would take away.
     spare = len(loss) - num_parameters
-    rise = (search(1)[1] - cost) * spare
-    without_constant = spare < 1 or rise < cost * float(special.fdtri(1, spare, _CONFIDENCE))
+    # What a parameter without an effect would take from the loss by chance.
+    limit = cost * (1 + float(special.fdtri(1, spare, _CONFIDENCE)) / spare) if spare else np.inf
+    near = [*grid, tuple(map(float, exponents))]
+
+    def beyond(name: str) -> Callable[[float], float]:
+        return lambda value: least({name: value}, near, polished=1, tolerance=1e-5)[1] - limit
+
+    intervals, open_ends = {}, {}
+    for name, found in {**by_name, "c": constant}.items():
+        ends = (0.0, float(loss.max())) if name == "c" else _BOUNDS
+        intervals[name] = tuple(_crossing(beyond(name), found, end) for end in ends)
+        open_ends[name] = tuple(reached == end for reached, end in zip(intervals[name], ends, strict=True))
     return PowerLawFit(
         terms=terms,
-        constant=float(solution[0]),
+        constant=constant,
         coefficients=coefficients,
         exponents=by_name,
         residuals=loss - matrix @ solution,
-        undetermined=(
-            *(name for name in by_name if name in at_bounds or name not in needed),
-            *(("c",) if without_constant else ()),
-        ),
+        intervals=intervals,
+        open_ends=open_ends,
     )
+
+
+def _crossing(rise: Callable[[float], float], inside: float, end: float) -> float:
+    """Where between a value inside an interval and the end of what was searched the interval ends; or that end."""
+    if rise(end) <= 0:
+        return end
+    return inside if rise(inside) >= 0 else float(optimize.brentq(rise, inside, end, xtol=1e-5))
 
 
 def _solve(matrix: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, float]:

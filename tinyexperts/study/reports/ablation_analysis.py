@@ -11,6 +11,7 @@ from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
 from tinyexperts.study.grids.grid import GridRun
 from tinyexperts.study.reports.claim import Claim, interval_told, judged
 from tinyexperts.study.reports.comparison import signed
+from tinyexperts.study.reports.law_cells import LAW_NOTE, law_cells, law_columns, missing_law_cells
 from tinyexperts.study.reports.paper_results import PAPER_USAGE
 from tinyexperts.study.reports.run_tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
 from tinyexperts.study.reports.study_points import Group, Point, groups_of
@@ -160,7 +161,6 @@ class AblationAnalysis:
 
     def _law(self) -> Table:
         points = [point for group in self.groups for point in group.points]
-        columns = ("c", "a", "alpha", "b", "beta", "g", "gamma", "residuals, nats (root mean square)", "doubt")
         try:
             fit = fit_power_law(
                 WITH_GRANULARITY,
@@ -172,18 +172,15 @@ class AblationAnalysis:
                 [point.loss for point in points],
             )
         except ValueError as error:
-            row: tuple[str, ...] = (*(MISSING,) * 8, str(error))
+            cells = missing_law_cells(WITH_GRANULARITY, str(error))
         else:
-            numbers = {**fit.coefficients, **fit.exponents, "c": fit.constant}
-            doubt = f"the runs do not determine {' and '.join(fit.undetermined)}" if fit.undetermined else ""
-            deviation = math.sqrt(float((fit.residuals**2).mean()))
-            row = (*(f"{numbers[name]:.4g}" for name in columns[:7]), f"{deviation:.3f}", doubt)
+            cells = law_cells(fit, is_finished=not self._open)
         return Table(
             name="granularity-law",
             title="L(P, D, G) = c + (g / G^gamma + a) / P^alpha + b / D^beta",
-            columns=columns,
-            rows=(row,),
-            note="P active parameters, D tokens, G active experts.",
+            columns=law_columns(WITH_GRANULARITY),
+            rows=(cells,),
+            note=f"P active parameters, D tokens, G active experts. {LAW_NOTE}",
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 
 from tinyexperts.study.fits.isoflop_fit import IsoFlopFit, fit_isoflop
@@ -78,14 +80,16 @@ class IsoFlopAnalysis:
         """All runs of a method, tuning left out."""
         return [point for group in self.groups if group.first.run.method == method for point in group.points]
 
-    def law(self, method: str) -> PowerLawFit | None:
-        """L(P, D) of all runs of a method; None where fewer differ than it has parameters."""
-        points = self.points_of(method)
-        sizes = {"P": [p.cost.parameters_active for p in points], "D": [p.cost.num_tokens for p in points]}
-        try:
-            return fit_power_law(SIZE_AND_TOKENS, sizes, [p.loss for p in points])
-        except ValueError:
-            return None
+    @cached_property
+    def laws(self) -> dict[str, PowerLawFit]:
+        """L(P, D) of all runs of a method, by method; without those that have fewer different runs than parameters."""
+        fits = {}
+        for method in METHODS:
+            points = self.points_of(method)
+            sizes = {"P": [p.cost.parameters_active for p in points], "D": [p.cost.num_tokens for p in points]}
+            with contextlib.suppress(ValueError):
+                fits[method] = fit_power_law(SIZE_AND_TOKENS, sizes, [p.loss for p in points])
+        return fits
 
     def difference(self, baseline: str, budget: float, text: str = HELD_OUT) -> SeedInterval | None:
         """PEER minus a baseline, nats, each at its own best size."""

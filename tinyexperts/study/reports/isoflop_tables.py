@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 from tinyexperts.study.fits.compute_multiplier import compute_multiplier
+from tinyexperts.study.fits.power_law_fit import SIZE_AND_TOKENS
 from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
 from tinyexperts.study.grids.scales import METHODS
 from tinyexperts.study.reports.claim import interval_told
 from tinyexperts.study.reports.comparison import signed
 from tinyexperts.study.reports.isoflop_analysis import AT_EQUAL_TIME, BASELINES, IsoFlopAnalysis, tuning_label
+from tinyexperts.study.reports.law_cells import LAW_NOTE, law_cells, law_columns, missing_law_cells
 from tinyexperts.study.reports.paper_results import PAPER_PERPLEXITY, PAPER_TEXTS
 from tinyexperts.study.reports.report import format_count
 from tinyexperts.study.reports.run_results import method_label
@@ -176,23 +178,19 @@ def _optima(analysis: IsoFlopAnalysis) -> Table:
 def _laws(analysis: IsoFlopAnalysis) -> Table:
     rows = []
     for method in METHODS:
-        fit = analysis.law(method)
+        fit = analysis.laws.get(method)
         if fit is None:
-            rows.append((method_label(method), *(MISSING,) * 6, "fewer different runs than the law has parameters"))
-            continue
-        deviation = math.sqrt(float((fit.residuals**2).mean()))
-        doubts = [] if all(analysis.is_finished(method, budget) for budget in analysis.budgets) else ["unfinished"]
-        doubts += [f"the runs do not determine {' and '.join(fit.undetermined)}"] if fit.undetermined else []
-        terms = [f"{fit.coefficients['a']:.4g}", f"{fit.exponents['alpha']:.3f}"]
-        terms += [f"{fit.coefficients['b']:.4g}", f"{fit.exponents['beta']:.3f}"]
-        rows.append((method_label(method), f"{fit.constant:.3f}", *terms, f"{deviation:.3f}", ", ".join(doubts)))
+            cells = missing_law_cells(SIZE_AND_TOKENS, "fewer different runs than the law has parameters")
+        else:
+            is_finished = all(analysis.is_finished(method, budget) for budget in analysis.budgets)
+            cells = law_cells(fit, is_finished=is_finished)
+        rows.append((method_label(method), *cells))
     return Table(
         name="scaling-law",
         title="L(P, D) = c + a / P^alpha + b / D^beta, P active parameters, D tokens",
-        columns=("method", "c", "a", "alpha", "b", "beta", "residuals, nats (root mean square)", "doubt"),
+        columns=("method", *law_columns(SIZE_AND_TOKENS)),
         rows=tuple(rows),
-        note="Of all runs of a method, its seeds too. A c without which they are fitted as well is no loss that any "
-        "size would leave.",
+        note=f"Of all runs of a method, its seeds too. {LAW_NOTE}",
     )
 
 

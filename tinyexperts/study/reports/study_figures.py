@@ -143,7 +143,7 @@ def losses_by_time(analysis: IsoFlopAnalysis) -> Drawing | None:
 
 def residuals(analysis: IsoFlopAnalysis) -> Drawing | None:
     """Measured minus fitted loss of each method's law L(P, D) against the tokens of the run; None without a fit."""
-    fits = {method: fit for method in METHODS if (fit := analysis.law(method)) is not None}
+    fits = analysis.laws
     if not fits:
         return None
     with matplotlib.rc_context(STYLE):
