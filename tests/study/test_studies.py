@@ -218,6 +218,15 @@ def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
     assert "8 runs planned so far, 8 done, 0 running, 0 begun, 0 waiting, 0 failed" in capsys.readouterr().out
     run_study(studies.num_experts, config)
     assert len(children.started) == 8
+    # Results on a text that has changed since are not to stand beside those of the old one.
+    (config.evaluation_corpora[0] / "a.txt").write_text("the red cat sees a blue cat " * 20)
+    with pytest.raises(InputError, match=r"evaluation_sha256 was .*poems.*, is .*choose another --output"):
+        run_study(studies.num_experts, config)
+    # A folder of an older version does not say what its text was.
+    path = config.output / "study.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "evaluation_sha256"}))
+    run_study(studies.num_experts, config)
+    assert len(children.started) == 8
 
 
 @pytest.mark.parametrize("methods", [("dense", "peer"), pytest.param(METHODS, marks=pytest.mark.slow)])

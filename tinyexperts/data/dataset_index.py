@@ -107,11 +107,8 @@ def read_index(folder: Path) -> DatasetIndex:
 
 def sha256_of_file(path: Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_splits(index: DatasetIndex) -> str:

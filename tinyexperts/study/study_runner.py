@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,7 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
         return
     # Later stages, too: what can't be run is told before hours are spent.
     check_grid(runs_if_all_end_alike(study), dataset.split("train").num_tokens)
-    _check_corpora(config.evaluation_corpora)
+    corpora_sha256 = {path.stem: _sha256_of_text(path) for path in config.evaluation_corpora}
     folder = StudyFolder(config.output or Path("runs", f"{study.name}-{study.scale}"))
     with folder.held():
         corpora = tuple(str(path) for path in config.evaluation_corpora)
@@ -114,6 +115,7 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
                 data=str(config.data),
                 data_sha256=dataset.sha256,
                 evaluation_corpora=corpora,
+                evaluation_sha256=corpora_sha256,
                 evaluation_tokens=config.evaluation_tokens,
             )
         )
@@ -145,11 +147,20 @@ def _checked(stage: GridStage, num_train_tokens: int, losses: Mapping[str, float
     return runs
 
 
-def _check_corpora(paths: Sequence[Path]) -> None:
-    for path in paths:
-        skipped: list[str] = []
-        if not any(document.text.strip() for document in FileCorpus([path]).documents(skipped)):
-            raise InputError(f"the evaluation corpus {path} has no text{skipped_note(skipped)}")
+def _sha256_of_text(path: Path) -> str:
+    """The sha256, in hexadecimal, of the documents of an evaluation corpus.
+
+    Raises:
+        InputError: it has no text, or can't be read.
+    """
+    skipped: list[str] = []
+    digest, has_text = hashlib.sha256(), False
+    for document in FileCorpus([path]).documents(skipped):
+        has_text = has_text or bool(document.text.strip())
+        digest.update(document.text.encode() + b"\xff")  # no UTF-8 text has this byte
+    if not has_text:
+        raise InputError(f"the evaluation corpus {path} has no text{skipped_note(skipped)}")
+    return digest.hexdigest()
 
 
 def _report(folder: StudyFolder) -> None:

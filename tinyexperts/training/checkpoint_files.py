@@ -5,7 +5,6 @@ Each rank writes what it has of a tensor, and of what all have one writes; a fil
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tinyexperts.data.dataset_index import sha256_of_file
 from tinyexperts.errors import InputError
 from tinyexperts.training.ranks import Ranks
 from tinyexperts.training.sharding import local
@@ -69,7 +69,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dic
     on_all(ranks, lambda: _write_large(large, folder, ranks))
     on_all(ranks, lambda: _write_small(small, folder, ranks))
     written = on_all(ranks, lambda: sorted(path.name for path in folder.iterdir()))[0]  # a folder may lag elsewhere
-    shares = on_all(ranks, lambda: {name: sha256(folder / name) for name in written[ranks.rank :: ranks.size]})
+    shares = on_all(ranks, lambda: {name: sha256_of_file(folder / name) for name in written[ranks.rank :: ranks.size]})
     return {name: digest for share in shares for name, digest in sorted(share.items())}
 
 
@@ -89,20 +89,12 @@ def verified_manifest(checkpoint: Path, ranks: Ranks) -> dict[str, Any]:
             path = checkpoint / name
             if not path.is_file():
                 raise InputError(f"the checkpoint {checkpoint} lacks its file {name}")
-            if sha256(path) != digest:
+            if sha256_of_file(path) != digest:
                 raise InputError(
                     f"{path} is truncated or altered: its SHA-256 is not that of the manifest; "
                     "delete the folder to go back to the checkpoint before it"
                 )
     return manifest
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def reason(error: BaseException) -> str:

@@ -42,6 +42,8 @@ class StudySettings:
     evaluation_corpora: tuple[str, ...] = ()
     data_sha256: str | None = None
     """Of the data set; None in folders of old."""
+    evaluation_sha256: dict[str, str] | None = None
+    """Of the text of each evaluation corpus, by name; None in folders of old."""
     evaluation_tokens: int | None = None
     """Of each evaluation corpus, and of the held-out split; None: all."""
 
@@ -120,7 +122,7 @@ class StudyFolder:
                 f"{field.name} was {getattr(before, field.name)!r}, is {getattr(settings, field.name)!r}"
                 for field in fields(settings)
                 if getattr(before, field.name) != getattr(settings, field.name)
-                and (field.name != "data_sha256" or before.data_sha256 is not None)
+                and (getattr(before, field.name) is not None or not field.name.endswith("_sha256"))
             ]
             if differing:
                 raise InputError(f"{self.path} holds another study ({'; '.join(differing)}): choose another --output")
