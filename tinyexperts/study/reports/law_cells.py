@@ -10,9 +10,9 @@ from tinyexperts.study.reports.table import MISSING
 
 LAW_NOTE = (
     "The 95 % interval of a parameter holds the values with which the law, all else fitted anew, is no worse than "
-    "chance explains, if the runs' deviations are independent; open where it goes on beyond what was searched. The "
-    "intervals of two methods that overlap tell nothing apart, and a c whose interval is open below is no loss that "
-    "any size would leave."
+    "chance explains, if the runs' deviations are independent; open where it goes on beyond what was searched. "
+    "Intervals that overlap do not tell two methods apart, and a c whose interval is open below is no loss that any "
+    "size would leave."
 )
 
 
