@@ -36,6 +36,8 @@ from tinyexperts.study.grids.accounting import account
 from tinyexperts.study.grids.scales import METHODS, scale_named
 from tinyexperts.study.study_runner import StudyConfig, run_study
 from tinyexperts.training import Interrupted
+from tinyexperts.training.checkpoint import checkpoints
+from tinyexperts.training.run_folder import last_metrics
 
 SCALES = ("minute", "laptop", "gpu", "paper")
 
@@ -690,6 +692,41 @@ def test_an_interruption_cancels_the_jobs_that_were_submitted(config, children, 
     while not all(job.done(force_check=True) for job in submitted) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not folder.losses()
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_over_is_saved_and_queued_again(config, children, monkeypatch):
+    children.stop_after = 0
+    run_study_of_nothing(config)
+    folder = StudyFolder(config.output)
+    name = folder.planned_runs()[0].name
+    planned = config.output / "planned" / f"{name}.json"
+    content = json.loads(planned.read_text())
+    content["config"] |= {"training_flops": 10 * content["config"]["training_flops"], "checkpoint_every": 10**6}
+    planned.write_text(json.dumps(content))
+    where, submitted, warned, saved = folder.run_path(name), [], [], set()
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", noted(submitit.AutoExecutor.submit, submitted))
+
+    def warn_once(seconds):
+        time.sleep(0.02)
+        if not warned and last_metrics(where / "metrics.jsonl").get("train", {}).get("step", 0) > 2:
+            controller = submitted[0].job_id
+            warned.extend(map(int, Path(f"/proc/{controller}/task/{controller}/children").read_text().split()))
+            os.kill(warned[0], signal.SIGUSR2)
+        saved.update(path.name for path in checkpoints(where))
+
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=warn_once))
+    slurm.run_array(
+        folder, [folder.planned_run(name)], num_parallel=1, console=Console(quiet=True), cluster="local", timeout_min=5
+    )
+    assert warned
+    num_steps = json.loads((where / "run.json").read_text())["num_steps"]
+    assert any(2 < int(re.sub(r"\D", "", step)) < num_steps for step in saved), "it was not saved when it was warned"
+    assert folder.status(folder.planned_run(name)).state == "done"
+    ended = (where / "evaluation.json").read_text()
+    shutil.rmtree(where)
+    run_of_study(config.output, name)
+    assert (where / "evaluation.json").read_text() == ended
 
 
 def test_a_job_without_a_result_is_told_with_its_state():

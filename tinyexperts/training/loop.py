@@ -36,7 +36,14 @@ from tinyexperts.training.step import optimizer_step
 
 
 class Interrupted(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP: the run was saved; the message says how to resume it."""
+    """The run was saved and stopped; the message says how to resume it.
+
+    signal: what asked for it: Ctrl-C, SIGTERM, SIGHUP, or SIGUSR2, by which submitit tells that a job's time is over
+    """
+
+    def __init__(self, message: str, *, signal: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> None:
@@ -46,7 +53,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
 
     Raises:
         InputError: bad input, a loss that is not finite, or a disk that is full.
-        Interrupted: after Ctrl-C, SIGTERM or SIGHUP, when the run is saved.
+        Interrupted: after Ctrl-C, SIGTERM, SIGHUP or SIGUSR2, when the run is saved.
         LostRank: a rank did not answer.
     """
     with ExitStack() as stack:
@@ -129,7 +136,8 @@ def _steps(
             if stopped and not is_last:
                 writer.wait()
                 name = signal.Signals(stopped).name
-                raise Interrupted(f"{name}: saved {config.run} at step {step}; to go on: {resume_command(run.ranks)}")
+                message = f"{name}: saved {config.run} at step {step}; to go on: {resume_command(run.ranks)}"
+                raise Interrupted(message, signal=stopped)
 
 
 def _record(run: Run, metrics: run_folder.Metrics | None, split: str, step: int, **values: float) -> None:
@@ -172,7 +180,7 @@ def _schedule(config: TrainConfig, step: int, num_steps: int) -> float:
 
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[], int]]:
-    """Yield a function that says which of Ctrl-C, SIGTERM and SIGHUP has come, or 0; a second Ctrl-C stops at once."""
+    """Yield a function that says which request to stop has come, or 0; a second Ctrl-C stops at once."""
     came: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -180,7 +188,8 @@ def _stop_signal() -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt
         came.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    requests = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+    before = {number: signal.signal(number, note) for number in requests}
     try:
         yield lambda: came[0] if came else 0
     finally:

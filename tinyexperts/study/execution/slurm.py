@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from tinyexperts.study.execution.run_queue import signals_as_interrupts
 from tinyexperts.study.execution.study_folder import StudyFolder
 from tinyexperts.study.execution.study_run import run_of_study
 from tinyexperts.study.grids.grid import GridRun
+from tinyexperts.training import Interrupted
 
 _POLL_SECONDS = 5.0
 
@@ -53,13 +56,31 @@ def run_array(
     with signals_as_interrupts():
         try:
             with executor.batch():
-                jobs = {run.name: executor.submit(run_of_study, folder.path, run.name) for run in runs}
+                jobs = {run.name: executor.submit(_RunOfStudy(), folder.path, run.name) for run in runs}
             _wait(folder, jobs, console, title, num_done)
         except BaseException:
             for job in jobs.values():
                 with suppress(Exception):  # one that was not submitted yet, or that can't be reached
                     job.cancel(check=False)
             raise
+
+
+class _RunOfStudy:
+    """What a job does. Where its time is over the run is saved, and the job is queued again (submitit: three times)."""
+
+    def __call__(self, folder: Path, name: str) -> None:
+        try:
+            run_of_study(folder, name)
+        except Interrupted as stop:
+            if stop.signal == signal.SIGUSR2:
+                signal.raise_signal(stop.signal)  # the training had it for itself; now submitit queues the job again
+            raise
+
+    def checkpoint(self, folder: Path, name: str) -> Any:
+        """submitit: what is to be called when the job is queued again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, folder, name)
 
 
 def _wait(folder: StudyFolder, jobs: dict[str, Any], console: Console, title: str, num_done: int) -> None:
