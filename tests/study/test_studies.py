@@ -596,7 +596,11 @@ def test_a_result_that_was_deleted_is_measured_again_with_all_others(config, chi
 def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     output = tmp_path / "study"
-    run_study(studies.isoflop, StudyConfig(scale="paper", data=tmp_path / "none", output=output, dry_run=True))
+
+    def make(scale):
+        return studies.isoflop(replace(scale, layers={"peer": scale.layers["peer"]}))
+
+    run_study(make, StudyConfig(scale="paper", data=tmp_path / "none", output=output, dry_run=True))
     printed = capsys.readouterr().out
     assert not output.exists()
     assert "peer-d1024-c2e19-seed2" in printed

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -81,12 +79,5 @@ def print_plan(study: Study) -> None:
 
 
 def _memory(config: TrainConfig, device: str) -> MeshPlan:
-    return _memory_of(
-        replace(config, run=Path(), device=device, seed=0, training_flops=None, num_steps=1)  # what has no part in it
-    )
-
-
-@functools.cache
-def _memory_of(config: TrainConfig) -> MeshPlan:
-    (alone,) = plan(config, _ONE_GPU)
+    (alone,) = plan(replace(config, device=device), _ONE_GPU)
     return alone

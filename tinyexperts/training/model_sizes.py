@@ -5,6 +5,7 @@ Parameters are counted by their shapes; activations by running a forward and a b
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from dataclasses import dataclass
@@ -19,9 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tinyexperts.layers import ProductKeyLayer
-from tinyexperts.model import Transformer
+from tinyexperts.model import Transformer, TransformerConfig
 from tinyexperts.optim import expected_touched_share, split_parameters
-from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.device import autocast
 from tinyexperts.training.sharding import sharded_dimension
 
@@ -83,10 +83,11 @@ def _numbers_on(shapes: list[torch.Size], num_ranks: int) -> int:
     return numbers
 
 
-def count_sizes(config: TrainConfig, device: torch.device, precision: str) -> ModelSizes:
-    """Of the model that a configuration trains in a precision on a kind of device, which need not be there."""
+@functools.lru_cache(maxsize=256)  # a pass on fake tensors takes seconds, and the runs of a study share their models
+def count_sizes(config: TransformerConfig, device: torch.device, precision: str) -> ModelSizes:
+    """Of a model that is trained in a precision on a kind of device, which need not be there."""
     with torch.device("meta"):
-        model = Transformer(config.model)
+        model = Transformer(config)
     tables = set(split_parameters(model).tables.values())
     blocks = [[p for p in block.parameters() if p not in tables] for block in model.blocks]
     inside = tables.union(*blocks)
@@ -105,19 +106,19 @@ def count_sizes(config: TrainConfig, device: torch.device, precision: str) -> Mo
             for layer in model.modules()
             if isinstance(layer, ProductKeyLayer)
         ],
-        forward_flops=model.flops_per_token(config.model.context_length),
+        forward_flops=model.flops_per_token(config.context_length),
         activation_bytes=2 * few - many,
-        activation_bytes_of_token=(many - few) / (64 * config.model.context_length),
+        activation_bytes_of_token=(many - few) / (64 * config.context_length),
     )
 
 
-def _peak_bytes(config: TrainConfig, device: torch.device, precision: str, num_sequences: int) -> int:
+def _peak_bytes(config: TransformerConfig, device: torch.device, precision: str, num_sequences: int) -> int:
     """The most that a forward and a backward pass hold at once, but for parameters and sparse gradients of tables."""
     # Tables' gradients have as many rows as the data makes them touch: a size that is a symbol here. The tensors are
     # those of a CPU, since torch makes none of a device that it was not built for.
     with FakeTensorMode(shape_env=ShapeEnv()):
-        model = Transformer(config.model, sparse_tables=True)
-        tokens = torch.zeros(num_sequences, config.model.context_length, dtype=torch.int64)
+        model = Transformer(config, sparse_tables=True)
+        tokens = torch.zeros(num_sequences, config.context_length, dtype=torch.int64)
         with _LiveBytes() as live:
             with autocast(precision, torch.device("cpu")):
                 if device.type == "cpu":

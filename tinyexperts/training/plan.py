@@ -158,7 +158,7 @@ def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
     device = torch.device("cuda" if config.device == "auto" else config.device)
     sparse_tables, _ = choose_table_gradients(config, device)
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    sizes = count_sizes(config, device, precision)
+    sizes = count_sizes(config.model, device, precision)
     width = config.model.d_model
     # A second moment of rows is a mean over all columns.
     can_share = bool(sizes.tables) and not (sparse_tables and config.table_second_moment == "row")
