@@ -151,7 +151,7 @@ def fit_power_law(
     near = [*grid, tuple(map(float, exponents))]
 
     def beyond(name: str) -> Callable[[float], float]:
-        return lambda value: least({name: value}, near, polished=1, tolerance=1e-5)[1] - limit
+        return lambda value: least({name: value}, near, polished=1, tolerance=1e-4)[1] - limit
 
     intervals, open_ends = {}, {}
     for name, found in {**by_name, "c": constant}.items():
@@ -173,7 +173,7 @@ def _crossing(rise: Callable[[float], float], inside: float, end: float) -> floa
     """Where between a value inside an interval and the end of what was searched the interval ends; or that end."""
     if rise(end) <= 0:
         return end
-    return inside if rise(inside) >= 0 else float(optimize.brentq(rise, inside, end, xtol=1e-5))
+    return inside if rise(inside) >= 0 else float(optimize.brentq(rise, inside, end, xtol=1e-4))
 
 
 def _solve(matrix: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, float]:
