@@ -183,7 +183,7 @@ def test_the_command_names_a_rank_that_hangs(command, tmp_path):
 
 
 def test_a_rank_that_hangs_in_a_mesh_is_named_by_all_others(make_config):
-    config = make_config(model={"d_model": 128}, mesh=(2, 2), num_steps=6, timeout_seconds=3.0)
+    config = make_config(model={"d_model": 128}, mesh=(2, 2), num_steps=6, timeout_seconds=10.0)
     on_ranks(hang_at, 4, 4, free_port(), config, 2, 3)
 
 
