@@ -344,14 +344,15 @@ def test_the_residuals_are_those_of_the_law_and_tell_a_run_astray(isoflop):
     points = read_points(isoflop).done
     analysis = IsoFlopAnalysis(points)
     ours = analysis.points_of("peer")
-    law = analysis.laws["peer"]
+    of_peer = IsoFlopAnalysis(ours)
+    law = of_peer.laws["peer"]
     predicted = [law.loss(P=p.cost.parameters_active, D=p.cost.num_tokens) for p in ours]
     np.testing.assert_allclose(law.residuals, np.array([p.loss for p in ours]) - predicted, atol=1e-9)
     rows = [row for row in rows_of(isoflop, "optimum") if row["FLOPs"] == "1e+13"]
     fit = analysis.fit("dense", 1e13, "active")
     assert float(rows[0]["residuals, nats (RMS)"]) == pytest.approx(np.sqrt((fit.residuals**2).mean()), abs=1e-3)
-    assert "Residuals of the laws" in residuals(analysis).svg
-    few = IsoFlopAnalysis([point for point in points if point.run.method == "peer"][-4:])
+    assert "Residuals of the laws" in residuals(of_peer).svg
+    few = IsoFlopAnalysis(ours[-4:])
     assert "peer" not in few.laws
     assert residuals(few) is None
 
@@ -467,16 +468,16 @@ def test_without_a_finished_run_there_is_no_report(tmp_path):
         write_study_report(folder, command="x")
 
 
-def test_the_command_writes_the_report_of_a_study_as_it_stands(isoflop, run_cli, tmp_path):
-    report = isoflop.path / "report.html"
-    report.unlink(missing_ok=True)
-    code, out, _ = run_cli("study", "report", isoflop.path)
+def test_the_command_writes_the_report_of_a_study_as_it_stands(run_cli, tmp_path):
+    study = fill(tmp_path / "study", studies.num_experts, lambda run: 4.0 + NOISE[run.axes["seed"]]).path
+    report = study / "report.html"
+    code, out, _ = run_cli("study", "report", study)
     assert (code, out.strip()) == (0, str(report))
-    assert "The study isoflop at laptop scale" in report.read_text(encoding="utf-8")
-    code, _, err = run_cli("study", "report", isoflop.path, "--title", "mine")
+    assert "The study num-experts at laptop scale" in report.read_text(encoding="utf-8")
+    code, _, err = run_cli("study", "report", study, "--title", "mine")
     assert code == 2
-    assert f"--title is for a report of runs, and {isoflop.path} is a study, got mine\n" in err
-    code, _, err = run_cli("study", "report", isoflop.path, tmp_path)
+    assert f"--title is for a report of runs, and {study} is a study, got mine\n" in err
+    code, _, err = run_cli("study", "report", study, tmp_path)
     assert code == 2
     assert "a study's report is of one folder, got 2" in err
 
