@@ -100,7 +100,10 @@ def test_killed_at_a_random_step_and_resumed(make_config, tmp_path, kind, table_
     assert_same_end(killed.run, whole.run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR2))],
+)
 def test_a_signal_saves_and_says_how_to_resume(make_config, tmp_path, number):
     options = {"num_steps": 150, "log_every": 1, "validation_every": 100, "checkpoint_every": 1000}
     stopped = make_config(run=tmp_path / "stopped", **options)
