@@ -38,10 +38,11 @@ from tinyexperts.training.step import optimizer_step
 class Interrupted(Exception):
     """The run was saved and stopped; the message says how to resume it.
 
-    signal: what asked for it: Ctrl-C, SIGTERM, SIGHUP, or SIGUSR2, by which submitit tells that a job's time is over
+    signal: what asked a training for it: Ctrl-C, SIGTERM, SIGHUP, or SIGUSR2, by which submitit tells that a job's time
+        is over; None for a study that was stopped
     """
 
-    def __init__(self, message: str, *, signal: int = signal.SIGINT) -> None:
+    def __init__(self, message: str, *, signal: int | None = None) -> None:
         super().__init__(message)
         self.signal = signal
 
