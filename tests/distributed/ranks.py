@@ -24,7 +24,8 @@ from tinyexperts.training import TrainConfig, train
 
 TIMEOUT_SECONDS = 120
 
-_CONTEXT = multiprocessing.get_context("spawn")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tinyexperts.training", "torch._dynamo"])  # what takes longest to import, once for all
 _kept: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
 

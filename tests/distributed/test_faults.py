@@ -193,7 +193,7 @@ def test_a_checkpoint_cut_short_on_one_rank_is_not_taken_for_good(make_config, t
     options["asynchronous_checkpoints"] = asynchronous
     config = make_config(**options)
     with pytest.raises(mp.ProcessExitedException):
-        mp.start_processes(die_while_writing, args=(2, free_port(), config, 4), nprocs=2)
+        mp.start_processes(die_while_writing, args=(2, free_port(), config, 4), nprocs=2, start_method="forkserver")
     assert [path.name for path in checkpoints(config.run)] == ["step-00000002"]
     assert [path.name for path in (config.run / "checkpoints").glob("*.partial")] == ["step-00000004.partial"]
     train_on_ranks([config], 2, resume=True)

@@ -107,14 +107,15 @@ def test_the_account_of_a_run_is_that_of_its_model(method):
 
 
 def test_tuning_decides_the_settings_of_the_main_runs():
-    study = studies.isoflop(scale())
+    small = replace(scale(), base=replace(scale().base, batch_size=2))
+    study = studies.isoflop(small)
     losses = {run.name: 5.0 for run in study.stages[0]({})}
     losses["tune-peer-table-x2-seed0"] = 4.9
     losses["tune-peer-table-x0.5-seed0"] = 4.95
     losses["tune-peer-batch-x0.5-seed0"] = 4.99
     losses["tune-dense-head-x0.5-seed0"] = 4.8
     losses["tune-moe-head-x2-seed0"] = float("nan")
-    base = scale().base
+    base = small.base
     # Each winner is tried once more, twice as far; a batch of one sequence can't be halved again.
     further = {run.name: run.config for run in study.stages[1](losses)}
     assert set(further) == {"tune-peer-table-x4-seed0", "tune-dense-head-x0.25-seed0"}
