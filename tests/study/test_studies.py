@@ -107,15 +107,14 @@ def test_the_account_of_a_run_is_that_of_its_model(method):
 
 
 def test_tuning_decides_the_settings_of_the_main_runs():
-    small = replace(scale(), base=replace(scale().base, batch_size=2))
-    study = studies.isoflop(small)
+    study = studies.isoflop(scale())
     losses = {run.name: 5.0 for run in study.stages[0]({})}
     losses["tune-peer-table-x2-seed0"] = 4.9
     losses["tune-peer-table-x0.5-seed0"] = 4.95
     losses["tune-peer-batch-x0.5-seed0"] = 4.99
     losses["tune-dense-head-x0.5-seed0"] = 4.8
     losses["tune-moe-head-x2-seed0"] = float("nan")
-    base = small.base
+    base = scale().base
     # Each winner is tried once more, twice as far; a batch of one sequence can't be halved again.
     further = {run.name: run.config for run in study.stages[1](losses)}
     assert set(further) == {"tune-peer-table-x4-seed0", "tune-dense-head-x0.25-seed0"}
@@ -235,7 +234,8 @@ def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
 @pytest.mark.parametrize("methods", [("dense", "peer"), pytest.param(METHODS, marks=pytest.mark.slow)])
 def test_the_main_study_from_start_to_report(config, children, methods):
     def make(scale):
-        return studies.isoflop(replace(scale, layers={method: scale.layers[method] for method in methods}))
+        base = replace(scale.base, batch_size=8)  # as many FLOPs in fewer steps
+        return studies.isoflop(replace(scale, layers={method: scale.layers[method] for method in methods}, base=base))
 
     run_study(make, replace(config, evaluation_tokens=64))
     folder = StudyFolder(config.output)

@@ -104,7 +104,7 @@ def _minute(data: Path, vocab_size: int) -> Scale:
     """A few steps a run: that everything works, and nothing about the question."""
     base = _base(
         data, vocab_size, context_length=32, num_layers=2, activation="relu2",
-        batch_size=8, threads=1, validation_every=50, validation_tokens=256,
+        batch_size=2, threads=1, validation_every=50, validation_tokens=256,
     )  # fmt: skip
     layers = _layers(32**2, 1, 8, 4, "relu2")
     return Scale(

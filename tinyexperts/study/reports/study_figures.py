@@ -95,7 +95,9 @@ def difference_trend(analysis: IsoFlopAnalysis) -> Drawing | None:
             axes.plot(x, y, color=color, marker=marker, linewidth=1.6, label=f"against {method_label(baseline)}")
             bars = np.abs(bounds[known] - y[known, None]).T
             axes.errorbar(x[known], y[known], yerr=bars, color=color, linestyle="", elinewidth=1.2, capsize=3)
-            spread += [*y, *bounds[known].ravel()]
+            # An interval of two seeds can be so wide that nothing else could be seen: its bar may leave the frame.
+            at_least_three = [len(difference.values) > 2 for difference in found.values()]
+            spread += [*y, *bounds[known & at_least_three].ravel()]
             readings.append(f"against {method_label(baseline)} {signed(float(y[-1]))}")
         if not readings:
             return None
@@ -103,9 +105,8 @@ def difference_trend(analysis: IsoFlopAnalysis) -> Drawing | None:
         axes.set_xticks(analysis.budgets, [f"{budget:.0e}" for budget in analysis.budgets])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlim(analysis.budgets[0] / 1.4, analysis.budgets[-1] * 1.4)
-        # An interval of two seeds can be so wide that nothing else could be seen: such bars leave the frame.
-        reach = 1.3 * max(4 * float(np.median(np.abs(spread))), 0.01)
-        axes.set_ylim(max(min([*spread, 0.0]) - 0.005, -reach), min(max([*spread, 0.0]) + 0.005, reach))
+        margin = max(0.01, 0.2 * float(np.ptp(spread)))
+        axes.set_ylim(min([*spread, 0.0]) - margin, max([*spread, 0.0]) + margin)
         axes.legend(loc="best", frameon=False)
         text = f"PEER minus each baseline by budget, 95 percent intervals. At the largest: {', '.join(readings)}."
         svg = svg_of(figure, "difference-trend", text)
