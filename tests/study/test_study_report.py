@@ -547,6 +547,17 @@ def test_the_trend_shows_zero_and_no_interval_where_there_is_none(isoflop):
     assert labels, "zero is inside of the frame"
 
 
+def test_the_trend_holds_every_interval_of_three_seeds(isoflop):
+    analysis = IsoFlopAnalysis([point for point in read_points(isoflop).done if point.run.axes["budget"] < 2e13])
+    ends = [end for budget in analysis.budgets for end in analysis.difference("moe", budget).bounds]
+    assert max(ends) - min(ends) > 0.5, "those of the uneven method are wide"
+    labels = re.findall(r">([^<]+)</text>", difference_trend(analysis).svg)
+    ticks = [float(label.replace("\N{MINUS SIGN}", "-")) for label in labels if re.fullmatch(r"\W?\d\.\d+", label)]
+    step = ticks[1] - ticks[0]
+    assert min(ticks) - step < min(ends)
+    assert max(ends) < max(ticks) + step
+
+
 def test_a_best_value_at_the_end_of_what_was_tried_is_told(tmp_path):
     def loss(run):
         return isoflop_loss(run) - 0.1 * (run.name in ("tune-dense-head-x2-seed0", "tune-peer-table-x2-seed0"))
