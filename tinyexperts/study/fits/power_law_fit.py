@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, special  # scipy.stats would take a second to import
+import scipy  # brings what is called of it when it is called: stats would take a second
 
 # Residuals beyond it (nats) count linearly.
 HUBER_DELTA = 0.02
@@ -130,7 +130,9 @@ def fit_power_law(
         if not free:
             return whole(()), objective(())
         tolerances = {"xatol": tolerance, "fatol": tolerance**2, "maxiter": 4000, "maxfev": 4000}
-        found = [optimize.minimize(objective, start, method="Nelder-Mead", options=tolerances) for start in starts]
+        found = [
+            scipy.optimize.minimize(objective, start, method="Nelder-Mead", options=tolerances) for start in starts
+        ]
         best = min(found, key=lambda result: result.fun)
         return whole(best.x), float(best.fun)
 
@@ -147,7 +149,7 @@ def fit_power_law(
     }
     spare = len(loss) - num_parameters
     # What a parameter without an effect would take from the loss by chance.
-    limit = cost * (1 + float(special.fdtri(1, spare, _CONFIDENCE)) / spare) if spare else np.inf
+    limit = cost * (1 + float(scipy.special.fdtri(1, spare, _CONFIDENCE)) / spare) if spare else np.inf
     near = [*grid, tuple(map(float, exponents))]
 
     def beyond(name: str) -> Callable[[float], float]:
@@ -173,7 +175,7 @@ def _crossing(rise: Callable[[float], float], inside: float, end: float) -> floa
     """Where between a value inside an interval and the end of what was searched the interval ends; or that end."""
     if rise(end) <= 0:
         return end
-    return inside if rise(inside) >= 0 else float(optimize.brentq(rise, inside, end, xtol=1e-4))
+    return inside if rise(inside) >= 0 else float(scipy.optimize.brentq(rise, inside, end, xtol=1e-4))
 
 
 def _solve(matrix: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, float]:
@@ -181,7 +183,7 @@ def _solve(matrix: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, float]:
     weights, before = np.ones_like(loss), np.inf
     for _ in range(_MAX_REWEIGHTINGS):
         root = np.sqrt(weights)
-        solution, _ = optimize.nnls(matrix * root[:, None], loss * root)
+        solution, _ = scipy.optimize.nnls(matrix * root[:, None], loss * root)
         size = np.abs(loss - matrix @ solution)
         cost = float(np.where(size <= HUBER_DELTA, size**2 / 2, HUBER_DELTA * (size - HUBER_DELTA / 2)).sum())
         if cost >= before * (1 - 1e-10):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy import special  # scipy.stats would take a second to import
+import scipy  # brings what is called of it when it is called: stats would take a second
 
 CONFIDENCE = 0.95
 Outcome = Literal["lower", "higher", "undecided"]
@@ -41,7 +41,7 @@ class SeedInterval:
         deviation = self.standard_deviation
         if deviation is None:
             return -math.inf, math.inf
-        quantile = float(special.stdtrit(len(self.values) - 1, (1 + CONFIDENCE) / 2))
+        quantile = float(scipy.special.stdtrit(len(self.values) - 1, (1 + CONFIDENCE) / 2))
         half = quantile * deviation / math.sqrt(len(self.values))
         return self.mean - half, self.mean + half
 

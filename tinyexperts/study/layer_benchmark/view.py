@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich import box
 from rich.table import Table
 
 from tinyexperts.study.layer_benchmark.memory import GIB
 from tinyexperts.study.layer_benchmark.rivals import RIVALS
-from tinyexperts.study.reports.figures import HEIGHT, STYLE, WIDTH, svg_of
+from tinyexperts.study.reports.figures import HEIGHT, WIDTH, house_style, svg_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MISSING = "-"
 _Result = dict[str, Any]
@@ -44,6 +43,8 @@ def figure(results: Sequence[_Result]) -> Markup:
 
     Of the batch of 1,024 tokens, or the largest that was measured, on the fewest threads.
     """
+    from matplotlib.figure import Figure
+
     threads = min(result["threads"] for result in results)
     sizes = {result["num_tokens"] for result in results}
     num_tokens = _FIGURE_TOKENS if _FIGURE_TOKENS in sizes else max(sizes)
@@ -52,7 +53,7 @@ def figure(results: Sequence[_Result]) -> Markup:
     quantities = ("forward pass", "training step") if num_tokens > 1 else ("forward pass",)
     legend_columns = 2 if len(widths) == 1 else 3
     legend_height = 22 * math.ceil(len(_LINES) / legend_columns)
-    with matplotlib.rc_context(STYLE):
+    with house_style():
         size = (len(widths) * WIDTH / 72, (len(quantities) * HEIGHT + legend_height) / 72)
         drawing = Figure(figsize=size, layout="constrained")
         drawing.patch.set_alpha(0)
@@ -80,15 +81,16 @@ def figure(results: Sequence[_Result]) -> Markup:
 
 
 def _log_axes(axes: Axes, sizes: Sequence[int]) -> None:
+    from matplotlib.ticker import LogLocator
+
     axes.patch.set_alpha(0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("experts N")
     axes.set_xticks(sizes, [_superscript(size) for size in sizes], minor=False)
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
 
 

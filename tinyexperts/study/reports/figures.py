@@ -2,6 +2,9 @@
 
 Drawn through matplotlib's objects (no pyplot state), the same bytes for the same runs. Text stays text, so that the
 page's own font draws it. Colours are those of Okabe and Ito, which colour-blind readers tell apart; markers differ too.
+
+matplotlib is imported where it draws: it takes most of a second, and training and serving, which come by this module
+through the command line, draw nothing.
 """
 
 from __future__ import annotations
@@ -10,18 +13,20 @@ import io
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from tinyexperts.study.reports.comparison import Comparison, interpolate, signed
 from tinyexperts.study.reports.run_results import ExpertUsage, RunResult, method_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 470, 320  # of the drawing, in its own units; the page scales it
 GREY, INK = "#8a8f98", "#30343b"
@@ -36,7 +41,7 @@ METHOD_STYLES = {  # Okabe and Ito, https://jfly.uni-koeln.de/color/
 OTHER_STYLE = ("#5b5f66", "v")
 # A curve begins with its fall from chance; a frame that held it would flatten what the figure is for.
 LEFT_OUT = 0.3
-STYLE = {
+_STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tinyexperts",
     "font.size": 11.5,
@@ -60,6 +65,15 @@ class Drawing:
     svg: Markup
 
 
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Figures drawn inside look like all others."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
 def method_color(method: str) -> str:
     """The method's colour in all figures, as #rrggbb."""
     return METHOD_STYLES.get(method, OTHER_STYLE)[0]
@@ -75,7 +89,7 @@ def loss_curves(runs: Sequence[RunResult], x: str) -> Drawing | None:
     if not curves:
         return None
     divisor, axis_label = _axis_scale(x, max(points[-1, 0] for points in curves.values()))
-    with matplotlib.rc_context(STYLE):
+    with house_style():
         figure, axes = new_axes(axis_label, "held-out loss, nats a token")
         ends = []
         for method in dict.fromkeys(run.method for run in curves):
@@ -110,7 +124,7 @@ def difference_curves(comparison: Comparison) -> Drawing | None:
         return None
     color, marker = METHOD_STYLES.get(comparison.method, OTHER_STYLE)
     divisor, axis_label = _axis_scale("training_flops", max(points[-1, 0] for points in curves.values()))
-    with matplotlib.rc_context(STYLE):
+    with house_style():
         figure, axes = new_axes(axis_label, f"{method} minus {baseline}, nats a token")
         axes.axhline(0, color=GREY, linewidth=1.2)
         ends = []
@@ -141,7 +155,7 @@ def usage_histogram(run: RunResult, layer: ExpertUsage) -> Drawing | None:
     counts, _ = np.histogram(exponents, bins)
     height = 100 * float((relative_N == 0).mean())
     color = method_color(run.method)
-    with matplotlib.rc_context(STYLE):
+    with house_style():
         figure, axes = new_axes("router weight of an expert, in even shares", "experts, %")
         axes.bar(bins[:-1], 100 * counts / relative_N.size, width=0.25, align="edge", color=color, edgecolor="white")
         span = bins[-1] - bins[0]
@@ -166,6 +180,8 @@ def usage_histogram(run: RunResult, layer: ExpertUsage) -> Drawing | None:
 
 def new_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     """A figure of the report's size with one frame."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
@@ -222,6 +238,8 @@ def _power_of_ten(power: int) -> str:
 
 def _frame(axes: Axes, curves: Sequence[np.ndarray], *, room: float) -> None:
     """Limits that show what follows the first fall, with room at the right for the labels."""
+    from matplotlib.ticker import MaxNLocator
+
     end = max(curve[-1, 0] for curve in curves)
     values = np.concatenate([curve[curve[:, 0] >= LEFT_OUT * end, 1] for curve in curves])
     margin = 0.06 * (np.ptp(values) or 1.0)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
 
 from tinyexperts.study.grids.scales import METHODS
 from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
@@ -18,8 +16,8 @@ from tinyexperts.study.reports.figures import (
     GREY,
     INK,
     METHOD_STYLES,
-    STYLE,
     Drawing,
+    house_style,
     label_ends,
     new_axes,
     svg_of,
@@ -28,6 +26,9 @@ from tinyexperts.study.reports.isoflop_analysis import BASELINES, IsoFlopAnalysi
 from tinyexperts.study.reports.report import format_count
 from tinyexperts.study.reports.run_results import method_label
 from tinyexperts.study.reports.study_points import Group
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Of an axis, that the label of a tick takes at least.
 _TICK_ROOM = 0.12
@@ -42,7 +43,7 @@ def isoflop_curves(analysis: IsoFlopAnalysis, budget: float, count: str) -> Draw
     drawn = [method for method in METHODS if analysis.of(method, budget)]
     if max((len(analysis.of(method, budget)) for method in drawn), default=0) < 2:
         return None
-    with matplotlib.rc_context(STYLE):
+    with house_style():
         figure, axes = new_axes(_COUNTS[count], "held-out loss, nats a token")
         ends, sizes = [], []
         for method in drawn:
@@ -73,7 +74,7 @@ def difference_trend(analysis: IsoFlopAnalysis) -> Drawing | None:
     """PEER minus each baseline against the budget, with 95 % intervals; None for fewer than two budgets."""
     if len(analysis.budgets) < 2:
         return None
-    with matplotlib.rc_context(STYLE):
+    with house_style():
         figure, axes = new_axes("training FLOPs", "PEER minus baseline, nats a token")
         axes.axhline(0, color=GREY, linewidth=1.2)
         readings: list[str] = []
@@ -103,7 +104,7 @@ def difference_trend(analysis: IsoFlopAnalysis) -> Drawing | None:
             return None
         axes.set_xscale("log")
         axes.set_xticks(analysis.budgets, [f"{budget:.0e}" for budget in analysis.budgets])
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.minorticks_off()
         axes.set_xlim(analysis.budgets[0] / 1.4, analysis.budgets[-1] * 1.4)
         margin = max(0.01, 0.2 * float(np.ptp(spread)))
         axes.set_ylim(min([*spread, 0.0]) - margin, max([*spread, 0.0]) + margin)
@@ -115,7 +116,7 @@ def difference_trend(analysis: IsoFlopAnalysis) -> Drawing | None:
 
 def losses_by_time(analysis: IsoFlopAnalysis) -> Drawing | None:
     """Loss against seconds of training: each method at its best size of each budget. None for fewer than two."""
-    with matplotlib.rc_context(STYLE):
+    with house_style():
         figure, axes = new_axes("seconds of training", "held-out loss, nats a token")
         ends, every = [], []
         for method in METHODS:
@@ -147,7 +148,7 @@ def residuals(analysis: IsoFlopAnalysis) -> Drawing | None:
     fits = analysis.laws
     if not fits:
         return None
-    with matplotlib.rc_context(STYLE):
+    with house_style():
         figure, axes = new_axes("training tokens", "measured minus fitted loss, nats")
         axes.axhline(0, color=GREY, linewidth=1.2)
         every = []
@@ -182,7 +183,7 @@ def _curves(analysis: AblationAnalysis, what: str, values: Callable[[Group], dic
         return None
     name = axis.replace("_", " ")
     colors = [color for color, _ in METHOD_STYLES.values()]
-    with matplotlib.rc_context(STYLE):
+    with house_style():
         figure, axes = new_axes(name, what)
         ends = []
         for number, (key, groups) in enumerate(series.items()):
@@ -229,7 +230,7 @@ def _log_axis(axes: Axes, values: np.ndarray, *, room: float) -> None:
         if not ticks or math.log(ticks[-1] / value) >= apart:
             ticks.append(float(value))
     axes.set_xticks(ticks)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
     axes.spines["bottom"].set_color(GREY)
     axes.tick_params(colors=INK)
