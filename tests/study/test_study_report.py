@@ -393,7 +393,7 @@ def test_an_ablation_is_judged_by_the_ends_of_its_axis(tmp_path):
     points = read_points(folder).done
     claims = AblationAnalysis("num-experts", points).claims()
     assert [claim.verdict for claim in claims] == ["reproduced", "reproduced"]
-    assert "(262144 against 4096)" in claims[0].claim
+    assert "(262,144 against 4,096)" in claims[0].claim
     page = write_study_report(folder, command="x").read_text(encoding="utf-8")
     assert page.count("<figure>") == 2, "loss and unevenness"
     rows = rows_of(folder, "points")
@@ -407,6 +407,28 @@ def test_an_ablation_is_judged_by_the_ends_of_its_axis(tmp_path):
     cost = next(point.cost for point in points if fewest.items() <= point.run.axes.items())
     assert rows[0]["training FLOPs"] == f"{cost.training_flops:.3e}"
     assert float(rows[0]["without router"]) < float(rows[0]["training FLOPs"])
+
+
+def test_an_ablation_is_told_without_the_router_too(tmp_path):
+    """Losses that go by the FLOPs beside the router's, and 0.12 nats that the most experts save."""
+
+    def loss(run):
+        flops = account(run.config).training_flops_without_router
+        return 30 - 0.9 * math.log(flops) - 0.02 * math.log2(run.axes["num_experts"] / 64**2) + NOISE[run.axes["seed"]]
+
+    folder = fill(tmp_path / "study", studies.num_experts, loss)
+    write_study_report(folder, command="x")
+    rows = rows_of(folder, "points")
+    told = [row["the same, router not counted"] for row in rows]
+    assert told == [MISSING, *(f"\N{MINUS SIGN}{saved:.3f}" for saved in (0.04, 0.08, 0.12))] * 2
+    counted = rows[3]["loss against the first of its series"].replace("\N{MINUS SIGN}", "-")
+    assert float(counted) > -0.12 + 0.02, "the router's FLOPs are missing for tokens"
+    low, high = rows[3]["its 95 % interval"].replace("\N{MINUS SIGN}", "-").split(" to ")
+    assert float(low) <= -0.12 <= float(high)
+
+    fill(tmp_path / "one", studies.placement, lambda run: 4.0)
+    write_study_report(StudyFolder(tmp_path / "one"), command="x")
+    assert "the same, router not counted" not in rows_of(StudyFolder(tmp_path / "one"), "points")[0]
 
 
 def test_optimisers_are_compared_each_at_its_own_best_rate(tmp_path):

@@ -14,7 +14,7 @@ from tinyexperts.study.reports.comparison import signed
 from tinyexperts.study.reports.law_cells import LAW_NOTE, law_cells, law_columns, missing_law_cells
 from tinyexperts.study.reports.paper_results import PAPER_USAGE
 from tinyexperts.study.reports.run_tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
-from tinyexperts.study.reports.study_points import Group, Point, groups_of
+from tinyexperts.study.reports.study_points import Group, Point, flops_without_router, groups_of, losses_at
 from tinyexperts.study.reports.table import MISSING, Table
 
 # Study -> the axis that is varied, and what the paper says of going from its first value to its last.
@@ -81,7 +81,7 @@ class AblationAnalysis:
         for key, groups in self.series().items():
             if len(groups) < 2:
                 continue
-            ends = " against ".join(str(group.first.run.axes[self.axis]) for group in (groups[-1], groups[0]))
+            ends = " against ".join(_value(group.first.run.axes[self.axis]) for group in (groups[-1], groups[0]))
             where = ", ".join(f"{name} {_value(value)}" for name, value in key)
             is_finished = key not in {_key(run, self.axis) for run in self._open}
             difference = paired_difference(groups[-1].losses(), groups[0].losses())
@@ -94,21 +94,26 @@ class AblationAnalysis:
 
     def _groups(self) -> Table:
         names = list(dict.fromkeys(name for group in self.groups for name in group.first.run.axes if name != "seed"))
-        rows = []
+        rows, without_router = [], []
         for groups in self.series().values():
             reference = self._reference(groups)
             for group in groups:
                 axes = group.first.run.axes
-                against = None if reference is None else paired_difference(group.losses(), reference.losses())
+                is_compared = reference is not None and group is not reference
+                against = paired_difference(group.losses(), reference.losses()) if is_compared else None
+                without_router.append(self._without_router(group, reference) if is_compared else None)
                 rows.append(
                     (
                         *(_value(axes.get(name, MISSING)) for name in names),
                         *cost_cells(group),
                         *result_cells(group),
                         f"{math.exp(group.mean_loss()):.2f}",
-                        *((MISSING,) * 2 if against is None or group is reference else _difference(against)),
+                        *_difference(against),
                     )
                 )
+        is_known = any(without_router)  # a study of one budget does not know it
+        if is_known:
+            rows = [(*row, *_difference(found)) for row, found in zip(rows, without_router, strict=True)]
         return Table(
             name="points",
             title="Every point of the grid",
@@ -119,9 +124,28 @@ class AblationAnalysis:
                 "perplexity",
                 f"loss against the {'middle block' if self.study == 'placement' else 'first of its series'}",
                 "95 % interval",
+                *(("the same, router not counted", "its 95 % interval") if is_known else ()),
             ),
             rows=tuple(rows),
+            note="Router not counted: at the FLOPs of one of the two, what the other reaches between its budgets."
+            if is_known
+            else "",
         )
+
+    def _without_router(self, group: Group, reference: Group) -> SeedInterval | None:
+        """A group minus its reference at equal FLOPs, the routers of both left out.
+
+        One of the two is taken where it was run, the other between its budgets; None where neither's hold the other.
+        """
+        reached = losses_at(flops_without_router, flops_without_router(group), self._budgets_of(reference))
+        if reached is not None:
+            return paired_difference(group.losses(), reached)
+        reached = losses_at(flops_without_router, flops_without_router(reference), self._budgets_of(group))
+        return None if reached is None else paired_difference(reached, reference.losses())
+
+    def _budgets_of(self, group: Group) -> list[Group]:
+        """The same point of the grid at all budgets, ascending."""
+        return self.series_along("budget")[_key(group.first.run, "budget")]
 
     def _reference(self, groups: Sequence[Group]) -> Group | None:
         """What a series is compared with: its first group, and for the placement the block that the paper takes."""
@@ -148,7 +172,7 @@ class AblationAnalysis:
                     name,
                     _value(group.first.run.axes["table_learning_rate"]),
                     *result_cells(group),
-                    *((MISSING,) * 2 if against is None or group is reference else _difference(against)),
+                    *_difference(None if group is reference else against),
                 )
             )
         return Table(
@@ -210,8 +234,8 @@ def _papers_usage() -> Table:
     )
 
 
-def _difference(found: SeedInterval) -> tuple[str, str]:
-    return signed(found.mean), interval_told(found)
+def _difference(found: SeedInterval | None) -> tuple[str, str]:
+    return (MISSING, MISSING) if found is None else (signed(found.mean), interval_told(found))
 
 
 def _value(value: object) -> str:

@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import pairwise
 
 from tinyexperts.study.fits.isoflop_fit import IsoFlopFit, fit_isoflop
 from tinyexperts.study.fits.power_law_fit import SIZE_AND_TOKENS, PowerLawFit, fit_power_law
@@ -17,7 +16,7 @@ from tinyexperts.study.grids.scales import METHODS
 from tinyexperts.study.reports.claim import Claim, judged
 from tinyexperts.study.reports.paper_results import paper_margins
 from tinyexperts.study.reports.run_results import method_label
-from tinyexperts.study.reports.study_points import HELD_OUT, Group, Point, groups_of
+from tinyexperts.study.reports.study_points import HELD_OUT, Group, Point, flops_without_router, groups_of, losses_at
 
 WITHOUT_ROUTER = "held out, router not counted"
 AT_EQUAL_TIME = "held out, at equal time"
@@ -151,23 +150,13 @@ class IsoFlopAnalysis:
     def difference_at_equal(self, cost: Callable[[Group], float], baseline: str, budget: float) -> SeedInterval | None:
         """PEER minus what a baseline reaches at the same cost of another kind, each at its best size of each budget.
 
-        Between two of its budgets, which must be finished, the baseline's loss is taken as linear in the logarithm of
-        the cost; beyond them nothing is said.
+        The baseline's budgets on both sides must be finished; beyond them nothing is said.
         """
         ours = self.best("peer", budget)
         finished = [b for b in self.budgets if self.is_finished(baseline, b)]
         bests = [best for b in finished if (best := self.best(baseline, b)) is not None]
-        if ours is None:
-            return None
-        for less, more in pairwise(bests):
-            low, at, high = cost(less), cost(ours), cost(more)
-            if low <= at <= high and low < high:  # never of a cost that is not a number
-                share = math.log(at / low) / math.log(high / low)
-                before, after = less.losses(), more.losses()
-                both = before.keys() & after.keys()
-                reached = {seed: (1 - share) * before[seed] + share * after[seed] for seed in both}
-                return paired_difference(ours.losses(), reached)
-        return None
+        reached = None if ours is None else losses_at(cost, cost(ours), bests)
+        return None if ours is None or reached is None else paired_difference(ours.losses(), reached)
 
     def differences(self, baseline: str, budget: float) -> dict[str, SeedInterval]:
         """PEER minus a baseline by what is compared: all tokens, its parts, equal time, and the other texts."""
@@ -177,9 +166,7 @@ class IsoFlopAnalysis:
             "held out, tokens whose bigram is new": self.difference_of_part(baseline, budget, "new"),
             "held out, tokens whose bigram stood earlier": self.difference_of_part(baseline, budget, "stood_earlier"),
             "held out, width by the other seeds": self.difference_with_widths_of_other_seeds(baseline, budget),
-            WITHOUT_ROUTER: self.difference_at_equal(
-                lambda group: group.first.cost.training_flops_without_router, baseline, budget
-            ),
+            WITHOUT_ROUTER: self.difference_at_equal(flops_without_router, baseline, budget),
             AT_EQUAL_TIME: self.difference_at_equal(self.seconds, baseline, budget),
             **{text: self.difference(baseline, budget, text) for text in texts},
         }

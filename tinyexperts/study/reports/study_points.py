@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tinyexperts.data import TokenDataset
@@ -154,3 +155,22 @@ def groups_of(points: Iterable[Point]) -> list[Group]:
         axes = {name: value for name, value in point.run.axes.items() if name != "seed"}
         found.setdefault((point.run.method, *sorted(axes.items(), key=str)), []).append(point)
     return [Group(points=tuple(sorted(members, key=lambda point: point.seed))) for members in found.values()]
+
+
+def losses_at(cost: Callable[[Group], float], value: float, groups: Sequence[Group]) -> dict[int, float] | None:
+    """What groups of ascending budgets reach at a cost of another kind, by seed; None beyond what they cost.
+
+    Between two budgets the loss is taken as linear in the logarithm of the cost.
+    """
+    for less, more in pairwise(groups):
+        low, high = cost(less), cost(more)
+        if low <= value <= high and low < high:  # never of a cost that is not a number
+            share = math.log(value / low) / math.log(high / low)
+            before, after = less.losses(), more.losses()
+            return {seed: (1 - share) * before[seed] + share * after[seed] for seed in before if seed in after}
+    return None
+
+
+def flops_without_router(group: Group) -> float:
+    """Training FLOPs of a run of the group."""
+    return group.first.cost.training_flops_without_router
