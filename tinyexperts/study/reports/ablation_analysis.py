@@ -82,7 +82,7 @@ class AblationAnalysis:
             if len(groups) < 2:
                 continue
             ends = " against ".join(_value(group.first.run.axes[self.axis]) for group in (groups[-1], groups[0]))
-            where = ", ".join(f"{name} {_value(value)}" for name, value in key)
+            where = ", ".join(f"{name.replace('_', ' ')} {_value(value)}" for name, value in key)
             is_finished = key not in {_key(run, self.axis) for run in self._open}
             difference = paired_difference(groups[-1].losses(), groups[0].losses())
             claims.append(judged(f"{where}: {self.question} ({ends})", difference, is_finished=is_finished))
