@@ -172,5 +172,5 @@ def losses_at(cost: Callable[[Group], float], value: float, groups: Sequence[Gro
 
 
 def flops_without_router(group: Group) -> float:
-    """Training FLOPs of a run of the group."""
+    """Training FLOPs of a run of the group, its router left out."""
     return group.first.cost.training_flops_without_router
