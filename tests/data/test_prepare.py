@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import resource
 from collections.abc import Iterator
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
-from tinyexperts.data import PrepareConfig, TokenDataset, prepare, train_tokenizer
+from tinyexperts.data import EncodedText, PrepareConfig, TokenDataset, prepare, train_tokenizer
 from tinyexperts.errors import InputError
 
 
@@ -58,6 +61,16 @@ def test_the_same_preparation_gives_the_same_bytes(small_corpus: Path, tmp_path:
     assert contents(tmp_path / "three")["train-00000.bin"] != contents(tmp_path / "one")["train-00000.bin"]
 
 
+def test_paths_may_be_strings(small_corpus: Path, tmp_path: Path) -> None:
+    summary = prepare(
+        PrepareConfig(files=[str(small_corpus)], output=str(tmp_path / "set"), vocab_size=300)  # type: ignore[arg-type]
+    )
+    assert summary.folder == tmp_path / "set"
+    dataset = TokenDataset.open(str(tmp_path / "set"))  # type: ignore[arg-type]
+    text = EncodedText([str(small_corpus)], dataset.tokenizer)  # type: ignore[list-item]
+    assert text.num_documents == 40
+
+
 def test_no_document_is_in_both_splits_and_every_one_in_one(tmp_path: Path) -> None:
     texts = texts_of_repeated_words(200)
     doubled = texts + [f"  {text} " for text in texts] + ["", " \n"]
@@ -96,7 +109,7 @@ def test_summary_and_index_count_what_was_made(tmp_path: Path) -> None:
     num_tokens = sum(len(dataset.tokenizer.encode(text)) + 1 for text in texts)
     assert summary.bytes_per_token == num_bytes / num_tokens
     assert sum(dataset.split(name).num_bytes for name in ("train", "validation")) == num_bytes
-    assert "left out: 1 duplicates, 1 empty documents, 1 binary files (the first: " in str(summary)
+    assert "left out: 1 duplicates, 1 empty documents, 1 files (the first: " in str(summary)
     assert "c.png is binary" in str(summary)
 
 
@@ -197,3 +210,119 @@ def test_output_folder_is_named_after_the_corpus(tmp_path: Path, monkeypatch: py
 def test_an_output_in_the_input_is_refused(small_corpus):
     with pytest.raises(InputError, match="lies in the input"):
         PrepareConfig(files=(small_corpus,), output=small_corpus / "data")
+
+
+@pytest.mark.parametrize("parts", [(), ("link",)])
+def test_an_output_in_the_input_by_a_link_is_refused(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a")
+    (texts / "link").symlink_to(tmp_path)
+    sets = tmp_path.joinpath("texts", *parts) if parts else tmp_path
+    with pytest.raises(InputError, match=r"the output .*set lies in the input .*texts"):
+        prepare(PrepareConfig(files=(texts,), output=sets / "set"))
+    assert not (tmp_path / "set").exists()
+
+
+def test_documents_that_the_tokenizer_changes_are_counted_and_their_bytes_unknown(tmp_path: Path) -> None:
+    vocabulary = {"<unk>": 0, "</s>": 1, **{word: 2 + i for i, word in enumerate("abcdefghij")}}
+    library = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.save(str(tmp_path / "words.json"))
+    kept = [f"a {word}" for word in "abcdefghij"]
+    for name, lost in (("kept", []), ("lost", ["unknown word", "a  b c", "b c\n"])):
+        path = write_lines(tmp_path / f"{name}.jsonl", kept + lost)
+        summary = prepare(
+            PrepareConfig(
+                files=(path,), output=tmp_path / name, tokenizer=str(tmp_path / "words.json"), validation_fraction=0.5
+            )
+        )
+        dataset = TokenDataset.open(tmp_path / name)
+        num_lossy = 0
+        for split in ("train", "validation"):
+            texts = documents_of(tmp_path / name, split)
+            record, tokens = dataset.index.splits[split], dataset.split(split)
+            # Each text that is lost decodes to another number of bytes.
+            num_changed = sum(len(text) != tokens.documents[number, 1] for number, text in enumerate(texts))
+            assert record.num_lossy_documents == num_changed
+            assert record.num_bytes == tokens.documents[:, 1].sum()
+            assert tokens.num_bytes == (None if num_changed else record.num_bytes)
+            num_lossy += num_changed
+        assert num_lossy == len(lost)
+        sentence = f"bits per byte are unknown: the tokenizer loses text in 3 of {len(kept) + 3} documents"
+        assert (sentence in str(summary)) == bool(lost)
+
+
+def test_a_tokenizer_that_lowers_case_loses_only_what_has_capitals(tmp_path: Path, small_dataset: TokenDataset) -> None:
+    library = tokenizers.Tokenizer.from_file(str(small_dataset.folder / "tokenizer.json"))
+    library.normalizer = normalizers.Lowercase()
+    library.save(str(tmp_path / "lower.json"))
+    path = write_lines(tmp_path / "a.jsonl", ["small", "Large", "small too"])
+    prepare(PrepareConfig(files=(path,), output=tmp_path / "set", tokenizer=str(tmp_path / "lower.json")))
+    records = TokenDataset.open(tmp_path / "set").index.splits
+    assert sum(record.num_lossy_documents or 0 for record in records.values()) == 1
+
+
+def test_names_that_are_not_utf8_do_not_stop_a_preparation(tmp_path: Path, run_cli) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for number, text in enumerate(texts_of_repeated_words(20)):
+        (folder / os.fsdecode(b"text\xff%d.txt" % number)).write_text(text)
+    (folder / os.fsdecode(b"picture\xff.png")).write_bytes(b"\0")
+    output = tmp_path / os.fsdecode(b"set\xe9")
+    code, out, err = run_cli("data", "prepare", "--files", folder, "--output", output, "--vocab-size", 270)
+    assert code == 0, err
+    assert rf"{tmp_path}/set\xe9: vocabulary 270" in out
+    assert rf"(the first: {tmp_path}/caf\xe9/picture\xff.png is binary" in out
+    dataset = TokenDataset.open(output)
+    assert dataset.index.corpus["paths"] == rf"{tmp_path}/caf\xe9"
+    assert sorted(documents_of(output, "train") + documents_of(output, "validation")) == sorted(
+        texts_of_repeated_words(20)
+    )
+    code, out, err = run_cli("data", "verify", output)
+    assert code == 0, err
+    assert rf"{tmp_path}/set\xe9 is whole" in out
+    code, out, err = run_cli("data", "prepare", "--files", folder, "--output", output)
+    assert (code, out) == (2, "")
+    assert rf"{tmp_path}/set\xe9 exists; choose another name" in err
+    (output / "train-00000.bin").unlink()
+    code, out, err = run_cli("data", "verify", output)
+    assert (code, out) == (2, "")
+    assert rf"the data set is incomplete: {tmp_path}/set\xe9/train-00000.bin is missing" in err
+
+
+@pytest.mark.parametrize("name", [b"none\xff.txt", b"broken\xff.jsonl", b"broken\xff.parquet", b"broken\xff.gz"])
+def test_errors_about_names_that_are_not_utf8_can_be_printed(tmp_path: Path, run_cli, name: bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
+    if not name.startswith(b"none"):
+        path.write_text("broken")
+    code, out, err = run_cli("data", "prepare", "--files", path, "--output", tmp_path / "set")
+    assert (code, out) == (2, "")
+    assert f"{tmp_path}/{name.decode('utf-8', 'backslashreplace')}" in err
+    assert "Traceback" not in err
+
+
+def test_linked_folders_and_every_name_of_json_lines_are_prepared(tmp_path: Path) -> None:
+    texts = texts_of_repeated_words(40)
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    for number, suffix in enumerate((".ndjson", ".jsonlines", ".json", ".jsonl")):
+        write_lines((folder, elsewhere)[number % 2] / f"part{number}{suffix}", texts[number * 10 : number * 10 + 10])
+    (folder / "linked").symlink_to(elsewhere)
+    prepare(PrepareConfig(files=(folder,), output=tmp_path / "set", vocab_size=280))
+    assert sorted(documents_of(tmp_path / "set", "train") + documents_of(tmp_path / "set", "validation")) == sorted(
+        texts
+    )
+
+
+def test_one_long_word_among_the_texts_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(texts_of_repeated_words(20)):
+        (folder / f"{number}.txt").write_text(text)
+    for name, text in (("letters", "A" * 1_000_000), ("spaces", "x" + " " * 1_000_000)):
+        (folder / f"{name}.txt").write_text(text)
+    prepare(PrepareConfig(files=(folder,), output=tmp_path / "set", vocab_size=290))
+    lengths = sorted(map(len, documents_of(tmp_path / "set", "train") + documents_of(tmp_path / "set", "validation")))
+    assert lengths[-2:] == [1_000_000, 1_000_001]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyexperts.data import TokenDataset, train_tokenizer
+from tinyexperts.data import TokenDataset, Tokenizer, train_tokenizer
 from tinyexperts.data.token_shards import ShardedTokens
 from tinyexperts.errors import InputError
 
@@ -144,3 +145,50 @@ def test_tokens_of_another_tokenizer_are_refused(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"cannot read the tokenizer .*tokenizer\.json"):
         TokenDataset.open(copy)
+
+
+def without_the_count_of_losses(folder: Path) -> Path:
+    """Rewrite an index as it was before it counted what the tokenizer loses."""
+    index = json.loads((folder / "index.json").read_text())
+    for record in index["splits"].values():
+        del record["num_lossy_documents"]
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_an_older_data_set_opens_as_the_same_one(copy: Path, small_dataset: TokenDataset) -> None:
+    old = TokenDataset.open(without_the_count_of_losses(copy))
+    assert old.sha256 == small_dataset.sha256
+    for name in ("train", "validation"):
+        assert old.index.splits[name].num_lossy_documents is None
+        assert small_dataset.index.splits[name].num_lossy_documents == 0
+        assert old.split(name).num_bytes == small_dataset.split(name).num_bytes
+        assert old.split(name).text_loss is small_dataset.split(name).text_loss is None
+
+
+def test_an_older_data_set_of_a_tokenizer_that_may_lose_text_has_unknown_bytes(copy: Path) -> None:
+    folder = without_the_count_of_losses(copy)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text()) | {"normalizer": {"type": "Lowercase"}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    index = json.loads((folder / "index.json").read_text())
+    index["tokenizer_sha256"] = Tokenizer.load(folder / "tokenizer.json").hash
+    (folder / "index.json").write_text(json.dumps(index))
+    split = TokenDataset.open(folder).split("train")
+    assert split.num_bytes is None
+    assert split.text_loss is not None
+    assert "is not recorded; prepare the data set again" in split.text_loss
+
+
+def test_the_identity_of_a_data_set_does_not_hang_on_what_follows_from_it(small_dataset: TokenDataset) -> None:
+    splits = {}
+    for name, record in sorted(small_dataset.index.splits.items()):
+        splits[name] = {
+            "shards": [shard.model_dump() for shard in record.shards],
+            "documents_file": record.documents_file,
+            "documents_sha256": record.documents_sha256,
+            "num_documents": record.num_documents,
+            "num_tokens": record.num_tokens,
+            "num_bytes": record.num_bytes,
+        }
+    expected = hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
+    assert small_dataset.sha256 == expected

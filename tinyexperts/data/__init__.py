@@ -1,7 +1,7 @@
 """Text to training batches: corpora, tokenizer, token shards, loader."""
 
 from tinyexperts.data.corpora import StandardLibraryCorpus, open_corpus
-from tinyexperts.data.document import Corpus, Document
+from tinyexperts.data.document import Corpus, Document, printable
 from tinyexperts.data.encoded_text import EncodedText
 from tinyexperts.data.fetch import FetchedText, download_progress, fetch_text, source_named
 from tinyexperts.data.files import FileCorpus
@@ -35,6 +35,7 @@ __all__ = [
     "fetch_text",
     "open_corpus",
     "prepare",
+    "printable",
     "source_named",
     "train_tokenizer",
 ]

@@ -8,8 +8,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyexperts.data.document import Corpus, Document
-from tinyexperts.data.files import BinaryFileError, read_file, walk_files
+from tinyexperts.data.document import Corpus, Document, printable
+from tinyexperts.data.file_formats import NotTextError, read_file
+from tinyexperts.data.folders import walk_files
 from tinyexperts.data.hub import HUB_SOURCES, HubCorpus, hub_source
 from tinyexperts.errors import InputError
 
@@ -32,12 +33,12 @@ class StandardLibraryCorpus:
             InputError: this Python carries no source files of its library, or one that cannot be read.
         """
         if not self.folder.is_dir():
-            raise InputError(f"this Python has no folder with its standard library: {self.folder}")
+            raise InputError(f"this Python has no folder with its standard library: {printable(self.folder)}")
         for path in walk_files(self.folder, _EXCLUDED_FOLDERS):
             if path.suffix == ".py":
                 try:
-                    yield from read_file(path, path.relative_to(self.folder).as_posix())
-                except BinaryFileError as error:
+                    yield from read_file(path, printable(path.relative_to(self.folder)))
+                except NotTextError as error:
                     skipped.append(str(error))
 
     def description(self) -> dict[str, str]:
@@ -72,7 +73,7 @@ def open_corpus(
 def _unknown_corpus(name: str) -> str:
     names = [STANDARD_LIBRARY, *HUB_SOURCES]
     if Path(name).exists():
-        return f"unknown corpus {name!r}; it is a path: give it as --files {name}"
+        return f"unknown corpus {name!r}; it is a path: give it as --files {printable(name)}"
     close = difflib.get_close_matches(name.lower(), names)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the names are {', '.join(names)}"
     return f"unknown corpus {name!r}; {hint} (a Hugging Face data set is written owner/name)"

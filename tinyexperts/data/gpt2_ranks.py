@@ -14,6 +14,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from tinyexperts.data.document import printable
 from tinyexperts.errors import InputError
 
 # Ranks in gpt2.tiktoken (r50k_base); GPT-2's vocabulary is these and <|endoftext|>.
@@ -35,12 +36,12 @@ def read_gpt2_ranks(path: Path) -> dict[bytes, int]:
                     token, rank = line.split()
                     ranks[base64.b64decode(token, validate=True)] = int(rank)
                 except ValueError as error:
-                    raise InputError(f"{path}, line {number}: not a token in base64 and its rank") from error
+                    raise InputError(f"{printable(path)}, line {number}: not a token in base64 and its rank") from error
     except OSError as error:
-        raise InputError(f"cannot read the ranks {path}: {error.strerror}") from error
+        raise InputError(f"cannot read the ranks {printable(path)}: {error.strerror}") from error
     if sorted(ranks.values()) != list(range(GPT2_NUM_RANKS)):
         raise InputError(
-            f"{path} is not GPT-2's: it must have the {GPT2_NUM_RANKS} ranks from 0, got {len(ranks)} tokens"
+            f"{printable(path)} is not GPT-2's: it must have the {GPT2_NUM_RANKS} ranks from 0, got {len(ranks)} tokens"
         )
     return ranks
 

@@ -87,7 +87,9 @@ class TokenLoader:
             start = window * self.context_length
             ids[row] = self.split.tokens[start : start + self.context_length + 1]
         tokens = torch.from_numpy(ids)
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.tensor(windows, dtype=torch.int64))
+        # The device by name: torch would take its default one otherwise.
+        sequence_ids = torch.tensor(windows, dtype=torch.int64, device="cpu")
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), sequence_ids)
 
     def epoch(self, step: int) -> float:
         """How often the split has been seen when `step` begins."""
@@ -107,7 +109,7 @@ def evaluation_windows(
     """Yield windows in order in which every token of the split is a target exactly once.
 
     The first token is predicted from the end-of-text token, so that the targets are `split.num_tokens` in all and bits
-    per byte, their negative log2 likelihood divided by `split.num_bytes`, are exact.
+    per byte, their negative log2 likelihood divided by `split.num_bytes` where that is known, are exact.
 
     max_windows: yield no more than so many of them, evenly spread over the split; only these are read.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from tinyexperts.data.corpora import STANDARD_LIBRARY, open_corpus
 from tinyexperts.data.dataset_index import TOKENIZER_FILE, DatasetIndex, SplitName, SplitRecord
-from tinyexperts.data.document import Corpus
+from tinyexperts.data.document import Corpus, printable
 from tinyexperts.data.files import FileCorpus, skipped_note
+from tinyexperts.data.folders import walk_folders
 from tinyexperts.data.spool import DocumentSpool
 from tinyexperts.data.token_writer import SplitWriter, folder_written_whole, token_dtype
-from tinyexperts.data.tokenizer import Tokenizer, train_tokenizer
+from tinyexperts.data.tokenizer import Tokenizer, text_loss, train_tokenizer
 from tinyexperts.errors import InputError
 
 DEFAULT_VOCAB_SIZE = 4096
@@ -33,9 +34,11 @@ class PrepareConfig:
     """stdlib (the default: this Python's standard library), c4, wikitext-103, pile, curation-corpus, lambada, or any
     Hugging Face data set as owner/name."""
     files: tuple[Path, ...] = ()
-    """Files and folders to take in place of a corpus: text and source code of any kind, .jsonl, .parquet, .gz."""
+    """Files and folders to take in place of a corpus: text and source code of any kind, .jsonl (.ndjson, .json), .csv,
+    .parquet; also as .gz, .bz2, .xz."""
     text_field: str | None = None
-    """Field or column with the text in .jsonl, .parquet, Hugging Face data sets; without it what is known, or text."""
+    """Field or column with the text in .jsonl, .json, .csv, .parquet, Hugging Face data sets; without it what is known,
+    or text."""
     hub_config: str | None = None
     """Configuration of the Hugging Face data set, for example en."""
     hub_split: str | None = None
@@ -54,21 +57,26 @@ class PrepareConfig:
     """Stop before the document that would make the text longer than this."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "files", tuple(map(Path, self.files)))
+        if self.output is not None:
+            object.__setattr__(self, "output", Path(self.output))
         if self.files and self.corpus is not None:
             raise InputError(f"give either a corpus or files, got corpus {self.corpus!r} and {len(self.files)} files")
         for name in ("hub_config", "hub_split"):
             if self.files and getattr(self, name) is not None:
                 raise InputError(f"{name} is for Hugging Face data sets, and files were given: {getattr(self, name)!r}")
         if self.tokenizer is not None and self.vocab_size is not None:
-            raise InputError(f"vocab_size is for a tokenizer that is trained, and {self.tokenizer} exists already")
+            raise InputError(
+                f"vocab_size is for a tokenizer that is trained, and {printable(self.tokenizer)} exists already"
+            )
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}")
         output = self.output_folder().resolve()
         for folder in self.files:
             if output.is_relative_to(folder.resolve()):
                 raise InputError(
-                    f"the output {self.output_folder()} lies in the input {folder}, which would then hold its own "
-                    "tokens: choose an --output elsewhere"
+                    f"the output {printable(self.output_folder())} lies in the input {printable(folder)}, which would "
+                    "then hold its own tokens: choose an --output elsewhere"
                 )
         for name in ("max_documents", "max_bytes"):
             value = getattr(self, name)
@@ -118,7 +126,7 @@ class Summary:
         return sum(record.num_bytes for record in records) / sum(record.num_tokens for record in records)
 
     def __str__(self) -> str:
-        lines = [f"{self.folder}: vocabulary {self.vocab_size:,}, {self.bytes_per_token:.2f} bytes a token"]
+        lines = [f"{printable(self.folder)}: vocabulary {self.vocab_size:,}, {self.bytes_per_token:.2f} bytes a token"]
         for name, record in self.splits.items():
             lines.append(
                 f"  {name:<10} {record.num_documents:>9,} documents  {record.num_tokens:>13,} tokens"
@@ -126,8 +134,10 @@ class Summary:
             )
         lines.append(
             f"  left out: {self.num_duplicates_removed:,} duplicates, {self.num_empty_removed:,} empty documents, "
-            f"{len(self.skipped):,} binary files" + (f" (the first: {self.skipped[0]})" if self.skipped else "")
+            f"{len(self.skipped):,} files" + (f" (the first: {self.skipped[0]})" if self.skipped else "")
         )
+        if num_lossy := sum(record.num_lossy_documents or 0 for record in self.splits.values()):
+            lines.append(f"  {text_loss(num_lossy, sum(record.num_documents for record in self.splits.values()))}")
         return "\n".join(lines)
 
 
@@ -144,6 +154,7 @@ def prepare(config: PrepareConfig) -> Summary:
     corpus = config.open_corpus()
     skipped: list[str] = []
     output = config.output_folder()
+    _check_no_link_leads_to(output, config.files)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -181,6 +192,19 @@ def prepare(config: PrepareConfig) -> Summary:
         num_empty_removed=spool.num_empty,
         skipped=tuple(skipped),
     )
+
+
+def _check_no_link_leads_to(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an input with a link to a folder that would hold the output; the config sees real paths alone."""
+    above = [parent.stat() for parent in output.resolve().parents if parent.exists()]
+    for folder in filter(Path.is_dir, inputs):
+        for reached, _ in walk_folders(folder):
+            found = reached.stat()
+            if any(os.path.samestat(found, parent) for parent in above):
+                raise InputError(
+                    f"the output {printable(output)} lies in the input {printable(reached)}, which would then hold its "
+                    "own tokens: choose an --output elsewhere"
+                )
 
 
 def _existing_tokenizer(config: PrepareConfig) -> Tokenizer | None:
@@ -231,8 +255,11 @@ def _encode(
     }
     try:
         for numbers, texts in _batches(_watched(spool, progress, "encoding")):
-            for number, text, ids in zip(numbers, texts, tokenizer.encode_batch(texts), strict=True):
-                writers["validation" if number in validation else "train"].write(ids, len(text.encode()))
+            encoded = tokenizer.encode_batch(texts)
+            losses = tokenizer.loses_text(texts, encoded)
+            for number, text, ids, is_lossy in zip(numbers, texts, encoded, losses, strict=True):
+                writer = writers["validation" if number in validation else "train"]
+                writer.write(ids, len(text.encode()), is_lossy=is_lossy)
         return {name: writer.finish() for name, writer in writers.items()}
     finally:
         for writer in writers.values():

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+from tinyexperts.data.document import has_text
 from tinyexperts.errors import InputError
 
 
@@ -36,11 +37,10 @@ class DocumentSpool:
 
     def add(self, text: str) -> None:
         """Keep a document, unless it is empty or known, which is counted."""
-        words = text.split()
-        if not words:
+        if not has_text(text):
             self.num_empty += 1
             return
-        digest = hashlib.blake2b(" ".join(words).encode(), digest_size=16, key=self._key).digest()
+        digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16, key=self._key).digest()
         if digest in self._digests:
             self.num_duplicates += 1
             return

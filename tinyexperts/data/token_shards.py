@@ -18,7 +18,8 @@ from tinyexperts.data.dataset_index import (
     sha256_of_file,
     sha256_of_splits,
 )
-from tinyexperts.data.tokenizer import Tokenizer
+from tinyexperts.data.document import printable
+from tinyexperts.data.tokenizer import Tokenizer, text_loss
 from tinyexperts.errors import InputError
 
 
@@ -56,10 +57,12 @@ class TokenSplit:
 
     tokens (ShardedTokens, num_tokens ids): all documents, each ended by the end-of-text token.
     documents (int64 [num_documents, 2]): each document's first token, and the bytes of its text.
-    num_bytes: the UTF-8 bytes of all texts, which bits per byte are counted by.
+    num_bytes: the UTF-8 bytes of all texts, which bits per byte are counted by; None where the tokenizer loses text, of
+        which the tokens then predict fewer bytes (the index has the number all the same).
+    text_loss: why `num_bytes` is None, a sentence; else None.
     """
 
-    def __init__(self, folder: Path, name: SplitName, index: DatasetIndex, end_of_text_id: int) -> None:
+    def __init__(self, folder: Path, name: SplitName, index: DatasetIndex, tokenizer: Tokenizer) -> None:
         """Map the files of the split.
 
         Raises:
@@ -67,10 +70,11 @@ class TokenSplit:
         """
         record = index.splits[name]
         self.name = name
-        self.end_of_text_id = end_of_text_id
+        self.end_of_text_id = tokenizer.end_of_text_id
         self.vocab_size = index.vocab_size
         self.num_tokens = record.num_tokens
-        self.num_bytes = record.num_bytes
+        self.text_loss = _text_loss(record, tokenizer)
+        self.num_bytes = None if self.text_loss else record.num_bytes
         self.num_documents = record.num_documents
         dtype = np.dtype(index.dtype).newbyteorder("<")
         shards = []
@@ -100,7 +104,7 @@ class TokenDataset:
         self.index = index
         self.tokenizer = tokenizer
         self.sha256 = sha256_of_splits(index)
-        self._splits = {name: TokenSplit(folder, name, index, tokenizer.end_of_text_id) for name in SPLIT_NAMES}
+        self._splits = {name: TokenSplit(folder, name, index, tokenizer) for name in SPLIT_NAMES}
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = True) -> TokenDataset:
@@ -114,7 +118,7 @@ class TokenDataset:
         tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
         if tokenizer.hash != index.tokenizer_sha256:
             raise InputError(
-                f"the tokens of {folder} were made by another tokenizer than its {TOKENIZER_FILE}: sha256 "
+                f"the tokens of {printable(folder)} were made by another tokenizer than its {TOKENIZER_FILE}: sha256 "
                 f"{index.tokenizer_sha256[:12]} in the index, {tokenizer.hash[:12]} in the file"
             )
         dataset = cls(folder, index, tokenizer)
@@ -144,26 +148,36 @@ class TokenDataset:
             for file, sha256 in expected.items():
                 if sha256_of_file(self.folder / file) != sha256:
                     raise InputError(
-                        f"{self.folder / file} is corrupt: its sha256 is not the index's; prepare it again"
+                        f"{printable(self.folder / file)} is corrupt: its sha256 is not the index's; prepare it again"
                     )
+
+
+def _text_loss(record: SplitRecord, tokenizer: Tokenizer) -> str | None:
+    if record.num_lossy_documents:
+        return text_loss(record.num_lossy_documents, record.num_documents)
+    if record.num_lossy_documents is None and not tokenizer.keeps_every_text:
+        return "bits per byte are unknown: whether the tokenizer loses text is not recorded; prepare the data set again"
+    return None
 
 
 def _check_size(path: Path, expected_bytes: int) -> None:
     if not path.is_file():
-        raise InputError(f"the data set is incomplete: {path} is missing")
+        raise InputError(f"the data set is incomplete: {printable(path)} is missing")
     actual_bytes = path.stat().st_size
     if actual_bytes != expected_bytes:
         state = "truncated" if actual_bytes < expected_bytes else "too long"
-        raise InputError(f"{path} is {state}: it has {actual_bytes} bytes, the index says {expected_bytes}")
+        raise InputError(f"{printable(path)} is {state}: it has {actual_bytes} bytes, the index says {expected_bytes}")
 
 
 def _read_documents(path: Path, record: SplitRecord) -> np.ndarray:
     try:
         documents = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
-        raise InputError(f"the data set is incomplete: {path} is missing") from error
+        raise InputError(f"the data set is incomplete: {printable(path)} is missing") from error
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is truncated or corrupt: {error}") from error
+        raise InputError(f"{printable(path)} is truncated or corrupt: {error}") from error
     if documents.shape != (record.num_documents, 2) or documents.dtype != np.int64:
-        raise InputError(f"{path} must have {record.num_documents} documents as int64 pairs, got {documents.shape}")
+        raise InputError(
+            f"{printable(path)} must have {record.num_documents} documents as int64 pairs, got {documents.shape}"
+        )
     return documents

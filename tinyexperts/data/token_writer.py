@@ -13,6 +13,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from tinyexperts.data.dataset_index import ShardRecord, SplitName, SplitRecord, sha256_of_file
+from tinyexperts.data.document import printable
 from tinyexperts.errors import InputError
 
 MAX_TOKENS_PER_SHARD = 2**28
@@ -35,17 +36,17 @@ def folder_written_whole(output: Path) -> Iterator[Path]:
             else, or the disk is full or refuses.
     """
     if output.exists():
-        raise InputError(f"{output} exists; choose another name or delete it")
+        raise InputError(f"{printable(output)} exists; choose another name or delete it")
     partial = output.with_name(output.name + ".partial")
     lock_path = partial / "lock"
     if partial.exists() and not lock_path.exists():
-        raise InputError(f"{partial} is in the way and is not an unfinished data set; rename or delete it")
+        raise InputError(f"{printable(partial)} is in the way and is not an unfinished data set; rename or delete it")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         try:
             lock = FileLock(lock_path).acquire(timeout=0)
         except Timeout as error:
-            raise InputError(f"another process is writing {output}") from error
+            raise InputError(f"another process is writing {printable(output)}") from error
         try:
             with lock:
                 for left_over in partial.iterdir():
@@ -58,7 +59,9 @@ def folder_written_whole(output: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
-        raise InputError(f"cannot write {output}, nothing of it is kept: {error.strerror or error}") from error
+        raise InputError(
+            f"cannot write {printable(output)}, nothing of it is kept: {error.strerror or error}"
+        ) from error
 
 
 class SplitWriter:
@@ -82,15 +85,20 @@ class SplitWriter:
         self._documents = array("q")
         self._num_tokens = 0
         self._num_bytes = 0
+        self._num_lossy_documents = 0
         self._num_tokens_in_shard = 0
         self._digest = hashlib.sha256()
         self._file = self._shard_path(0).open("wb")
 
-    def write(self, ids: Sequence[int], num_bytes: int) -> None:
-        """Append a document: its ids, without the end-of-text token, which is added, and the bytes of its text."""
+    def write(self, ids: Sequence[int], num_bytes: int, *, is_lossy: bool = False) -> None:
+        """Append a document: its ids, without the end-of-text token, which is added, and the bytes of its text.
+
+        is_lossy: whether decoding the ids gives another text.
+        """
         self._documents.extend((self._num_tokens, num_bytes))
         self._num_tokens += len(ids) + 1
         self._num_bytes += num_bytes
+        self._num_lossy_documents += is_lossy
         tokens = np.empty(len(ids) + 1, dtype=self._dtype)
         tokens[:-1] = ids
         tokens[-1] = self._end_of_text_id
@@ -118,6 +126,7 @@ class SplitWriter:
             num_documents=len(documents),
             num_tokens=self._num_tokens,
             num_bytes=self._num_bytes,
+            num_lossy_documents=self._num_lossy_documents,
         )
 
     def close(self) -> None:

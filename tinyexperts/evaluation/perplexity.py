@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyexperts.data import EncodedText, TokenSplit, evaluation_windows
-from tinyexperts.model import Transformer
+from tinyexperts.model import Transformer, evaluation_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class LossByCopy:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """What a model loses on a text; `num_bytes` is None where the text was cut off between documents."""
+    """What a model loses on a text; `num_bytes` is None where it was cut off or the tokenizer lost some of it."""
 
     loss: float
     """nats a token"""
@@ -68,10 +68,11 @@ def measure_perplexity(
     ranks: processes that share the windows; all make as many forward passes, and all get the result.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     sums, counts = np.zeros(2), np.zeros(2, dtype=np.int64)
-    with torch.inference_mode() if ranks is None else torch.no_grad():  # FSDP2 trains with what it has gathered here
+    no_gradients = (
+        torch.inference_mode() if ranks is None else torch.no_grad()
+    )  # FSDP2 trains with what it gathers here
+    with evaluation_mode(model), no_gradients:
         for inputs, targets in _batches(split, context_length, batch_size, max_tokens):
             rows, num_own = _share(len(inputs), ranks)
             with forward_context or nullcontext():
@@ -85,7 +86,6 @@ def measure_perplexity(
                 chosen = losses.cpu()[stood_earlier.flatten() == bool(kind)].double()
                 sums[kind] += chosen.sum().item()
                 counts[kind] += chosen.numel()
-    model.train(was_training)
     if ranks is not None:
         dist.all_reduce(torch.from_numpy(sums), group=ranks)
         dist.all_reduce(torch.from_numpy(counts), group=ranks)
