@@ -157,6 +157,50 @@ def test_a_cast_layer_trains_and_keeps_its_thresholds_in_fp32(dtype):
     assert layer.eval()(x.to(dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_thresholds_are_of_fp32_whatever_they_are_loaded_from(device):
+    state = make().to(torch.bfloat16).state_dict()
+    state["threshold"] = torch.tensor([0.11, 0.12, 0.13, 0.14, 0.15], dtype=torch.bfloat16)
+    layer = make(device=device)
+    layer.load_state_dict(state, assign=True)
+    assert layer.threshold.dtype == torch.float32
+    assert torch.equal(layer.threshold, state["threshold"].float())
+    assert state["threshold"].dtype == torch.bfloat16, "the checkpoint itself stays"
+    layer(torch.randn(30, 8).bfloat16())
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("default", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2]
+)
+def test_thresholds_are_of_fp32_or_wider_whatever_is_the_default(default, expected):
+    torch.set_default_dtype(default)
+    try:
+        layer = make()
+        layer(torch.randn(30, 8))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.up.dtype == default
+    assert layer.threshold.dtype == expected
+    assert layer.type(torch.bfloat16).num_batches_tracked.dtype == torch.int64, "in 16 bits a count ends at 256"
+    assert layer.threshold.dtype == expected
+
+
+def test_a_frozen_router_keeps_its_thresholds():
+    """As an adapter's layer must, whose frozen base is stored elsewhere."""
+    layer, x = make(), torch.randn(30, 8)
+    layer(x)
+    before = layer.threshold.clone()
+    layer.router.requires_grad_(False)
+    layer(2 * x)
+    assert torch.equal(layer.threshold, before)
+    assert layer.num_batches_tracked == 1
+    layer.router.requires_grad_(True)
+    layer(2 * x)
+    assert not torch.equal(layer.threshold, before)
+    assert layer.num_batches_tracked == 2
+
+
 def test_scores_of_a_double_layer_are_double():
     layer, x = make(num_experts=3, capacity_factor=3.0).double(), torch.randn(4, 8, dtype=torch.float64)
     torch.testing.assert_close(layer(x), by_hand(layer, x, torch.ones(4, 3)), rtol=1e-12, atol=1e-12)

@@ -7,6 +7,7 @@ from tinyexperts.layers.peer import PEER
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.layers.product_key_memory import ProductKeyMemory
 from tinyexperts.layers.product_key_router import Routing
+from tinyexperts.layers.query_batch_norm import share_query_statistics
 
 __all__ = [
     "PEER",
@@ -19,4 +20,5 @@ __all__ = [
     "ProductKeyLayer",
     "ProductKeyMemory",
     "Routing",
+    "share_query_statistics",
 ]

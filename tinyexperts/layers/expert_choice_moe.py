@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,12 @@ class ExpertChoiceMoE(FeedForward):
       scores at which the experts cut off in training, so the number of experts a token gets varies. Which experts
       have work depends on the data: torch.compile breaks the graph there, and torch.export refuses it.
     - "expert_choice": experts choose among the tokens given, as in training and as the paper presumably evaluated.
+
+    Padding is chosen like any token: it takes places that real tokens would have had, and moves the thresholds. Pack
+    sequences, or give the layer the real tokens alone.
+
+    The thresholds move in training unless the router is frozen (its weight requires no gradient). They are of fp32 or
+    wider, whatever the layer is cast to or loaded from.
 
     Args:
         d_model: width D.
@@ -80,17 +86,24 @@ class ExpertChoiceMoE(FeedForward):
         self.up = nn.Parameter(torch.empty(num_experts, d_model, hidden_dim, device=device, dtype=dtype))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_dim, d_model, device=device, dtype=dtype))
         # Before any training step the threshold is the score of a uniform router.
-        self.register_buffer("threshold", torch.full((num_experts,), 1 / num_experts, device=device))
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("threshold", torch.full((num_experts,), 1 / num_experts, device=device, dtype=wide))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device))
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertChoiceMoE:
         """A cast leaves the thresholds in fp32: in bf16 the small steps of their running mean would round to none."""
-        before = self.threshold
+        before = {"threshold": self.threshold, "num_batches_tracked": self.num_batches_tracked}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.threshold.dtype != before.dtype:
-            self.threshold = before.to(self.threshold.device)
+        for name, buffer in before.items():
+            if getattr(self, name).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(getattr(self, name).device))
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.threshold.dtype.itemsize < 4:  # replaced, with assign=True, by that of a checkpoint
+            self.threshold = self.threshold.float()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal weights of variance 1 / fan-in; thresholds of a uniform router."""
@@ -126,7 +139,7 @@ class ExpertChoiceMoE(FeedForward):
         num_tokens, num_experts = of_all_ME.shape
         capacity = min(num_tokens, math.ceil(self.capacity_factor * num_tokens / num_experts))
         top = of_all_ME.topk(min(capacity + 1, num_tokens), dim=0)
-        if self.training and num_tokens and not in_recomputation():
+        if self.training and num_tokens and self.router.weight.requires_grad and not in_recomputation():
             self._update_threshold(top.values.detach(), capacity, num_tokens)
         if self.ranks is not None:  # how many of the chosen are this rank's own depends on the data
             chosen_ME = torch.zeros_like(of_all_ME, dtype=torch.bool).scatter_(0, top.indices[:capacity], True)

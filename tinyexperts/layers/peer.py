@@ -19,13 +19,20 @@ class PEER(ProductKeyLayer):
     default, the sub-keys. Expert (i, j) of the S x S product keys is row i*S + j of `experts` [N, 2, D], which holds
     (u, v) side by side; [N, 3, D] with (u, w, v) and act(u . x) (w . x) v when gated.
 
+    `layer(x, mask)`, mask (bool, the leading dimensions of x) True for real tokens, is for batches of padded sequences:
+    it keeps padding out of query batch norm's statistics (see ProductKeyLayer). Packed sequences, as those of this
+    package's trainer, have no padding and need none. Under DistributedDataParallel each process takes its own
+    statistics, unless tinyexperts.layers.share_query_statistics(model) was called.
+
     Args:
         d_model: width D.
         num_experts: N, a square.
         num_heads: H independent queries a token, whose outputs are summed.
         experts_per_head: K <= sqrt(N).
         query_dim: Q, even.
-        query_norm: "batch" (the paper's query BN), "layer" (each head's query by itself) or "none".
+        query_norm: "batch" (the paper's query BN), "layer" (each head's query by itself) or "none". Batch norm uses the
+            batch's statistics in training and running ones in evaluation; frozen, which is when none of its own
+            parameters (router.norm's) requires a gradient, it uses and keeps the running ones in training too.
         router_weights: "softmax" over a head's K scores (the paper), "sigmoid" or "relu" of each score.
         activation: "gelu", "relu", "relu2" or "silu"; the paper doesn't say which it ran.
         gated: gated experts, named by the paper as an easy extension.

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount, ParameterGroups
-from tinyexperts.layers.product_key_router import ProductKeyRouter, QueryBatchNorm, Routing
+from tinyexperts.layers.product_key_router import ProductKeyRouter, Routing
+from tinyexperts.layers.query_batch_norm import QueryBatchNorm
 from tinyexperts.ops import expert_mlp
 from tinyexperts.ops.collectives import RankGroups
-from tinyexperts.ops.expert_mlp.column_shards import expert_mlp_in_columns
-from tinyexperts.ops.expert_mlp.table_gradient import expert_mlp_deferred, is_deferred, mark_column_shard
+from tinyexperts.ops.expert_mlp.column_shards import expert_mlp_in_columns, mark_column_shard
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 
 # Of a rank: with fewer, exchanging the products of the P experts costs more than the columns save.
@@ -30,6 +32,11 @@ class ProductKeyLayer(FeedForward):
     alone, [N, E, D / T]; the other parameters are whole. Forward and backward passes are called by all ranks together,
     each with as many tokens, and give what one layer gives for the tokens of all: outputs, the table's gradient, the
     statistics of query batch norm. Gradients of the other parameters are of the rank's own tokens: to be summed.
+
+    A batch of padded sequences takes a `mask` (bool, the leading dimensions of x; True: a real token). Query batch norm
+    alone uses it, where it takes statistics of the batch: of the real tokens only, so that these have the outputs and
+    gradients that they have without padding. Masked-out tokens get outputs too, normalised by the same statistics; keep
+    them out of the loss. With fewer than two real tokens, the running statistics are used, and stay.
     """
 
     def __init__(
@@ -74,26 +81,33 @@ class ProductKeyLayer(FeedForward):
         """D, also where the table holds a part of its columns."""
         return self.experts.shape[2] * (1 if self.ranks is None else self.ranks.num_shards)
 
-    def route(self, x: Tensor) -> Routing:
+    def route(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """The experts of each token, best first: x (float, [..., D]) -> Routing, each part [..., H, K].
 
-        In training mode this is a forward pass of the router, and moves the running statistics of its batch norm: call
-        `eval()` first to look.
+        mask (bool, [...]): True for real tokens, as in forward. In training mode this is a forward pass of the router,
+        and moves the running statistics of its batch norm, unless that is frozen: call `eval()` first to look.
         """
-        routing: Routing = self.router(x)
+        routing: Routing = self.router(x) if mask is None else self.router(x, mask)
         return routing
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (float, [..., D]) -> y (same shape and dtype)."""
-        routing = self.route(x)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (float, [..., D]) -> y (same shape and dtype).
+
+        mask (bool, [...]): True for real tokens, False for padding, which query batch norm leaves out.
+
+        Raises:
+            InputError (a ValueError): a mask that is not bool, of the leading dimensions of x, on its device; a layer
+                with sparse gradients in DistributedDataParallel.
+        """
+        if self.sparse and self.experts.requires_grad and torch.is_grad_enabled():
+            _check_summed_by_its_wrapper()
+        routing = self.route(x, mask)
         x_MD = x.reshape(-1, x.shape[-1])
         ids_MP, weights_MP = (t.view(x_MD.shape[0], self.retrieved_per_token) for t in (routing.ids, routing.weights))
         if self.ranks is not None:
             y_MD = expert_mlp_in_columns(
                 x_MD, self.experts, ids_MP, weights_MP, self.activation, self.ranks, sparse=self.sparse
             )
-        elif is_deferred(self.experts):
-            y_MD = expert_mlp_deferred(x_MD, self.experts, ids_MP, weights_MP, self.activation)
         else:
             y_MD = expert_mlp(x_MD, self.experts, ids_MP, weights_MP, self.activation, sparse=self.sparse)
         return y_MD.view(x.shape)
@@ -117,6 +131,19 @@ class ProductKeyLayer(FeedForward):
 
     def parameter_groups(self) -> ParameterGroups:
         return ParameterGroups(dense=list(self.router.parameters()), tables=[self.experts])
+
+
+def _check_summed_by_its_wrapper() -> None:
+    """Refuse DistributedDataParallel, which sums the sparse gradients of nn.Embedding alone and fails at others.
+
+    Raises:
+        InputError: the forward pass is one of DistributedDataParallel.
+    """
+    if dist.is_available() and DistributedDataParallel._active_ddp_module is not None:
+        raise InputError(
+            "DistributedDataParallel can't sum the sparse gradient of a table of experts: make the layer with "
+            "sparse=False, and train the table with AdamW"
+        )
 
 
 def _columns_of_a_rank(width: int, num_shards: int) -> int:

@@ -23,7 +23,7 @@ class ProductKeyMemory(ProductKeyLayer):
         num_heads: H queries a token, whose outputs are summed.
         values_per_head: K <= sqrt(N).
         query_dim: Q, even.
-        query_norm: "batch", "layer" or "none".
+        query_norm: "batch", "layer" or "none"; as in PEER, with its `mask`, and its rule for a frozen batch norm.
         sparse: give the gradient of the values as a sparse_coo tensor of the touched rows.
         ranks: the processes that share the layer's work, and its table by columns (see ProductKeyLayer).
 

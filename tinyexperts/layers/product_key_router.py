@@ -1,6 +1,6 @@
 """What PEER and product-key memory share: the query network, its normalisation, and exact product-key retrieval.
 
-Source: the paper (arXiv 2407.04153), section 2; query batch norm from Lample et al. (arXiv 1907.05242).
+Source: the paper (arXiv 2407.04153), section 2; its query batch norm is in query_batch_norm.py.
 The paper leaves the query's width, its bias and the initialisation open: here no bias (batch norm would remove it),
 normal queries of variance 1 / D, and unit-norm sub-keys, so that scores start with a variance of about 2 whatever Q is.
 """
@@ -12,14 +12,12 @@ import numbers
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
-from tinyexperts.layers.recomputation import in_recomputation
+from tinyexperts.layers.query_batch_norm import QueryBatchNorm
 from tinyexperts.ops import product_key_topk
-from tinyexperts.ops.collectives import sum_over_ranks
 
 QueryNorm = Literal["batch", "layer", "none"]
 RouterWeights = Literal["softmax", "sigmoid", "relu"]
@@ -34,50 +32,6 @@ class Routing(NamedTuple):
     """fp32 (fp64 in an fp64 layer): query . key"""
     weights: Tensor
     """as the scores: what each expert's output is multiplied by"""
-
-
-class QueryBatchNorm(nn.BatchNorm1d):
-    """Batch norm of the queries: batch statistics in training, running ones in evaluation.
-
-    A recomputed forward pass (activation checkpointing) leaves the running statistics alone, and so does an empty
-    batch. With gradient accumulation every micro-batch is normalised by its own statistics and moves the running ones
-    once. With a `statistics_group` the batch is that of all its ranks, which have equally many tokens.
-    """
-
-    statistics_group: dist.ProcessGroup | None = None
-
-    def forward(self, query_MC: Tensor) -> Tensor:
-        """query_MC (float, [M, H*Q]) -> the same shape."""
-        if query_MC.shape[0] == 0:
-            return query_MC
-        if self.training and self.statistics_group is not None:
-            return self._forward_of_all_ranks(query_MC, self.statistics_group)
-        if self.training and in_recomputation():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            # Copies take the update, so that the same tensors are saved as in the first pass.
-            mean, var = self.running_mean.clone(), self.running_var.clone()
-            return F.batch_norm(query_MC, mean, var, self.weight, self.bias, training=True, eps=self.eps)
-        return super().forward(query_MC)
-
-    def _forward_of_all_ranks(self, query_MC: Tensor, group: dist.ProcessGroup) -> Tensor:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        query = query_MC.float() if query_MC.dtype in (torch.bfloat16, torch.float16) else query_MC
-        count = len(query) * group.size()
-        mean = sum_over_ranks(query.sum(0), group) / count
-        centred = query - mean
-        variance = sum_over_ranks(centred.square().sum(0), group) / count
-        if not in_recomputation():
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                unbiased = variance * (count / max(1, count - 1))
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        normed = centred * (variance + self.eps).rsqrt() * self.weight + self.bias
-        return normed.to(query_MC.dtype)
 
 
 class ProductKeyRouter(nn.Module):
@@ -152,18 +106,33 @@ class ProductKeyRouter(nn.Module):
         if isinstance(self.norm, (nn.BatchNorm1d, nn.LayerNorm)):
             self.norm.reset_parameters()
 
-    def queries(self, x: Tensor) -> Tensor:
-        """x (float, [..., D]) -> normalised queries [M, H, Q], M the product of the leading dimensions."""
+    def queries(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (float, [..., D]) -> normalised queries [M, H, Q], M the product of the leading dimensions.
+
+        mask (bool, [...]): as in ProductKeyLayer.
+        """
+        if mask is not None:
+            _check_mask(mask, x)
         query_MC: Tensor = self.query(x.reshape(-1, x.shape[-1]))
         # By the option and not by the norm's class: a norm may be wrapped or replaced (compiled, synchronised).
         if self.query_norm == "batch":
-            query_MC = self.norm(query_MC)
+            query_MC = self.norm(query_MC) if mask is None else self._normed_by_real_tokens(query_MC, mask.reshape(-1))
         query_MHQ = query_MC.view(-1, self.num_heads, self.query_dim)
         return self.norm(query_MHQ) if self.query_norm == "layer" else query_MHQ
 
-    def forward(self, x: Tensor) -> Routing:
-        """x (float, [..., D]) -> the Routing, each [..., H, K]."""
-        scores, ids = product_key_topk(self.queries(x), self.sub_keys, self.experts_per_head)
+    def _normed_by_real_tokens(self, query_MC: Tensor, mask_M: Tensor) -> Tensor:
+        own = any(isinstance(each, QueryBatchNorm) for each in self.norm.modules())  # itself, or in a wrapper
+        if self.norm.training and not own:
+            raise InputError(
+                f"a mask needs the layer's own query batch norm, got one replaced by {type(self.norm).__name__} "
+                "(for the statistics of all ranks there is layers.share_query_statistics)"
+            )
+        normed: Tensor = self.norm(query_MC, mask_M) if own else self.norm(query_MC)
+        return normed
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        """x (float, [..., D]), mask (bool, [...]) as in ProductKeyLayer -> the Routing, each [..., H, K]."""
+        scores, ids = product_key_topk(self.queries(x, mask), self.sub_keys, self.experts_per_head)
         if self.router_weights == "softmax":
             weights = scores.softmax(-1)
         else:
@@ -178,3 +147,14 @@ class ProductKeyRouter(nn.Module):
     def num_parameters(self) -> int:
         """All of them take part in every token."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise InputError(f"mask must be a bool tensor, True for each real token, got {type(mask).__name__}")
+    if mask.dtype != torch.bool or mask.shape != x.shape[:-1] or mask.device != x.device:
+        raise InputError(
+            f"mask must be a bool tensor of the leading dimensions of x, True for each real token: bool "
+            f"{list(x.shape[:-1])} on {x.device}, got {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)} on "
+            f"{mask.device}"
+        )
