@@ -162,6 +162,19 @@ def test_opcheck(sparse):
         torch.library.opcheck(torch.ops.tinyexperts.expert_mlp, (*leaves[0], ids, leaves[1], activation, None, sparse))
 
 
+@pytest.mark.parametrize("num_vectors", [1, 2, 3])
+def test_opcheck_of_the_backward_operators(num_vectors):
+    activation = None if num_vectors == 1 else "silu"
+    x, experts, ids, weights = problem(num_vectors)
+    _, pre = torch.ops.tinyexperts.expert_mlp(x, experts, ids, weights, activation, None, False)
+    grad_y = torch.randn_like(x)
+    backward = (grad_y, x, experts, ids, weights, pre, activation, None)
+    torch.library.opcheck(torch.ops.tinyexperts.expert_mlp_backward, backward)
+    factors = torch.ops.tinyexperts.expert_mlp_backward(*backward)[2]
+    for operator in (torch.ops.tinyexperts.expert_mlp_gradient_rows, torch.ops.tinyexperts.expert_mlp_dense_gradient):
+        torch.library.opcheck(operator, (ids, factors, x, grad_y, experts))
+
+
 def test_saves_no_gathered_rows():
     x, experts, ids, weights = problem(2, num_tokens=50, model_dim=64, retrieved=16)
     saved = []
@@ -241,6 +254,24 @@ def test_pre_activations_of_narrow_tables_are_fp32(dtype, num_vectors, activatio
     _, pre_activations = torch.ops.tinyexperts.expert_mlp(x, experts, ids, weights, activation, None, False)
     assert pre_activations.dtype == torch.float32
     assert torch.equal(pre_activations[0, 0], 1 + torch.arange(8) / 1024)
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at its first use of forward mode
+def test_forward_mode_derivatives_are_refused(place):
+    inputs = list(problem(2))
+    tangent = torch.ones_like(inputs[place])
+
+    def y(changed):
+        return expert_mlp(*inputs[:place], changed, *inputs[place + 1 :], "gelu")
+
+    with pytest.raises(InputError, match="expert_mlp has no forward-mode derivative"):
+        torch.func.jvp(y, (inputs[place],), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[place], tangent)
+        with pytest.raises(InputError, match="expert_mlp has no forward-mode derivative"):
+            y(dual)
+        y(inputs[place])  # without a tangent
 
 
 @pytest.mark.parametrize("sparse", [True, False])

@@ -295,6 +295,20 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.tinyexperts.product_key_topk, (query, keys, 4))
 
 
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at its first use of forward mode
+def test_forward_mode_derivatives_are_refused(place):
+    inputs = [torch.randn(3, 2, 6), torch.randn(2, 7, 3)]
+
+    def scores(changed):
+        return product_key_topk(*inputs[:place], changed, *inputs[place + 1 :], 4)[0]
+
+    with pytest.raises(InputError, match="product_key_topk has no forward-mode derivative"):
+        torch.func.jvp(scores, (inputs[place],), (inputs[place],))
+    with torch.autograd.forward_ad.dual_level():
+        scores(inputs[place])  # without a tangent
+
+
 def test_non_contiguous_inputs_equal_contiguous_ones():
     generator = torch.Generator().manual_seed(7)
     query = (

@@ -1,16 +1,14 @@
-"""RowSparseAdam(fused=True): the gradient is never written out, and every bit is as without it."""
+"""RowSparseAdam(fused=True) on deferred gradients: nothing is written out, and every bit is as without it."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 
 from tinyexperts import PEER, ProductKeyMemory
 from tinyexperts.errors import InputError
-from tinyexperts.ops.expert_mlp.table_gradient import asked_for
-from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_
+from tinyexperts.ops.expert_mlp.deferred import pairs_of
+from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_, deferred_gradients
 
 
 def make(kind, dtype=torch.float32, seed=0):
@@ -30,11 +28,13 @@ def run(layer, *, fused, steps=5, passes=1, max_norm=None, second_moment="row", 
         rest.zero_grad()
         for _ in range(passes):
             x = torch.randn(300, 40, generator=generator).to(layer.experts.dtype)
-            layer(x).square().sum().backward()
-        assert (layer.experts.grad is None) == fused
+            with deferred_gradients([optimizer, rest]):
+                layer(x).square().sum().backward()
+        assert (pairs_of(layer.experts.grad) is not None) == (fused and passes == 1)
         torch.set_num_threads(threads)  # for what is tested; torch's own sums in the router may differ
         norms.append(clip_gradient_norm_(layer.parameters(), max_norm) if max_norm else torch.zeros(()))
         optimizer.step()
+        assert (pairs_of(layer.experts.grad) is not None) == (fused and passes == 1), "the step has written nothing out"
         torch.set_num_threads(before)
         rest.step()
     return [*layer.state_dict().values(), *optimizer.state[layer.experts].values()], torch.stack(norms)
@@ -73,41 +73,15 @@ def test_the_norm_has_the_same_bits_for_any_number_of_threads():
     assert torch.equal(one, two)
 
 
-def test_zero_grad_forgets_what_was_left():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loaded_state_leaves_fused_as_it_was_made(fused):
     layer = make("peer")
-    optimizer = RowSparseAdam([layer.experts], fused=True)
-    before = layer.experts.detach().clone()
-    layer(torch.randn(5, 40)).sum().backward()
-    optimizer.zero_grad()
-    optimizer.step()
-    assert torch.equal(layer.experts, before)
-    assert asked_for(layer.experts) == []
-
-
-def test_a_hook_on_the_table_sees_its_gradient():
-    layer, seen = make("peer"), []
-    optimizer = RowSparseAdam([layer.experts], fused=True)
-    handle = layer.experts.register_hook(lambda grad: seen.append(grad))
-    layer(torch.randn(5, 40)).sum().backward()
-    assert seen[0].layout == layer.experts.grad.layout == torch.sparse_coo
-    optimizer.step()
-    handle.remove()
-    optimizer.zero_grad()
-    layer(torch.randn(5, 40)).sum().backward()
-    assert len(seen) == 1
-    assert layer.experts.grad is None
-    assert len(asked_for(layer.experts)) == 1
-
-
-def test_evaluation_leaves_nothing_and_a_copy_asks_for_nothing():
-    layer = make("peer")
-    RowSparseAdam([layer.experts], fused=True)
-    with torch.no_grad():
-        layer(torch.randn(5, 40))
-    assert asked_for(layer.experts) == []
-    twin = copy.deepcopy(layer)
-    twin(torch.randn(5, 40)).sum().backward()
-    assert twin.experts.grad is not None
+    other, own = (RowSparseAdam([layer.experts], lr=lr, fused=f) for lr, f in ((0.5, not fused), (0.1, fused)))
+    own.load_state_dict(other.state_dict())
+    assert (own.param_groups[0]["lr"], own.param_groups[0]["fused"]) == (0.5, fused)
+    with deferred_gradients([own]):
+        layer(torch.randn(5, 40)).sum().backward()
+    assert (pairs_of(layer.experts.grad) is not None) == fused
 
 
 def test_tables_that_can_not_be_fused_are_told():

@@ -30,9 +30,9 @@ from tinyexperts.layers import product_key_layer, product_key_router
 from tinyexperts.ops import cpu_threads, expert_mlp, huge_pages, numba_kernel, product_key_topk
 from tinyexperts.ops.expert_mlp import _KERNELS, reference, touched_rows
 from tinyexperts.ops.expert_mlp import cpu as expert_mlp_cpu
-from tinyexperts.ops.expert_mlp.table_gradient import asked_for, expert_mlp_deferred
+from tinyexperts.ops.expert_mlp.deferred import pairs_of
 from tinyexperts.ops.product_key_topk import cpu as topk_cpu
-from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_
+from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_, deferred_gradients
 
 PACKAGE = Path(tinyexperts.__file__).parent
 ACTIVATIONS = [(1, None), (2, "gelu"), (2, "relu"), (2, "relu2"), (2, "silu"), (3, "gelu"), (3, "silu")]
@@ -310,10 +310,11 @@ def test_the_number_of_threads_is_followed_and_changes_no_bit_of_the_fused_step(
         optimizer = RowSparseAdam([table], second_moment=second_moment, weight_decay=0.1, fused=True)
         norms = []
         for step in range(3):
-            y = expert_mlp_deferred(x, table, ids.roll(step), weights, activation)
-            y.backward(randn(*y.shape, seed=step))
-            assert table.grad is None
-            norms += [asked_for(table)[0].squared_norm(), clip_gradient_norm_([table], 1.0).double()]
+            y = expert_mlp(x, table, ids.roll(step), weights, activation, sparse=True)
+            table.grad = None
+            with deferred_gradients([optimizer]):
+                y.backward(randn(*y.shape, seed=step))
+            norms += [pairs_of(table.grad).squared_norm(), clip_gradient_norm_([table], 1.0).double()]
             optimizer.step()
         return [table.detach(), *optimizer.state[table].values(), torch.stack(norms)]
 
@@ -528,9 +529,8 @@ def test_autocast_changes_no_bit_of_expert_mlp_and_its_gradients(kernels, num_ve
     assert_equal(got, expected)
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", [PEER, ProductKeyMemory])
-def test_autocast_around_a_layer_changes_no_bit_of_its_operators(kind, fused, monkeypatch):
+def test_autocast_around_a_layer_changes_no_bit_of_its_operators(kind, monkeypatch):
     calls = []
 
     def recorded(module, name):
@@ -544,10 +544,8 @@ def test_autocast_around_a_layer_changes_no_bit_of_its_operators(kind, fused, mo
         monkeypatch.setattr(module, name, call)
 
     recorded(product_key_router, "product_key_topk")
-    recorded(product_key_layer, "expert_mlp_deferred" if fused else "expert_mlp")
+    recorded(product_key_layer, "expert_mlp")
     layer = make_small(kind, sparse=True)
-    if fused:
-        RowSparseAdam([layer.experts], fused=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(randn(9, 32))
     assert len(calls) == 2
@@ -569,7 +567,9 @@ def test_a_fused_step_after_autocast_equals_the_one_without_it_to_the_bit(kind):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 y = layer(randn(40, 32, seed=step, dtype=torch.bfloat16).requires_grad_())
             assert y.dtype == torch.bfloat16
-            y.float().square().sum().backward()
+            with deferred_gradients([optimizer]):
+                y.float().square().sum().backward()
+            assert (pairs_of(layer.experts.grad) is not None) == fused
             optimizer.step()
             optimizer.zero_grad()
         results.append([layer.experts.detach(), *optimizer.state[layer.experts].values()])
@@ -578,16 +578,18 @@ def test_a_fused_step_after_autocast_equals_the_one_without_it_to_the_bit(kind):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("kind", [PEER, ProductKeyMemory])
-def test_a_fused_step_under_activation_checkpointing_gives_the_same_weights(kind, use_reentrant):
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_fused_step_under_activation_checkpointing_gives_the_same_weights(kind, use_reentrant, passes):
     def run(forward):
         layer = make_small(kind, sparse=True)
         optimizer = RowSparseAdam([layer.experts], lr=0.1, fused=True)
         rest = torch.optim.SGD(layer.router.parameters(), lr=0.1)
         for step in range(3):
-            for micro_batch in range(2):
+            for micro_batch in range(passes):
                 leaf = randn(40, 32, seed=2 * step + micro_batch).requires_grad_()
-                forward(layer, leaf).square().sum().backward()
-            assert layer.experts.grad is None
+                with deferred_gradients([optimizer]):
+                    forward(layer, leaf).square().sum().backward()
+            assert (pairs_of(layer.experts.grad) is not None) == (passes == 1)
             for chosen in (optimizer, rest):
                 chosen.step()
                 chosen.zero_grad()
@@ -652,11 +654,9 @@ def test_a_table_of_more_than_2_to_31_elements_is_read_and_trained_at_its_end(fu
     weights, grad = randn(6, 4, seed=2), randn(6, dim, seed=3)
     x = torch.zeros(6, dim)
     try:
-        if fused:
-            y = expert_mlp_deferred(x, table, rows[chosen], weights, None)
-        else:
-            y = expert_mlp(x, table, rows[chosen], weights, None, sparse=True)
-        y.backward(grad)
+        y = expert_mlp(x, table, rows[chosen], weights, None, sparse=True)
+        with deferred_gradients([optimizer]):
+            y.backward(grad)
         one_hot_MC = torch.zeros(6, 6, dtype=torch.float64).scatter_add_(1, chosen, weights.double())
         torch.testing.assert_close(y.double(), one_hot_MC @ values.double(), rtol=1e-5, atol=1e-5)
         expected = (one_hot_MC.T @ grad.double()).float()
@@ -784,8 +784,10 @@ def test_an_empty_batch_leaves_a_fused_table_as_it_is(second_moment, threads):
     with torch_threads(threads):
         x = torch.zeros(0, 64, requires_grad=True)
         y = layer(x)
-        y.sum().backward()
+        with deferred_gradients([optimizer]):
+            y.sum().backward()
         assert y.shape == x.grad.shape == (0, 64)
+        assert pairs_of(layer.experts.grad) is not None
         assert clip_gradient_norm_([layer.experts], 1.0) == 0
         optimizer.step()
     assert torch.equal(layer.experts, before)

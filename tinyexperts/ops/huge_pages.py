@@ -27,4 +27,4 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """torch.empty on the CPU, with huge pages where it is large."""
-    return prefer_huge_pages(torch.empty(shape, dtype=dtype))
+    return prefer_huge_pages(torch.empty(shape, dtype=dtype, device="cpu"))

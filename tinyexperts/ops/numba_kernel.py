@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,13 +23,23 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from tinyexperts.errors import InputError
 from tinyexperts.ops import llvm_vectors
+from tinyexperts.ops.kernel_cache import KernelCache
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _EXACT: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # that is, no check for a division by zero
 _FAST: dict[str, Any] = {**_EXACT, "fastmath": {"reassoc", "contract", "nsz"}}
 CACHE_LINE_BYTES = 64
+
+# Whether kernels can't be had, since NUMBA_DISABLE_JIT is set: Python can't run the processor's own instructions.
+JIT_IS_DISABLED = bool(numba.config.DISABLE_JIT)  # type: ignore[attr-defined]
+if JIT_IS_DISABLED:
+    warnings.warn(
+        "NUMBA_DISABLE_JIT is set, so that the CPU's kernels can't be compiled: layers run in plain torch, and slower",
+        stacklevel=2,
+    )
 
 
 def kernel(function: _Function) -> _Function:
@@ -51,15 +62,28 @@ def _digest_of_operators() -> str:
 
 
 def _compiled(function: _Function, options: dict[str, Any]) -> _Function:
+    if JIT_IS_DISABLED:
+        return _refusing(function)
     # numba names what it keeps by the function and compiles again when that function's own file changes, not when a
     # function that it takes in from another file does: so the name tells the state of all of them.
     function.__qualname__ += f"_{_digest_of_operators()}"
     try:
         compiled = numba.njit(cache=True, **options)(function)
+        compiled._cache = KernelCache(compiled._cache)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         compiled = numba.njit(**options)(function)
     compiled.compile = _without_collection(compiled.compile)
     return cast(_Function, compiled)
+
+
+def _refusing(function: _Function) -> _Function:
+    """Return what stands for a kernel that can't be compiled; the operators don't call it."""
+
+    @functools.wraps(function)
+    def refuse(*_: Any) -> Any:
+        raise InputError("the kernels for CPUs are compiled by numba, got NUMBA_DISABLE_JIT: unset it")
+
+    return cast(_Function, refuse)
 
 
 def _without_collection(compile_: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from tinyexperts.optim.parameter_groups import (
     scale_learning_rates,
     split_parameters,
 )
-from tinyexperts.optim.row_sparse_adam import RowSparseAdam
+from tinyexperts.optim.row_sparse_adam import RowSparseAdam, deferred_gradients
 from tinyexperts.optim.schedules import cosine, warmup_stable_decay
 from tinyexperts.optim.sparse_gradients import rows_and_values
 
@@ -18,6 +18,7 @@ __all__ = [
     "build_optimizers",
     "clip_gradient_norm_",
     "cosine",
+    "deferred_gradients",
     "expected_touched_share",
     "rows_and_values",
     "scale_learning_rates",

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.collectives import RankGroups
+from tinyexperts.ops.expert_mlp.deferred import pairs_of
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
-from tinyexperts.optim.sparse_gradients import coalesced_gradient, unwritten
+from tinyexperts.optim.sparse_gradients import coalesced_gradient
 
 
 @torch.no_grad()
@@ -36,22 +37,25 @@ def clip_gradient_norm_(
     """
     if max_norm is not None and not max_norm > 0:
         raise InputError(f"max_norm must be positive, or None to measure only, got {max_norm}")
-    parts, gradients, left = [], [], []
+    parts: list[Tensor] = []
+    gradients: list[Tensor] = []
+    deferred: list[TableGradient] = []
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        left += unwritten(parameter)
         if parameter.grad is None:
             continue
-        if parameter.grad.layout == torch.sparse_coo:
+        if (pairs := pairs_of(parameter.grad)) is not None:
+            deferred.append(pairs)
+        elif parameter.grad.layout == torch.sparse_coo:
             parameter.grad = coalesced_gradient(parameter.grad)
             gradients.append(parameter.grad._values())
         elif ranks is not None and isinstance(parameter.grad, DTensor):
             parts.append(parameter.grad.to_local())
         else:
             gradients.append(parameter.grad)
-    total_norm = _norm(gradients, left)
+    total_norm = _norm(gradients, deferred)
     if ranks is not None:
         num_replicas = 1 if ranks.replicas is None else ranks.replicas.size()
-        squares = nn.utils.get_total_norm(parts).double().square() + total_norm.double().square() / num_replicas
+        squares = _norm(parts, []).double().square() + total_norm.double().square() / num_replicas
         dist.all_reduce(squares, group=ranks.tokens)
         total_norm = squares.sqrt().to(total_norm.dtype)
     if max_norm is None or math.isinf(max_norm):
@@ -60,14 +64,15 @@ def clip_gradient_norm_(
     factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
     for gradient in parts + gradients:
         gradient.mul_(factor.to(gradient.device))
-    for gradient in left:
-        gradient.scale_(float(factor))
+    for pairs in deferred:
+        pairs.scale_(float(factor))
     return total_norm
 
 
-def _norm(gradients: list[Tensor], left: list[TableGradient]) -> Tensor:
-    total_norm = nn.utils.get_total_norm(gradients)
-    if left:
-        squares = sum(gradient.squared_norm() for gradient in left)
+def _norm(gradients: list[Tensor], deferred: list[TableGradient]) -> Tensor:
+    # Of nothing torch makes a norm on its default device, which may be another one than the parameters'.
+    total_norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device="cpu")
+    if deferred:
+        squares = sum(pairs.squared_norm() for pairs in deferred)
         total_norm = (total_norm.double().square() + squares).sqrt().to(total_norm.dtype)
     return total_norm

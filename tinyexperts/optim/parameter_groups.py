@@ -7,19 +7,23 @@ the head and the vectors (norm gains, biases) get AdamW with a rate by kind, and
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FlatParameter
 from torch.optim import AdamW, Optimizer
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers.feed_forward import FeedForward
-from tinyexperts.ops.expert_mlp.table_gradient import can_be_left
+from tinyexperts.ops.expert_mlp.deferred import supports_deferred
+from tinyexperts.optim.embedding_and_head import find_embedding_and_head
 from tinyexperts.optim.row_sparse_adam import RowSparseAdam
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+_FLATTENED = "what FullyShardedDataParallel has flattened: use torch.distributed.fsdp.fully_shard"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +38,44 @@ class ParameterKinds:
 
 
 def split_parameters(model: nn.Module) -> ParameterKinds:
-    """Split the trainable parameters by kind.
+    """Split the trainable parameters by kind, wherever in the model they lie: wrapped, compiled or nested.
 
-    Tables are what a FeedForward layer says they are; `model.embedding` (nn.Embedding) and `model.head` (nn.Linear),
-    where the model has them, name the embedding and the head; tied weights count once, as embedding. Of the rest,
-    parameters with two dimensions or more are matrices, the others vectors.
+    Tables are what a FeedForward layer says they are. Outside of these layers:
+
+    The embedding: nn.Embedding and nn.EmbeddingBag, those of positions too; what is called `embedding`; and what a
+    module's get_input_embeddings() returns.
+
+    The head: what a module's get_output_embeddings() returns; what is called `head` or `lm_head`; and each nn.Linear
+    that makes as many numbers as an embedding has rows and whose result no other layer takes: the up projection of an
+    MLP may be as wide as the vocabulary, and a down projection takes what it makes.
+
+    Tied weights count once, as embedding. Of the rest, parameters with two dimensions or more are matrices, the others
+    vectors: biases, also those of a head.
+
+    Raises:
+        InputError: FullyShardedDataParallel has flattened the parameters.
     """
+    return _split(model, *find_embedding_and_head(model))
+
+
+def _split(model: nn.Module, embedding: set[nn.Parameter], head: set[nn.Parameter]) -> ParameterKinds:
     tables: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, FeedForward):
             tables.update(module.parameter_groups().tables)
-    embedding, head = (getattr(getattr(model, name, None), "weight", None) for name in ("embedding", "head"))
+        elif isinstance(module, nn.Linear | nn.Embedding) and module.weight.dim() != 2:
+            raise InputError(f"the weights of {type(module).__name__} must have two dimensions, got {_FLATTENED}")
     kinds = ParameterKinds(tables={}, matrices={}, embedding={}, head={}, vectors={})
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, FlatParameter):
+            raise InputError(f"parameters must keep their shapes, got {_FLATTENED}")
         if not parameter.requires_grad:
             continue
         if parameter in tables:
             kinds.tables[name] = parameter
-        elif parameter is embedding:
+        elif parameter in embedding:
             kinds.embedding[name] = parameter
-        elif parameter is head:
+        elif parameter in head:
             kinds.head[name] = parameter
         elif parameter.dim() >= 2:
             kinds.matrices[name] = parameter
@@ -67,8 +89,8 @@ def build_optimizers(
     *,
     sparse_tables: bool,
     matrix_lr: float,
-    embedding_lr: float,
-    head_lr: float,
+    embedding_lr: float | None,
+    head_lr: float | None,
     vector_lr: float,
     table_lr: float = 1e-2,
     betas: tuple[float, float] = (0.9, 0.95),
@@ -80,17 +102,27 @@ def build_optimizers(
     """Build one AdamW and, for tables with sparse gradients, one RowSparseAdam: fused where all tables allow it.
 
     Every group carries "name" (tables, matrices, embedding, head or vectors) and "peak_lr", which
-    `scale_learning_rates` multiplies. Kinds that the model has none of make no group.
+    `scale_learning_rates` multiplies. Kinds that the model has none of make no group; where matrices outside of
+    FeedForward layers are trained, and a rate is given for an embedding or a head that the model has not, a warning
+    says so.
 
     sparse_tables: whether the tables' gradients are sparse; otherwise they are a group of the AdamW, without decay
-    *_lr: peak learning rates
+    *_lr: peak learning rates; None for an embedding or a head that the model has not
     betas, table_betas: (beta1, beta2) of Adam, for everything but the tables, and for the tables
     weight_decay: decoupled decay of the matrices, a step: learning rate x weight_decay
     table_second_moment: "element" or "row", of the RowSparseAdam
-    """
-    kinds = split_parameters(model)
 
-    def group(name: str, lr: float, **options: Any) -> list[dict[str, Any]]:
+    Raises InputError as split_parameters does, and for a rate of None where the model has parameters of that kind.
+    """
+    embedding, head = find_embedding_and_head(model)
+    kinds = _split(model, embedding, head)
+    for kind, rate in (("embedding", embedding_lr), ("head", head_lr)):
+        if rate is None and (found := getattr(kinds, kind)):
+            raise InputError(f"{kind}_lr must be given for {', '.join(found)}, got None")
+    missing = [(embedding, embedding_lr, "embedding"), (head, head_lr, "head")]
+    _tell_missing([kind for found, rate, kind in missing if rate is not None and not found], kinds, model)
+
+    def group(name: str, lr: float | None, **options: Any) -> list[dict[str, Any]]:
         parameters = list(getattr(kinds, name).values())
         return [{"name": name, "params": parameters, "lr": lr, "peak_lr": lr, **options}] if parameters else []
 
@@ -108,9 +140,23 @@ def build_optimizers(
         fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
         optimizers.append(AdamW(dense, betas=betas, eps=eps, weight_decay=0.0, fused=fused))
     if sparse_tables and tables:
-        fused = all(can_be_left(table) for table in kinds.tables.values())
+        fused = all(supports_deferred(table) for table in kinds.tables.values())
         optimizers.append(RowSparseAdam(tables, eps=eps, second_moment=table_second_moment, fused=fused))
     return optimizers
+
+
+def _tell_missing(missing: list[str], kinds: ParameterKinds, model: nn.Module) -> None:
+    """Warn of rates that rule nothing, unless only FeedForward layers are trained, which have neither kind."""
+    in_layers = {p for module in model.modules() if isinstance(module, FeedForward) for p in module.parameters()}
+    others = [name for name, parameter in kinds.matrices.items() if parameter not in in_layers]
+    if missing and others:
+        rates = " and ".join(f"{kind}_lr" for kind in missing)
+        warnings.warn(
+            f"no {' and no '.join(missing)} was found in the model, so {rates} rule{'s' * (len(missing) == 1)} nothing "
+            f"and its other matrices ({others[0]}{', ...' * (len(others) > 1)}) are trained with matrix_lr; where that "
+            f"is right, give {rates} as None",
+            stacklevel=3,
+        )
 
 
 def scale_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> None:

@@ -7,7 +7,8 @@ decay (arXiv 1907.05242); the defaults, 1e-2 with (0.9, 0.99), are those that di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.expert_mlp.table_gradient import ask_for, asked_for, can_be_left, is_column_shard
+from tinyexperts.ops.expert_mlp.column_shards import is_column_shard
+from tinyexperts.ops.expert_mlp.deferred import deferred_table_gradients, pairs_of, supports_deferred
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 from tinyexperts.ops.row_adam import row_adam_
 from tinyexperts.ops.row_adam.fused import row_adam_fused_
-from tinyexperts.optim.sparse_gradients import rows_and_values, unwritten
+from tinyexperts.optim.sparse_gradients import rows_and_values
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SECOND_MOMENTS = ("element", "row")
@@ -37,10 +39,9 @@ class RowSparseAdam(torch.optim.Optimizer):
     second_moment: "element", a number an element, as in Adam; "row", one for the D elements of a vector, the running
         mean over steps of the mean over D of the squared gradient: nearly halves the state
 
-    fused: backward passes of PEER and ProductKeyMemory layers leave each table's gradient here, as the pairs that it is
-        made of, and not in `.grad`; a row's gradient is summed when the row is updated, and never written out. For
-        tables on the CPU in fp32 or fp64. `step` equals the one without it to the bit. clip_gradient_norm_ understands
-        it; torch's own clipping and DistributedDataParallel don't. Tables with hooks keep their `.grad`.
+    fused: backward passes in `deferred_gradients([optimizer])` leave each table's gradient as the pairs that it is made
+        of, and `step` sums a row when it updates it, so that the gradient is never written out. For tables on the CPU
+        in fp32 or fp64. The step equals the one without it to the bit. Outside that scope it changes nothing
 
     The state of a parameter [N, ..., D] is `step` (int64 scalar on the CPU, number of steps), `exp_avg` (of the
     parameter's shape) and `exp_avg_sq` (of the parameter's shape; with "row" [N, ...], without D), both fp32 where the
@@ -87,19 +88,11 @@ class RowSparseAdam(torch.optim.Optimizer):
                 'second_moment "row" is a mean over D, and a table shared by columns holds a part of D: use "element"'
             )
         for table in group["params"] if group["fused"] else ():
-            if not can_be_left(table):
+            if not supports_deferred(table):
                 raise InputError(
                     "fused is for contiguous tables on the CPU in fp32 or fp64, got "
                     f"{table.dtype} on {table.device.type}"
                 )
-            ask_for(table)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, those that were left for a fused step too."""
-        super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for table in group["params"]:
-                (asked_for(table) or []).clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -113,10 +106,9 @@ class RowSparseAdam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                left = unwritten(parameter)
-                if parameter.grad is None and not left:
+                if parameter.grad is None:
                     continue
-                if parameter.grad is not None and parameter.grad.layout != torch.sparse_coo:
+                if parameter.grad.layout != torch.sparse_coo:
                     raise InputError(
                         f"RowSparseAdam needs sparse gradients, got a dense one of shape {list(parameter.shape)}: "
                         "use AdamW, or make the layer with PEER(sparse=True)"
@@ -134,15 +126,18 @@ class RowSparseAdam(torch.optim.Optimizer):
                     "weight_decay": group["weight_decay"],
                     "step": int(state["step"]),
                 }
-                if left:
-                    row_adam_fused_(*tables, left.pop(), **options)
+                if (pairs := pairs_of(parameter.grad)) is not None:
+                    row_adam_fused_(*tables, pairs, **options)
                 else:
                     row_adam_(*tables, *rows_and_values(parameter.grad), **options)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` returned, as any torch optimiser does."""
+        """Load what `state_dict()` returned; `fused`, which goes with where the tables are, stays as it was made."""
+        fused = [group["fused"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, fused, strict=True):
+            group["fused"] = own
         # torch casts a state to its parameter's type, which would round the fp32 moments of a bf16 table.
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -151,6 +146,34 @@ class RowSparseAdam(torch.optim.Optimizer):
                 for name in _MOMENTS:
                     moment = state_dict["state"][saved_id][name]
                     self.state[parameter][name] = moment.to(parameter.device, _state_dtype(parameter))
+
+
+@contextmanager
+def deferred_gradients(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Open a scope for backward passes, whose gradients of tables `RowSparseAdam(fused=True)` is to step on.
+
+    with deferred_gradients(optimizers):
+        loss.backward()
+
+    In the scope the tables of those of `optimizers` that are RowSparseAdams with fused=True get a `.grad` that is not
+    written out: a sparse_coo tensor that holds what it is made of. Their `step` and `clip_gradient_norm_` read that;
+    anything else that uses the gradient, in the scope or after it, writes it out, and finds the same numbers. A second
+    backward pass writes out the sum. Gradients that are returned (`torch.autograd.grad`), those that a graph of
+    torch.compile computes, and passes that other threads make in the scope are as outside of it.
+
+    Raises:
+        InputError: one of these tables has a hook, which would see no gradient; in the backward pass, a layer made
+            without sparse=True.
+    """
+    fused = (
+        group
+        for optimizer in optimizers
+        if isinstance(optimizer, RowSparseAdam)
+        for group in optimizer.param_groups
+        if group["fused"]
+    )
+    with deferred_table_gradients(table for group in fused for table in group["params"]):
+        yield
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:
@@ -167,7 +190,7 @@ def _zero_state(parameter: Tensor, second_moment: str) -> dict[str, Tensor]:
         name: _lazy_zeros(shape, _state_dtype(parameter), parameter.device)
         for name, shape in zip(_MOMENTS, shapes, strict=True)
     }
-    return {"step": torch.zeros((), dtype=torch.int64), **state}
+    return {"step": torch.zeros((), dtype=torch.int64, device="cpu"), **state}
 
 
 def _lazy_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

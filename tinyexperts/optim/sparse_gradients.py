@@ -6,11 +6,10 @@ copies, so it is called only where rows can repeat: rows in strictly increasing 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.expert_mlp.table_gradient import TableGradient, asked_for
+from tinyexperts.ops.expert_mlp.touched_rows import sparse_gradient
 
 
 def rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,20 +32,4 @@ def rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
 def coalesced_gradient(grad: Tensor) -> Tensor:
     """Return `grad` flagged as coalesced; it shares its values with `grad` where no row repeats."""
     rows, values = rows_and_values(grad)
-    return torch.sparse_coo_tensor(rows[None], values, grad.shape, is_coalesced=True, check_invariants=False)
-
-
-def unwritten(table: Tensor) -> list[TableGradient]:
-    """Return the one gradient that a backward pass left for a fused step, where it is all that the table has.
-
-    What several passes left is summed into `.grad`, as autograd would have done.
-    """
-    left = asked_for(table) or []
-    if len(left) == 1 and table.grad is None:
-        return left
-    for gradient in left:
-        rows, values = gradient.rows_and_values()
-        own = torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True, check_invariants=False)
-        table.grad = own if table.grad is None else table.grad + own
-    left.clear()
-    return []
+    return sparse_gradient(rows, values, grad.shape)

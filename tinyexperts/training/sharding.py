@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tinyexperts.model import Transformer
-from tinyexperts.ops.expert_mlp.table_gradient import is_column_shard
+from tinyexperts.ops.expert_mlp.column_shards import is_column_shard
 from tinyexperts.optim import split_parameters
 from tinyexperts.training.ranks import Ranks
 

@@ -8,7 +8,7 @@ import statistics
 import torch
 
 from tinyexperts.errors import InputError
-from tinyexperts.optim import clip_gradient_norm_
+from tinyexperts.optim import clip_gradient_norm_, deferred_gradients
 from tinyexperts.training.checkpoint import last_good_checkpoint
 from tinyexperts.training.device import autocast
 from tinyexperts.training.run import Run
@@ -36,7 +36,8 @@ def optimizer_step(run: Run, step: int) -> tuple[float, float]:
         with autocast(run.precision, run.device):
             loss = run.model.loss(batch.inputs.to(run.device), batch.targets.to(run.device))
         # Gradients are summed over micro-batches and ranks, so that those of the mean loss come out.
-        (loss / (config.gradient_accumulation * ranks.size)).backward()
+        with deferred_gradients(run.optimizers):
+            (loss / (config.gradient_accumulation * ranks.size)).backward()
         losses.append(loss.detach())
         sequence_ids += batch.sequence_ids.tolist()
     mean_loss = statistics.fmean(ranks.numbers(torch.stack(losses).mean().item()))

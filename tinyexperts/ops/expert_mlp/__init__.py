@@ -5,22 +5,29 @@ Saved for the backward pass: ids, weights and pre-activations, O(M (D + P)); nev
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.activation import check_activation
 from tinyexperts.ops.autocast import outside_autocast
 from tinyexperts.ops.expert_mlp import cpu, portable
+from tinyexperts.ops.expert_mlp.deferred import deferring_table, leave_deferred
 from tinyexperts.ops.expert_mlp.int8 import quantise_vectors
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype
+from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.expert_mlp.touched_rows import sparse_gradient
+from tinyexperts.ops.forward_mode import refuse_forward_mode
+from tinyexperts.ops.numba_kernel import JIT_IS_DISABLED
 
 __all__ = ["expert_mlp", "quantise_vectors"]
 
 # By the type of device; the others have the portable one.
-_KERNELS: dict[str, Any] = {"cpu": cpu}
+_KERNELS: dict[str, Any] = {} if JIT_IS_DISABLED else {"cpu": cpu}
 
 
 def expert_mlp(
@@ -51,9 +58,9 @@ def expert_mlp(
 
     Raises:
         InputError: shapes that don't fit each other, ids that are not int64, an unknown activation, an id outside
-            0..N - 1, an int8 table without scales or another with them.
+            0..N - 1, an int8 table without scales or another with them, a forward-mode derivative (torch.func.jvp).
 
-    Differentiable once and in reverse mode only: forward-mode derivatives (torch.func.jvp) come out as zero.
+    Differentiable once and in reverse mode only.
     """
     if experts_NED.dim() != 3 or not 1 <= experts_NED.shape[1] <= 3:
         raise InputError(f"experts must be [N, E, D] with E = 1, 2 or 3, got {list(experts_NED.shape)}")
@@ -84,6 +91,7 @@ def expert_mlp(
             f"scales must be floats [N, E] = {list(experts_NED.shape[:2])}, "
             f"got {scales_NE.dtype} {list(scales_NE.shape)}"
         )
+    refuse_forward_mode("expert_mlp", x_MD, experts_NED, weights_MP)
     y: Tensor = _expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, scales_NE, sparse)[0]
     return y
 
@@ -123,9 +131,21 @@ def _(
     scales_NE: Tensor | None,
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
+    if sparse and experts_NED.requires_grad:
+        _break_graph_before_sparse_gradient()
     shape = (experts_NED.shape[1] - 1, *ids_MP.shape)
     pre_activations = x_MD.new_empty(shape, dtype=accumulation_dtype(x_MD, experts_NED))
     return x_MD.new_empty(x_MD.shape), pre_activations
+
+
+def _break_graph_before_sparse_gradient() -> None:
+    """Let torch.compile run the operator outside its graph, where that takes no rows whose number the data say.
+
+    It takes them with fullgraph=True. Refused in the backward pass only, they would be an error of its compiler.
+    """
+    shape_env = torch.library.get_ctx()._shape_env
+    if shape_env is not None and not shape_env.allow_dynamic_output_shape_ops:
+        raise DynamicOutputShapeException(torch.ops.tinyexperts.expert_mlp.default)
 
 
 @torch.library.custom_op("tinyexperts::expert_mlp_backward", mutates_args=())
@@ -138,20 +158,12 @@ def _expert_mlp_backward(
     pre_activations_FMP: Tensor,
     activation: str | None,
     scales_NE: Tensor | None,
-    table_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of the weights, and the factors [E, M, P] that the table's gradient is made of."""
     with outside_autocast(x_MD.device.type):
         kernels = _KERNELS.get(x_MD.device.type, portable)
-        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.expert_mlp_backward(
-            grad_y_MD,
-            x_MD,
-            experts_NED,
-            ids_MP,
-            weights_MP,
-            pre_activations_FMP,
-            activation,
-            scales_NE,
-            table_gradient=table_gradient,
+        gradients: tuple[Tensor, Tensor, Tensor] = kernels.backward_of_tokens(
+            grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation, scales_NE
         )
         return gradients
 
@@ -166,39 +178,67 @@ def _(
     pre_activations_FMP: Tensor,
     activation: str | None,
     scales_NE: Tensor | None,
-    table_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    factors = pre_activations_FMP.new_empty((experts_NED.shape[1], *ids_MP.shape))
+    return x_MD.new_empty(x_MD.shape), weights_MP.new_empty(weights_MP.shape), factors
+
+
+@torch.library.custom_op("tinyexperts::expert_mlp_gradient_rows", mutates_args=())
+def _gradient_rows(
+    ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The touched rows [R], ascending, and their gradients [R, E, D]: how many there are, the data say."""
+    with outside_autocast(x_MD.device.type):
+        kernels = _KERNELS.get(x_MD.device.type, portable)
+        rows, grad_rows_RED = kernels.sum_by_expert(ids_MP, factors_EMP, x_MD, grad_y_MD)
+        return rows, grad_rows_RED.to(experts_NED.dtype)
+
+
+@_gradient_rows.register_fake
+def _(
+    ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
+) -> tuple[Tensor, Tensor]:
     num_rows = torch.library.get_ctx().new_dynamic_size()
-    return (
-        x_MD.new_empty(x_MD.shape),
-        ids_MP.new_empty((num_rows,)),
-        experts_NED.new_empty((num_rows, *experts_NED.shape[1:])),
-        weights_MP.new_empty(weights_MP.shape),
-    )
+    return ids_MP.new_empty((num_rows,)), experts_NED.new_empty((num_rows, *experts_NED.shape[1:]))
+
+
+# By itself, since torch.compile takes no operator whose output's shape the data say.
+@torch.library.custom_op("tinyexperts::expert_mlp_dense_gradient", mutates_args=())
+def _dense_gradient(
+    ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
+) -> Tensor:
+    """The gradient of the whole table [N, E, D]."""
+    rows, grad_rows_RED = _gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)
+    grad_experts_NED: Tensor = grad_rows_RED.new_zeros(experts_NED.shape)
+    return grad_experts_NED.index_copy_(0, rows, grad_rows_RED)
+
+
+@_dense_gradient.register_fake
+def _(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor) -> Tensor:
+    return experts_NED.new_empty(experts_NED.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x_MD, experts_NED, ids_MP, weights_MP, ctx.activation, scales_NE, ctx.sparse = inputs
+    ctx.table = weakref.ref(experts_NED)  # activation checkpointing gives the backward pass another tensor for it
     ctx.save_for_backward(x_MD, experts_NED, ids_MP, weights_MP, output[1], scales_NE)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad_y_MD: Tensor, _grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
     *saved, scales_NE = ctx.saved_tensors  # activation checkpointing lets them be unpacked once
-    experts_NED = saved[1]
-    table_gradient = ctx.needs_input_grad[1]
-    grad_x, rows, grad_rows, grad_weights = _expert_mlp_backward(
-        grad_y_MD, *saved, ctx.activation, scales_NE, table_gradient
-    )
-    if not table_gradient:
-        return grad_x, None, None, grad_weights, None, None, None
-    if ctx.sparse:
-        # The rows ascend and don't repeat; torch loses the flag on the way into .grad.
-        grad_experts = torch.sparse_coo_tensor(
-            rows.unsqueeze(0), grad_rows, experts_NED.shape, is_coalesced=True, check_invariants=False
-        )
-    else:
-        grad_experts = grad_rows.new_zeros(experts_NED.shape).index_copy_(0, rows, grad_rows)
+    x_MD, experts_NED, ids_MP = saved[:3]
+    grad_x, grad_weights, factors_EMP = _expert_mlp_backward(grad_y_MD, *saved, ctx.activation, scales_NE)
+    grad_experts = None
+    if ctx.needs_input_grad[1]:
+        operands = ids_MP, factors_EMP, x_MD, grad_y_MD
+        if (table := deferring_table(ctx.table, factors_EMP.dtype, sparse=ctx.sparse)) is not None:
+            leave_deferred(table, TableGradient(*operands))
+        elif ctx.sparse:
+            rows, grad_rows_RED = _gradient_rows(*operands, experts_NED)
+            grad_experts = sparse_gradient(rows, grad_rows_RED, experts_NED.shape)
+        else:
+            grad_experts = _dense_gradient(*operands, experts_NED)
     return grad_x, grad_experts, None, grad_weights, None, None, None
 
 

@@ -19,6 +19,7 @@ of, so that replicas stay equal to the bit.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ from torch import Tensor
 from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.collectives import RankGroups, columns_at_home, columns_of_all, gathered, summed_at_home
 from tinyexperts.ops.expert_mlp import columns_cpu, cpu, portable
+from tinyexperts.ops.expert_mlp.deferred import deferring_table, leave_deferred
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
-from tinyexperts.ops.expert_mlp.table_gradient import TableGradient, asked_for, is_deferred
+from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.expert_mlp.touched_rows import sparse_gradient
+from tinyexperts.ops.numba_kernel import JIT_IS_DISABLED
 
 
 def expert_mlp_in_columns(
@@ -54,9 +58,22 @@ def expert_mlp_in_columns(
 
     The gradient of experts_NEC is that of the tokens of all ranks and replicas, summed.
     """
-    deferred = is_deferred(experts_NEC)
-    y: Tensor = _ExpertsInColumns.apply(x_MD, experts_NEC, ids_MP, weights_MP, activation, groups, sparse, deferred)  # type: ignore[no-untyped-call]
+    y: Tensor = _ExpertsInColumns.apply(x_MD, experts_NEC, ids_MP, weights_MP, activation, groups, sparse)  # type: ignore[no-untyped-call]
     return y
+
+
+def mark_column_shard(table: Tensor) -> None:
+    """Note that the table holds a part of the columns: a mean over D can't be taken of it."""
+    table._column_shard = True  # type: ignore[attr-defined]
+
+
+def is_column_shard(table: Tensor) -> bool:
+    """Whether `mark_column_shard` has been called."""
+    return getattr(table, "_column_shard", False)
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not JIT_IS_DISABLED
 
 
 class _ExpertsInColumns(torch.autograd.Function):
@@ -70,10 +87,9 @@ class _ExpertsInColumns(torch.autograd.Function):
         activation: str | None,
         groups: RankGroups,
         sparse: bool,
-        deferred: bool,
     ) -> Tensor:
         dtype = accumulation_dtype(x_MD, experts_NEC)
-        steps = columns_cpu if x_MD.device.type == "cpu" else portable
+        steps = columns_cpu if _has_kernels(x_MD) else portable
         last = experts_NEC.shape[1] - 1
         group = groups.columns
         ids_of_all = gathered(ids_MP, group)
@@ -87,7 +103,7 @@ class _ExpertsInColumns(torch.autograd.Function):
         y_of_all = steps.weighted_sum(coefficient_of_all.unsqueeze(0), experts_NEC, ids_of_all, last)
         ctx.save_for_backward(x_of_all, experts_NEC, ids_of_all, weights_MP, pre, coefficient_of_all)
         ctx.activation, ctx.groups, ctx.sparse, ctx.steps = activation, groups, sparse, steps
-        ctx.left = asked_for(experts_NEC) if deferred else None
+        ctx.table = weakref.ref(experts_NEC)
         return columns_at_home(y_of_all, group).to(x_MD.dtype)
 
     @staticmethod
@@ -109,7 +125,7 @@ class _ExpertsInColumns(torch.autograd.Function):
         grad_experts = None
         if ctx.needs_input_grad[1]:
             grad_experts = _table_gradient(ctx, experts_NEC, ids_of_all, factors_of_all, x_of_all, grad_y_of_all)
-        return grad_x.to(grads[0].dtype), grad_experts, None, grad_weights.to(weights_MP.dtype), None, None, None, None
+        return grad_x.to(grads[0].dtype), grad_experts, None, grad_weights.to(weights_MP.dtype), None, None, None
 
 
 def _derivatives(pre_FMP: Tensor, activation: str) -> list[Tensor]:
@@ -123,20 +139,18 @@ def _derivatives(pre_FMP: Tensor, activation: str) -> list[Tensor]:
 def _table_gradient(
     ctx: Any, experts_NEC: Tensor, ids_MP: Tensor, factors_EMP: Tensor, x_MC: Tensor, grad_y_MC: Tensor
 ) -> Tensor | None:
-    """Of the tokens of all replicas; None where an optimiser has asked for what it is made of."""
+    """Of the tokens of all replicas; None where it has been left in deferred form."""
     if ctx.groups.replicas is not None:
         ids_MP, grad_y_MC = (gathered(t, ctx.groups.replicas) for t in (ids_MP, grad_y_MC))
         factors_EMP = torch.stack([gathered(factors, ctx.groups.replicas) for factors in factors_EMP])
         if len(x_MC):
             x_MC = gathered(x_MC, ctx.groups.replicas)
-    if ctx.left is not None:
-        ctx.left.append(TableGradient(ids_MP, factors_EMP, x_MC, grad_y_MC))
+    if (table := deferring_table(ctx.table, factors_EMP.dtype, sparse=ctx.sparse)) is not None:
+        leave_deferred(table, TableGradient(ids_MP, factors_EMP, x_MC, grad_y_MC))
         return None
-    summed = cpu.sum_by_expert if x_MC.device.type == "cpu" else portable.sum_by_expert
+    summed = cpu.sum_by_expert if _has_kernels(x_MC) else portable.sum_by_expert
     rows, grad_rows = summed(ids_MP, factors_EMP, x_MC, grad_y_MC)
     grad_rows = grad_rows.to(experts_NEC.dtype)
     if ctx.sparse:
-        return torch.sparse_coo_tensor(
-            rows.unsqueeze(0), grad_rows, experts_NEC.shape, is_coalesced=True, check_invariants=False
-        )
+        return sparse_gradient(rows, grad_rows, experts_NEC.shape)
     return grad_rows.new_zeros(experts_NEC.shape).index_copy_(0, rows, grad_rows)

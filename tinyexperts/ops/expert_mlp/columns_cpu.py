@@ -19,7 +19,7 @@ from tinyexperts.ops.numba_kernel import array_of, array_of_weights, kernel
 
 def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, count: int) -> Tensor:
     """x . vector of each of a token's experts, for `count` vectors from `first` on, in the type of x: [count, M, P]."""
-    out = torch.empty((count, *ids_MP.shape), dtype=x_MD.dtype)
+    out = torch.empty((count, *ids_MP.shape), dtype=x_MD.dtype, device="cpu")
     in_parts(
         _products,
         len(x_MD),
@@ -35,7 +35,7 @@ def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, coun
 
 def weighted_sum(factors_FMP: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int) -> Tensor:
     """The sum over a token's experts and F vectors from `first` on of factor * vector, in the factors' type: [M, D]."""
-    y = torch.empty((len(ids_MP), experts_NED.shape[2]), dtype=factors_FMP.dtype)
+    y = torch.empty((len(ids_MP), experts_NED.shape[2]), dtype=factors_FMP.dtype, device="cpu")
     in_parts(
         _weighted_sum,
         len(y),

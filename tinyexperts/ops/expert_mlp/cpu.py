@@ -49,8 +49,8 @@ def expert_mlp(
     num_tokens, num_retrieved = ids_MP.shape
     num_vectors = experts_NED.shape[1]
     dtype = accumulation_dtype(x_MD, experts_NED)
-    y = torch.empty(x_MD.shape, dtype=dtype)
-    pre_activations = torch.empty((num_vectors - 1, num_tokens, num_retrieved), dtype=dtype)
+    y = torch.empty(x_MD.shape, dtype=dtype, device="cpu")
+    pre_activations = torch.empty((num_vectors - 1, num_tokens, num_retrieved), dtype=dtype, device="cpu")
     in_parts(
         _forward,
         num_tokens,
@@ -66,29 +66,6 @@ def expert_mlp(
         min_items=min_tokens(experts_NED, num_retrieved),
     )
     return y.to(x_MD.dtype), pre_activations
-
-
-def expert_mlp_backward(
-    grad_y_MD: Tensor,
-    x_MD: Tensor,
-    experts_NED: Tensor,
-    ids_MP: Tensor,
-    weights_MP: Tensor,
-    pre_activations_FMP: Tensor,
-    activation: str | None,
-    scales_NE: Tensor | None = None,
-    *,
-    table_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of the touched rows (ascending ids [R], values [R, E, D]) and of the weights."""
-    grad_x, grad_weights, factors_EMP = backward_of_tokens(
-        grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation, scales_NE
-    )
-    if table_gradient and ids_MP.numel():
-        rows, grad_rows = sum_by_expert(ids_MP, factors_EMP, x_MD, grad_y_MD)
-    else:
-        rows, grad_rows = ids_MP.new_empty(0), factors_EMP.new_empty((0, *experts_NED.shape[1:]))
-    return grad_x, rows, grad_rows.to(experts_NED.dtype), grad_weights
 
 
 def sum_by_expert(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,9 +90,9 @@ def backward_of_tokens(
     vector, in the type that is computed in.
     """
     dtype = accumulation_dtype(x_MD, experts_NED)
-    grad_x = torch.empty(x_MD.shape, dtype=dtype)
-    grad_weights = torch.empty(weights_MP.shape, dtype=dtype)
-    factors_EMP = torch.empty((experts_NED.shape[1], *ids_MP.shape), dtype=dtype)
+    grad_x = torch.empty(x_MD.shape, dtype=dtype, device="cpu")
+    grad_weights = torch.empty(weights_MP.shape, dtype=dtype, device="cpu")
+    factors_EMP = torch.empty((experts_NED.shape[1], *ids_MP.shape), dtype=dtype, device="cpu")
     coefficient, derivatives = _coefficients_and_derivatives(pre_activations_FMP, activation, weights_MP)
     in_parts(
         _backward,
@@ -148,7 +125,7 @@ def _array_of_scales(scales_NE: Tensor | None, dtype: torch.dtype) -> Any:
 
 @functools.cache
 def _no_scales(dtype: torch.dtype) -> Any:
-    return array_of(torch.empty((0, 0), dtype=dtype))
+    return array_of(torch.empty((0, 0), dtype=dtype, device="cpu"))
 
 
 @functools.cache

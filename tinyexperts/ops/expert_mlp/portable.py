@@ -107,7 +107,7 @@ def expert_mlp(
     return vectors.weighted_sum(factors, last).to(x_MD.dtype), pre_activations
 
 
-def expert_mlp_backward(
+def backward_of_tokens(
     grad_y_MD: Tensor,
     x_MD: Tensor,
     experts_NED: Tensor,
@@ -116,17 +116,15 @@ def expert_mlp_backward(
     pre_activations_FMP: Tensor,
     activation: str | None,
     scales_NE: Tensor | None = None,
-    *,
-    table_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of the touched rows (ascending ids [R], values [R, E, D]) and of the weights.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of the weights, and the factors [E, M, P] that the table's gradient is made of.
 
-    R = 0 where the table's gradient is not asked for (a frozen table).
+    A factor is what multiplies x (for u and w) or grad_y (for v) in the gradient of an expert: one number a pair and
+    vector.
     """
-    num_vectors, model_dim = experts_NED.shape[1:]
+    num_vectors = experts_NED.shape[1]
     last = num_vectors - 1
     dtype = accumulation_dtype(x_MD, experts_NED)
-    # What multiplies x (for u and w) or grad_y (for v) in the gradient of an expert, one number a pair and vector.
     factors_EMP = pre_activations_FMP.new_empty((num_vectors, *ids_MP.shape), dtype=dtype)
     vectors = _Vectors(experts_NED, scales_NE, ids_MP, dtype)
     weights, grad_scaled_MP = weights_MP.to(dtype), vectors.products(grad_y_MD, last)
@@ -143,11 +141,7 @@ def expert_mlp_backward(
             factors_EMP[1] = grad_scaled_MP * weights * activate(pre[0], activation)
         for vector in range(last):
             grad_x += vectors.weighted_sum(factors_EMP[vector], vector)
-    grad_x, grad_weights = grad_x.to(x_MD.dtype), grad_weights.to(weights_MP.dtype)
-    if not table_gradient:
-        return grad_x, ids_MP.new_empty(0), experts_NED.new_empty(0, num_vectors, model_dim), grad_weights
-    rows, grad_rows_RED = sum_by_expert(ids_MP, factors_EMP, x_MD.to(dtype), grad_y_MD.to(dtype))
-    return grad_x, rows, grad_rows_RED.to(experts_NED.dtype), grad_weights
+    return grad_x.to(x_MD.dtype), grad_weights.to(weights_MP.dtype), factors_EMP
 
 
 def sum_by_expert(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +153,7 @@ def sum_by_expert(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: 
     bags come in chunks, since the memory of one large result would be new each time, and cost more than the sums.
     """
     num_pairs, model_dim = ids_MP.numel(), x_MD.shape[1]
-    operands_MD = [x_MD] * (len(factors_EMP) - 1) + [grad_y_MD]
+    operands_MD = [x_MD.to(factors_EMP.dtype)] * (len(factors_EMP) - 1) + [grad_y_MD.to(factors_EMP.dtype)]
     sorted_ids, order = ids_MP.flatten().sort(stable=True)
     rows, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
     starts = counts.cumsum(0) - counts

@@ -26,6 +26,14 @@ def touched_rows(ids_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows[:num_rows].clone(), order, starts[: num_rows + 1]
 
 
+def sparse_gradient(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """Return the sparse_coo gradient of rows [R] that ascend and don't repeat."""
+    # torch loses the flag on the way into .grad. The device by name: torch would take its default one otherwise.
+    return torch.sparse_coo_tensor(
+        rows[None], values, shape, device=values.device, is_coalesced=True, check_invariants=False
+    )
+
+
 def sum_touched_rows(order: Tensor, starts: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> Tensor:
     """The gradients of the touched rows [R, E, D], in the factors' type."""
     num_vectors, _, num_retrieved = factors_EMP.shape

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.autocast import outside_autocast
+from tinyexperts.ops.forward_mode import refuse_forward_mode
+from tinyexperts.ops.numba_kernel import JIT_IS_DISABLED
 from tinyexperts.ops.product_key_topk import cpu, reference
 
 __all__ = ["product_key_topk"]
 
 # By the type of device; the others have the reference, which takes the tokens in chunks.
-_KERNELS: dict[str, Any] = {"cpu": cpu}
+_KERNELS: dict[str, Any] = {} if JIT_IS_DISABLED else {"cpu": cpu}
 
 
 def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -30,9 +32,9 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
         ids (int64, [M, H, K]): expert (i, j) has the id i*S + j; equal scores go to the lower id.
 
     Raises:
-        InputError: shapes that don't fit each other, or k outside 1..S.
+        InputError: shapes that don't fit each other, k outside 1..S, or a forward-mode derivative (torch.func.jvp).
 
-    Differentiable once and in reverse mode only: forward-mode derivatives (torch.func.jvp) come out as zero.
+    Differentiable once and in reverse mode only.
     """
     num_heads, query_dim = query_MHQ.shape[1:] if query_MHQ.dim() == 3 else (0, 0)
     num_sub_keys = sub_keys.shape[-2] if sub_keys.dim() > 1 else 0
@@ -44,6 +46,7 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
         )
     if not 1 <= k <= num_sub_keys:
         raise InputError(f"k must be between 1 and the number of sub-keys a half, {num_sub_keys}, got {k}")
+    refuse_forward_mode("product_key_topk", query_MHQ, sub_keys)
     scores, ids = _product_key_topk(query_MHQ, sub_keys, k)
     return scores, ids
 

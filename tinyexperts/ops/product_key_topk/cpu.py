@@ -59,12 +59,12 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
     lanes = MASK_LANES if num_columns else RANK_LANES
     padded = -(-num_sub_keys // lanes) * lanes
     chunk = max(1, min(num_rows, _CHUNK_ELEMENTS // (2 * padded)))
-    halves = torch.empty((2, chunk, padded), dtype=dtype)
+    halves = torch.empty((2, chunk, padded), dtype=dtype, device="cpu")
     if padded > num_sub_keys:
         halves[:, :, num_sub_keys:] = -torch.inf
     unsettled = np.empty(chunk, dtype=np.bool_)
-    top_scores = torch.empty((num_tokens, num_heads, k), dtype=dtype)
-    ids = torch.empty((num_tokens, num_heads, k), dtype=torch.int64)
+    top_scores = torch.empty((num_tokens, num_heads, k), dtype=dtype, device="cpu")
+    ids = torch.empty((num_tokens, num_heads, k), dtype=torch.int64, device="cpu")
     scores, out_scores, out_ids = array_of(halves), array_of(top_scores.view(-1, k)), array_of(ids.view(-1, k))
     for group, (rows, group_keys) in enumerate(groups):
         for first in range(0, num_rows, chunk):
@@ -86,9 +86,9 @@ def product_key_topk_backward(
     num_tokens = len(query_MHQ)
     dtype = grad_scores.dtype
     keys = sub_keys.to(dtype).view(-1, 2, *sub_keys.shape[-2:])
-    grad_query = torch.empty(query_MHQ.shape, dtype=dtype)
+    grad_query = torch.empty(query_MHQ.shape, dtype=dtype, device="cpu")
     num_parts = max(1, min(_MAX_GRADIENT_PARTS, num_tokens // _MIN_TOKENS))
-    grad_keys = torch.empty((num_parts, *keys.shape), dtype=dtype)
+    grad_keys = torch.empty((num_parts, *keys.shape), dtype=dtype, device="cpu")
     in_parts(
         _backward,
         num_parts,

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
+from tinyexperts.ops.numba_kernel import JIT_IS_DISABLED
 from tinyexperts.ops.row_adam import cpu, reference
 
 __all__ = ["row_adam_"]
 
 # By the type of device; the others have the reference.
-_KERNELS: dict[str, Any] = {"cpu": cpu}
+_KERNELS: dict[str, Any] = {} if JIT_IS_DISABLED else {"cpu": cpu}
 
 
 def row_adam_(

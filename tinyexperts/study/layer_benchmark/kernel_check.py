@@ -11,10 +11,10 @@ from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER
 from tinyexperts.ops import expert_mlp, product_key_topk
 from tinyexperts.ops.expert_mlp import reference as expert_reference
-from tinyexperts.ops.expert_mlp.table_gradient import asked_for, expert_mlp_deferred
+from tinyexperts.ops.expert_mlp.deferred import pairs_of
 from tinyexperts.ops.product_key_topk import reference as topk_reference
 from tinyexperts.ops.row_adam import reference as adam_reference
-from tinyexperts.optim import RowSparseAdam
+from tinyexperts.optim import RowSparseAdam, deferred_gradients
 
 TOLERANCE = 1e-4
 MAX_TOKENS = 64
@@ -108,12 +108,14 @@ def _check_update(
     compact = table_NED[rows].requires_grad_()
     optimizer = RowSparseAdam([table], lr=1e-3, betas=(0.9, 0.99), eps=1e-8, second_moment=second_moment, fused=True)
     grad_y = torch.randn(x_MD.shape, generator=generator)
-    expert_mlp_deferred(x_MD, table, positions_MP, weights_MP, activation).backward(grad_y)
+    with deferred_gradients([optimizer]):
+        expert_mlp(x_MD, table, positions_MP, weights_MP, activation, sparse=True).backward(grad_y)
     expected_y, _ = expert_reference.expert_mlp(x_MD, compact, positions_MP, weights_MP, activation)
     (expected_gradient,) = torch.autograd.grad(expected_y, compact, grad_y)
-    left = asked_for(table)
-    assert left is not None
-    touched, gradient = left[0].rows_and_values()
+    assert table.grad is not None
+    pairs = pairs_of(table.grad)
+    assert pairs is not None
+    touched, gradient = pairs.rows_and_values()
     _compare(f"touched rows {where}", touched, torch.arange(len(rows)))
     _compare(f"gradient of the table {where}", gradient, expected_gradient)
     optimizer.step()

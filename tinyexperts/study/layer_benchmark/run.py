@@ -21,6 +21,7 @@ from tinyexperts.study.layer_benchmark import memory, view
 from tinyexperts.study.layer_benchmark.measurement import measure_setting
 from tinyexperts.study.layer_benchmark.rivals import RIVALS, RivalName
 from tinyexperts.study.layer_benchmark.subjects import make_layer
+from tinyexperts.training.config import path_of
 from tinyexperts.training.run_folder import write_whole
 
 
@@ -48,6 +49,7 @@ class LayerBenchmarkConfig:
     """Of tables, gradients and optimisers' state at a time; settings and rivals that need more are left out."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", path_of("output", self.output))
         for name in ("d_model", "num_experts", "num_tokens", "threads"):
             values = getattr(self, name)
             option = "--" + name.replace("_", "-")

@@ -19,7 +19,7 @@ from tinyexperts.ops.expert_mlp import reference as expert_reference
 from tinyexperts.ops.product_key_topk import _KERNELS as TOPK_KERNELS
 from tinyexperts.ops.product_key_topk import reference as topk_reference
 from tinyexperts.ops.row_adam import _KERNELS as ADAM_KERNELS
-from tinyexperts.optim import RowSparseAdam
+from tinyexperts.optim import RowSparseAdam, deferred_gradients
 from tinyexperts.study.layer_benchmark.inputs import Inputs
 
 QUERY_DIM = 128
@@ -46,7 +46,8 @@ class Subject:
             started = time.perf_counter()
             y_MD = self.module(x_MD)
             forward_done = time.perf_counter()
-            y_MD.backward(grad_y_MD)
+            with deferred_gradients(self.optimizers):
+                y_MD.backward(grad_y_MD)
             backward_done = time.perf_counter()
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -125,7 +126,7 @@ def reference_subject(ours: Subject) -> Subject:
     """Our layer with operators in plain torch, on the same table with the same state: it needs no memory of its own."""
     layer = ours.module
     assert isinstance(layer, PEER)
-    table = nn.Parameter(layer.experts.detach())  # another parameter, whose gradient is not left for the fused step
+    table = nn.Parameter(layer.experts.detach())  # another parameter, so that this optimiser's state is its own
     twin = copy.deepcopy(layer, {id(layer.experts): table})
     table_optimizer = RowSparseAdam(
         [table], lr=_LEARNING_RATE, second_moment=ours.optimizers[0].defaults["second_moment"]

@@ -1,0 +1,144 @@
+"""A scope in which backward passes leave a table's gradient in deferred form, for a step that sums each row itself.
+
+The gradient is in `.grad` all the same, as a tensor (`DeferredGradient`) that holds the pairs it is made of: only
+RowSparseAdam and clip_gradient_norm_ read those, and any other use writes it out as the sparse_coo gradient that it is.
+So whatever looks at `.grad` or empties it (zero_grad, accumulation, other optimisers, torch.amp.GradScaler) does what
+it does outside the scope. Whether a pass asks for the table's gradient at all, autograd's engine knows.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_map_only
+
+from tinyexperts.errors import InputError
+from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.expert_mlp.touched_rows import sparse_gradient
+from tinyexperts.ops.numba_kernel import JIT_IS_DISABLED
+
+# The tables of the scopes that this thread is in; a backward pass on the CPU runs in the thread that calls it.
+_deferring: ContextVar[tuple[Tensor, ...]] = ContextVar("deferring", default=())
+
+
+class DeferredGradient(Tensor):
+    """The gradient of a table [N, E, D] (sparse_coo, of the table's type), written out at its first use as a tensor."""
+
+    def __new__(cls, table: Tensor, pairs: TableGradient) -> DeferredGradient:
+        return Tensor._make_wrapper_subclass(
+            cls, table.shape, dtype=table.dtype, device=table.device, layout=torch.sparse_coo
+        )
+
+    def __init__(self, table: Tensor, pairs: TableGradient) -> None:
+        self.pairs: TableGradient | None = pairs
+        """What it is made of; None once it has been written out."""
+        self._written: Tensor | None = None
+
+    def written(self) -> Tensor:
+        """Return the gradient as a sparse_coo tensor of the touched rows, the same one at each call."""
+        if self._written is None:
+            assert self.pairs is not None
+            rows, values = self.pairs.rows_and_values()
+            self._written = sparse_gradient(rows, values.to(self.dtype), self.shape)
+            self.pairs = None
+        return self._written
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(DeferredGradient, DeferredGradient.written, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return repr(self.written())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.written(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.written().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def pairs_of(gradient: Tensor) -> TableGradient | None:
+    """Return what a gradient is made of where it is in deferred form; None where it is, or has been, written out."""
+    return gradient.pairs if isinstance(gradient, DeferredGradient) else None
+
+
+def supports_deferred(table: Tensor) -> bool:
+    """Return True for contiguous tables on the CPU in fp32 or fp64, where there are kernels that sum their rows."""
+    has_kernels = table.device.type == "cpu" and not JIT_IS_DISABLED
+    return has_kernels and table.dtype in (torch.float32, torch.float64) and table.is_contiguous()
+
+
+@contextmanager
+def deferred_table_gradients(tables: Iterable[Tensor]) -> Iterator[None]:
+    """Make backward passes in the scope leave the gradients of these tables in deferred form in `.grad`.
+
+    Raises:
+        InputError: a table that is no leaf, is elsewhere than on the CPU, is of another type, or has a hook.
+    """
+    tables = tuple(tables)
+    for table in tables:
+        if not supports_deferred(table) or not table.is_leaf:
+            raise InputError(
+                "gradients are deferred for tables that are contiguous leaves on the CPU in fp32 or fp64, got "
+                f"{table.dtype} on {table.device.type}"
+            )
+        _check_hooks(table)
+    token = _deferring.set(_deferring.get() + tables)
+    try:
+        yield
+    finally:
+        _deferring.reset(token)
+
+
+def deferring_table(reference: weakref.ref[Tensor], gradient_dtype: torch.dtype, *, sparse: bool) -> Tensor | None:
+    """Return the table whose gradient the running backward pass is to leave in deferred form; None where it is not.
+
+    Raises:
+        InputError: a layer whose gradient is dense, or a hook that wants the gradient.
+    """
+    tables = _deferring.get()
+    if not tables:
+        return None
+    table = reference()
+    if table is None or not any(table is each for each in tables) or not table.requires_grad:
+        return None
+    # Sums of another type than the table's (fp64 tokens, an fp32 table) are rounded when they are written out.
+    if gradient_dtype != table.dtype or torch.is_grad_enabled() or not _accumulates(table):
+        return None
+    if not sparse:
+        raise InputError("a deferred gradient is sparse, and the layer's gradient is dense: make it with sparse=True")
+    _check_hooks(table)
+    return table
+
+
+def leave_deferred(table: Tensor, pairs: TableGradient) -> None:
+    """Accumulate a gradient in `.grad`; where there is none yet it stays in deferred form."""
+    gradient = DeferredGradient(table, pairs)
+    if table.grad is None:
+        table.grad = gradient
+    else:
+        table.grad += gradient  # in place, as autograd accumulates
+
+
+def _accumulates(table: Tensor) -> bool:
+    """Return True if the running backward pass adds to the table's `.grad`: not where it is for other inputs alone."""
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(table).node)
+    except RuntimeError:  # autograd.grad returns the table's gradient, and adds it to nothing
+        return False
+
+
+def _check_hooks(table: Tensor) -> None:
+    if table._backward_hooks or getattr(table, "_post_accumulate_grad_hooks", None):
+        raise InputError("a deferred gradient passes no hook, and the table has one: make the backward pass outside")
