@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import os
 import random
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tinyexperts import training
+from tinyexperts.training import loop
 
 TINY_MODEL = [
     *("--model.vocab-size", 300, "--model.context-length", 16, "--model.d-model", 16, "--model.num-layers", 2),
@@ -126,6 +133,15 @@ def test_a_full_disk_is_one_sentence(run_cli, monkeypatch):
         (["train", "peer", "--model.d-model", "63"], "d_model must be a multiple of"),
         (["study", "demo", "--training-flops", "0"], "training_flops must be positive, got 0"),
         (["study", "report"], "at least one run folder"),
+        (["train", "peer", "--run", "r\udcff"], "run must be a path in UTF-8, got b'r\\xff'"),
+        (["train", "peer", "--data", "\udcff/d"], "data must be a path in UTF-8, got b'\\xff/d'"),
+        (["plan", "peer", "--devices", "1x1GB", "--run", "\udcff"], "run must be a path in UTF-8, got b'\\xff'"),
+        (["evaluate", "r\udcff"], "run must be a path in UTF-8, got b'r\\xff'"),
+        (["generate", "r\udcff", "--prompt", "x"], "run must be a path in UTF-8, got b'r\\xff'"),
+        (["study", "demo", "--output", "\udcff"], "output must be a path in UTF-8, got b'\\xff'"),
+        (["study", "isoflop", "--output", "\udcff"], "output must be a path in UTF-8, got b'\\xff'"),
+        (["study", "isoflop", "--data", "\udcff"], "data must be a path in UTF-8, got b'\\xff'"),
+        (["bench", "layer", "--output", "\udcff"], "output must be a path in UTF-8, got b'\\xff'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(run_cli, monkeypatch, tmp_path, arguments, sentence):
@@ -152,6 +168,212 @@ def test_the_parser_refuses_with_exit_code_2(run_cli, arguments, sentence):
     assert code == 2
     assert sentence in " ".join((out + err).replace("│", " ").split())
     assert "Traceback" not in out + err
+
+
+KINDS = {
+    "peer": ["--model.sparse-layer.num-experts", 64, "--model.sparse-layer.experts-per-head", 3],
+    "dense": ["--model.sparse-layer.hidden-dim", 24],
+    "expert-choice-moe": ["--model.sparse-layer.num-experts", 4, "--model.sparse-layer.hidden-dim", 8],
+    "product-key-memory": ["--model.sparse-layer.num-values", 64, "--model.sparse-layer.values-per-head", 3],
+}
+
+
+@pytest.fixture
+def begun(run_cli, tiny_data, tmp_path, monkeypatch):
+    """A function that trains two of four steps of a recipe, with settings of all kinds; returns the command."""
+
+    def begin(recipe, *more):
+        command = [
+            *("train", recipe, "--data", tiny_data, "--training-flops", "None", "--num-steps", 4, "--threads", 1),
+            *("--model.vocab-size", 300, "--model.context-length", 16, "--model.d-model", 16, "--model.num-layers", 2),
+            *(
+                "--model.num-heads",
+                2,
+                "--model.layers-with-peer",
+                0,
+                1,
+                "--model.tied-embeddings",
+                "--betas",
+                0.5,
+                0.75,
+            ),
+            *(
+                "--checkpoint-every",
+                2,
+                "--table-learning-rate",
+                0.003,
+                "--gradient-clip",
+                "None",
+                *KINDS[recipe],
+                *more,
+            ),
+        ]
+        optimizer_step = loop.optimizer_step
+
+        def stopped(run, step):
+            if step == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return optimizer_step(run, step)
+
+        monkeypatch.chdir(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "optimizer_step", stopped)
+            code, _, err = run_cli(*command)
+        assert code == 130, err
+        return command
+
+    return begin
+
+
+def course(run):
+    """Its configuration and the losses of its steps."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((run / "config.json").read_text()), [(line["step"], line["loss"]) for line in lines]
+
+
+@pytest.mark.parametrize("recipe", KINDS)
+def test_a_run_goes_on_with_all_of_its_own_settings(run_cli, begun, tmp_path, recipe):
+    command = begun(recipe, "--run", "r1")
+    shutil.copytree("r1", "r2")
+    assert run_cli("train", recipe, "--run", "r1", "--resume")[0] == 0
+    code, _, err = run_cli(*command[:2], "--run=r2", *command[2:-2], "--resume", "--no-progress")  # as it was begun
+    assert (code, err) == (0, "")
+    settings, losses = course(tmp_path / "r1")
+    assert settings["run"] == "r1"
+    assert settings["model"]["layers_with_peer"] == [0, 1]
+    assert [step for step, _ in losses] == [4, 4]
+    assert losses == course(tmp_path / "r2")[1]
+
+
+def test_a_run_in_the_folder_of_its_recipe_goes_on_too(run_cli, begun, tmp_path):
+    begun("peer")
+    assert run_cli("train", "peer", "--resume")[0] == 0
+    assert course(tmp_path / "runs/peer")[1][-1][0] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["dense", "--run", "r1"], "r1 is a run of peer, which train peer --run r1 --resume goes on with, got dense"),
+        (["peer", "--run", "r1", "--seed", "1"], "r1 can't be resumed with another configuration: seed was 0, is 1"),
+        # the recipe's own settings, typed, are not those of the run
+        (["peer", "--run=r1", "--model.d-model=64"], "model.d_model was 16, is 64"),
+        (["peer", "--run", "r1", "--betas", "0.9", "0.98"], "betas was (0.5, 0.75), is (0.9, 0.98)"),
+        (["peer", "--run", "r1", "--num-steps", "9"], "num_steps was 4, is 9"),
+        (["peer", "--run", "r1", "--training-flops", "1e9"], "exactly one of num_steps and training_flops"),
+        (["peer", "--run", "r1", "--data", "nowhere"], "nowhere"),
+        (["peer", "--run", "r1", "--mesh", "2", "1"], "mesh must multiply up to the number of ranks, 1, got 2 x 1"),
+        (["peer"], "runs/peer is not the folder of a run"),
+        (["peer", "--run", "nowhere"], "nowhere is not the folder of a run"),
+        (["peer", "--run", "broken"], "broken/config.json does not hold a configuration"),
+        (["peer", "--run", "\udcff"], "run must be a path in UTF-8, got b'\\xff'"),
+    ],
+)
+def test_what_a_run_can_not_go_on_with_is_one_sentence(run_cli, begun, tmp_path, arguments, sentence):
+    begun("peer", "--run", "r1")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{}")
+    before = course(tmp_path / "r1")
+    code, out, err = run_cli("train", *arguments, "--resume")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert sentence in err
+    assert course(tmp_path / "r1") == before
+    assert not (tmp_path / "runs").exists()
+
+
+def test_where_a_run_lies_may_change(run_cli, begun, tiny_data, tmp_path):
+    begun("peer", "--run", "r1")
+    shutil.copytree(tiny_data, "moved")
+    Path("r1").rename("r9")
+    given = ["--data", "moved", "--timeout-seconds", 5, "--asynchronous-checkpoints"]
+    assert run_cli("train", "peer", "--resume", "--run", "r9", *given)[0] == 0
+    assert course(tmp_path / "r9")[1][-1][0] == 4
+    assert not Path("r1").exists()
+
+
+def test_the_help_of_a_resumption_shows_the_settings_of_the_run(run_cli, begun):
+    begun("peer", "--run", "r1")
+    code, out, _ = run_cli("train", "peer", "--run", "r1", "--resume", "--help")
+    assert code == 0
+    assert "(default: 0.003)" in out
+    assert "(default: 0.003)" not in run_cli("train", "peer", "--run", "r1", "--no-resume", "--help")[1]
+
+
+@pytest.mark.parametrize("arguments", [["--run"], ["--resume", "--run"], ["--run", "--resume"]])
+def test_a_run_without_a_name_is_left_to_the_parser(run_cli, arguments):
+    code, out, err = run_cli("train", "peer", *arguments)
+    assert code == 2
+    assert "--run" in out + err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape", "replace"])
+def test_what_a_terminal_can_not_show_is_escaped(run_cli, begun, monkeypatch, encoding, errors):
+    begun("peer", "--run", "r1")
+    prompt = "\u00e4 \u20ac \U0001f600"
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        code, _, _ = run_cli("generate", "r1", "--prompt", prompt, "--max-new-tokens", 1, "--temperature", 0)
+        assert code == 0
+        code, _, _ = run_cli("evaluate", "r1", "--data", prompt)
+        assert code == 2
+    how = errors if errors == "replace" else "backslashreplace"
+    assert out.buffer.getvalue().startswith(prompt.encode(encoding, how))
+    err.flush()
+    assert prompt.encode(encoding, how) in err.buffer.getvalue()
+
+
+def test_without_a_standard_output_a_verb_still_runs(run_cli, begun, monkeypatch):
+    begun("peer", "--run", "r1")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        code, _, _ = run_cli("generate", "r1", "--prompt", "the", "--save")
+    assert code == 0
+    assert len(json.loads(Path("r1/samples.json").read_text())) == 1
+
+
+@pytest.mark.parametrize(
+    ("ending", "unbuffered", "code", "told"),
+    [
+        ("| true", "", 141, ""),
+        ("> /dev/full", "", 2, "tinyexperts: [Errno 28] No space left on device\n"),
+        pytest.param("| true", "1", 141, "", marks=pytest.mark.slow),
+        pytest.param("> /dev/full 2> /dev/full", "", 2, "", marks=pytest.mark.slow),
+        pytest.param(">&-", "", 0, "", marks=pytest.mark.slow),
+    ],
+)
+def test_an_output_that_takes_nothing_ends_without_a_traceback(begun, ending, unbuffered, code, told):
+    begun("peer", "--run", "r1")
+    generate = f"{shlex.quote(sys.executable)} -m tinyexperts generate r1 --prompt the --max-new-tokens 2"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {generate} {ending}"],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (code, told)
+
+
+def test_a_pipe_that_breaks_elsewhere_is_told(run_cli, monkeypatch):
+    def broken(*arguments, **options):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe", "a socket")
+
+    monkeypatch.setattr(training, "load_model", broken)
+    assert run_cli("evaluate", "run") == (2, "", "tinyexperts: [Errno 32] Broken pipe: 'a socket'\n")
+
+
+@pytest.mark.parametrize("option", ["--temperature", "--top-p"])
+def test_the_tiniest_option_takes_the_likeliest_token(run_cli, begun, option):
+    begun("peer", "--run", "r1")
+    expected = run_cli("generate", "r1", "--prompt", "the", "--temperature", 0)
+    assert expected[0] == 0
+    for value in ("1e-30", "1e-46", "1e-300"):
+        assert run_cli("generate", "r1", "--prompt", "the", option, value) == expected
+    assert run_cli("generate", "r1", "--prompt", "the", option, "nan")[0] == 2
 
 
 def test_the_recipes_are_the_four_kinds(run_cli):

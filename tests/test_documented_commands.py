@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from tinyexperts import training
+from tinyexperts.model import generate
 from tinyexperts.training.ranks import mesh_shape
 
 ROOT = Path(__file__).parents[1]
@@ -48,13 +50,50 @@ def test_commands_are_found():
     assert len(found) >= 7
 
 
-def test_the_python_of_the_readme_runs():
-    """With fewer experts."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def python_of(page):
+    """The blocks of Python of a page, and the statements about tinyexperts in its lines."""
+    text = page.read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return blocks, re.findall(r"`(tinyexperts\.[\w.]+\([^`]*\))`", text)
+
+
+def run_python(page, tmp_path, monkeypatch, make_config):
+    """Run what a page shows, with fewer experts and beside the run that it speaks of; returns its names and values."""
+    monkeypatch.chdir(tmp_path)
+    blocks, statements = python_of(page)
+    if statements:
+        training.train(make_config(run="runs/peer", num_steps=1), progress=False)
     names = {}
     for block in blocks:
         exec(block.replace("512**2", "32**2"), names)
+    values = []
+    for statement in statements:
+        module = statement.partition("(")[0].rpartition(".")[0]
+        values.append(eval(statement, {"tinyexperts": __import__(module)}))
+    return names, values
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, make_config):
+    names, values = run_python(page, tmp_path, monkeypatch, make_config)
+    if page.name == "README.md":
+        assert names["y"].shape == names["x"].shape
+        assert names["ids"].shape == (4, 128, 8, 16)
+        assert names["layer"].experts.grad.is_sparse
+        (model,) = values
+        assert generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=4).shape == (1, 7)
+
+
+def test_python_is_found():
+    blocks, statements = python_of(ROOT / "README.md")
     assert len(blocks) == 2
-    assert names["y"].shape == names["x"].shape
-    assert names["ids"].shape == (4, 128, 8, 16)
-    assert names["layer"].experts.grad.is_sparse
+    assert statements == ['tinyexperts.training.load_model("runs/peer")']
+    everything = "".join(page.read_text() for page in PAGES)
+    assert everything.count("```python") == sum(len(python_of(page)[0]) for page in PAGES)
+
+
+@pytest.mark.parametrize("wrong", ["```python\n1 / 0\n```\n", "says `tinyexperts.training.load_models(1)`"])
+def test_python_that_does_not_run_is_noticed(wrong, tmp_path, monkeypatch, make_config):
+    (tmp_path / "page.md").write_text(wrong)
+    with pytest.raises((ZeroDivisionError, AttributeError)):
+        run_python(tmp_path / "page.md", tmp_path, monkeypatch, make_config)

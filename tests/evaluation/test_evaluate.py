@@ -33,6 +33,28 @@ def test_an_expert_choice_model_is_measured_in_both_ways_and_left_as_it_was(make
     assert summary["expert_usage"] == []
 
 
+@pytest.mark.parametrize(("kind", "last_call"), [("moe", 1), ("moe", 4), ("peer", 2), ("pkm", 1)])
+def test_whatever_is_raised_the_model_is_left_as_it_was(make_config, tiny_data, monkeypatch, kind, last_call):
+    model = make(make_config, kind).train()
+    model.blocks[0].eval()
+    state = {name: (module.training, len(module._forward_hooks)) for name, module in model.named_modules()}
+    calls, forward = [], Transformer.forward
+
+    def failing(*arguments, **options):
+        calls.append(model.blocks[1].feed_forward.__dict__.get("evaluation_routing"))
+        if len(calls) == last_call:
+            raise KeyboardInterrupt
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(Transformer, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):  # three batches each way of routing
+        evaluate(model, TokenDataset.open(tiny_data).split("validation"), batch_size=1, max_tokens=3 * 16)
+    assert {name: (module.training, len(module._forward_hooks)) for name, module in model.named_modules()} == state
+    if kind == "moe":
+        assert calls == ["threshold"] * min(last_call, 3) + ["expert_choice"] * (last_call - 3)
+        assert model.blocks[1].feed_forward.evaluation_routing == "threshold"
+
+
 @pytest.mark.parametrize(("kind", "num_experts"), [("peer", 64), ("pkm", 64)])
 def test_expert_usage_is_reported_by_layer(make_config, tiny_data, kind, num_experts):
     model = make(make_config, kind)

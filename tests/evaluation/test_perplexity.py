@@ -56,6 +56,27 @@ def test_a_limit_of_tokens_leaves_bits_per_byte_unknown_and_the_mode_as_it_was(m
     assert result.loss == pytest.approx(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("training", [False, True])
+def test_whatever_is_raised_each_module_is_left_in_its_own_mode(model, split, monkeypatch, raised, training):
+    model.train(training)
+    model.blocks[1].feed_forward.router.norm.train(not training)  # frozen, or the one that is still adapted
+    before = {name: module.training for name, module in model.named_modules()}
+
+    def interrupted(*arguments, **options):
+        assert not any(module.training for module in model.modules())
+        raise raised
+
+    measure_perplexity(model, split, context_length=16, max_tokens=16)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    monkeypatch.setattr(F, "cross_entropy", interrupted)
+    with pytest.raises(raised):
+        measure_perplexity(model, split, context_length=16)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
 def test_bigrams_that_stood_earlier():
     inputs = torch.tensor([[1, 2, 1, 2, 3, 1], [5, 5, 5, 4, 5, 5]])
     targets = torch.tensor([[2, 1, 2, 3, 1, 2], [5, 5, 4, 5, 5, 5]])

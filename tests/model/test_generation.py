@@ -84,6 +84,70 @@ def test_draws_keep_to_top_k_and_top_p():
     torch.testing.assert_close(cold, logits[0].div(0.5).softmax(-1), atol=0.04, rtol=0)
 
 
+def shares(logits, temperature=1.0, top_k=None, top_p=None):
+    """How often each token of one row of logits is drawn."""
+    rows = torch.tensor([logits]).expand(2000, -1)
+    drawn = _draw(rows, temperature, top_k, top_p, torch.Generator().manual_seed(0)).flatten()
+    return (torch.bincount(drawn, minlength=len(logits)) / 2000).tolist()
+
+
+TINY = [1e-30, 1e-38, 1e-40, 1e-42, 1e-45, 1e-46, 1e-100, 5e-324]
+INF = float("inf")
+
+
+@pytest.mark.parametrize("temperature", TINY)
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.99}, {"top_k": 3, "top_p": 1e-46}])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature, options):
+    assert shares([1.0, 3.0, 2.999999, -5.0], temperature, **options) == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", TINY)
+def test_a_tiny_temperature_draws_among_equals_as_any_other_does(temperature):
+    assert shares([2.0, 1.0, 2.0, 2.0], temperature) == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3], abs=0.04)
+    assert shares([2.0, 1.0, 2.0, 2.0], 0.0) == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e38, 3.5e38, 1e100, 1.7e308])
+def test_a_huge_temperature_draws_evenly_and_keeps_the_order(temperature):
+    logits = [0.0, 3.0, 1.0, 2.0]
+    assert shares(logits, temperature) == pytest.approx([0.25] * 4, abs=0.04)
+    assert shares(logits, temperature, top_k=2) == pytest.approx([0, 0.5, 0, 0.5], abs=0.04)
+    assert shares(logits, temperature, top_p=0.7) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3], abs=0.04)
+    assert shares([-INF, 3.0, 1.0, -INF], temperature) == pytest.approx([0, 0.5, 0.5, 0], abs=0.04)
+
+
+@pytest.mark.parametrize("top_p", TINY)
+def test_a_tiny_top_p_takes_the_likeliest_token(top_p):
+    assert shares([0.5, 0.4, 0.6], top_p=top_p) == [0, 0, 1]
+    assert shares([0.5, 0.5, 0.5], top_p=top_p) == [1, 0, 0]
+
+
+def test_the_whole_probability_leaves_out_no_token(monkeypatch):
+    logits = 2 * torch.randn(1, 50_000, generator=torch.Generator().manual_seed(0))  # whose sum in fp32 passes 1 early
+    drawn = []
+    monkeypatch.setattr(torch, "multinomial", lambda probabilities, *_, **__: drawn.append(probabilities))
+    for top_p in (None, 1.0):
+        _draw(logits, 1.0, None, top_p, None)
+    assert torch.equal(*drawn)
+    assert (drawn[1] > 0).all()
+
+
+def test_top_k_keeps_as_many_of_equals_and_more_than_there_are_keeps_all():
+    assert shares([1.0, 1.0, 1.0, 1.0], top_k=1) == [1, 0, 0, 0]
+    assert shares([0.0, 1.0, 1.0, 1.0], top_k=2) == pytest.approx([0, 0.5, 0.5, 0], abs=0.04)
+    assert shares([0.0, 0.0], top_k=5) == pytest.approx([0.5, 0.5], abs=0.04)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-46, 1.0, 1e100])
+def test_infinite_logits_are_certain_or_never_drawn(temperature):
+    assert shares([-INF, 1.0, INF, 2.0], temperature) == [0, 0, 1, 0]
+    assert shares([-INF, 1.0, -INF], temperature, top_k=2) == [0, 1, 0]
+    assert shares([INF, 1.0, INF], temperature or 1.0, top_p=1.0) == pytest.approx([0.5, 0, 0.5], abs=0.04)
+    for bad in ([float("nan"), 1.0], [-INF, -INF]):
+        with pytest.raises(InputError, match=f"logits must be numbers, got {bad[0]} for the likeliest token"):
+            shares(bad, temperature)
+
+
 def test_generation_ends_with_the_text():
     model = make()
     first = int(generate(model, prompt(1), max_new_tokens=1, temperature=0)[0, -1])
@@ -95,7 +159,11 @@ def test_generation_ends_with_the_text():
     [
         ({"max_new_tokens": 9}, "4 tokens and 9 new ones are more than the model's context of 12"),
         ({"max_new_tokens": 0}, "at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0 and finite, got nan"),
+        ({"temperature": float("inf")}, "temperature must be at least 0 and finite, got inf"),
+        ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, got nan"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 1.5}, "at most 1, got 1.5"),
     ],
@@ -114,8 +182,12 @@ def test_generated_tokens_can_be_trained_on():
     assert model.embedding.weight.grad is not None
 
 
-def test_the_mode_is_restored_after_a_failure():
+def test_each_module_gets_its_mode_back_after_a_failure_too():
     model = make().train()
+    model.blocks[1].feed_forward.router.norm.eval()
+    before = {name: module.training for name, module in model.named_modules()}
     with pytest.raises(IndexError):
         generate(model, torch.full((1, 2), 40), max_new_tokens=4)
-    assert model.training
+    assert {name: module.training for name, module in model.named_modules()} == before
+    generate(model, prompt(), max_new_tokens=1)
+    assert {name: module.training for name, module in model.named_modules()} == before

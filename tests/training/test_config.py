@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
@@ -45,3 +46,30 @@ def test_an_unknown_field_in_json_is_refused(make_config):
     text = adapter.dump_json(make_config()).decode().replace('"num_experts"', '"num_expert"')
     with pytest.raises(ValueError, match="num_expert"):
         adapter.validate_json(text)
+
+
+def test_paths_are_given_in_any_form(make_config, tmp_path):
+    class Entry:
+        def __fspath__(self):
+            return str(tmp_path / "run")
+
+    for given in (str(tmp_path / "run"), tmp_path / "run", Entry()):
+        config = make_config(run=given, data=given)
+        assert config == make_config(run=tmp_path / "run", data=tmp_path / "run")
+        assert isinstance(config.run, Path)
+
+
+@pytest.mark.parametrize("name", ["run", "data"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("runs/\udcff", r"must be a path in UTF-8, got b'runs/\\xff'"),
+        (Path("\udce4/x"), r"must be a path in UTF-8, got b'\\xe4/x'"),
+        (b"runs/x", "must be a path, got b'runs/x'"),
+        (7, "must be a path, got 7"),
+        (None, "must be a path, got None"),
+    ],
+)
+def test_what_is_no_path_or_not_utf_8_is_told(make_config, name, value, message):
+    with pytest.raises(InputError, match=f"^{name} {message}$"):
+        make_config(**{name: value})

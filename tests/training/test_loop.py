@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tinyexperts import study
 from tinyexperts.data import PrepareConfig, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
@@ -309,3 +310,29 @@ def test_tensorboard_gets_the_same_numbers(make_config):
     got = {event.step: event.value for event in events.Scalars("train/loss")}
     assert got == pytest.approx({row["step"]: row["loss"] for row in lines(config.run, "train")})
     assert checkpoint.checkpoints(config.run)
+
+
+def test_every_function_takes_its_paths_as_strings(make_config, tiny_data, tmp_path):
+    config = make_config(run=str(tmp_path / "run"), data=str(tiny_data))
+    train(config, progress=False)
+    run = str(config.run)
+    assert run_folder.read_config(run) == make_config()
+    expected, got = load_model(config.run), load_model(run)
+    assert all(torch.equal(expected.state_dict()[name], each) for name, each in got.state_dict().items())
+    found = checkpoint.checkpoints(run)
+    assert found == checkpoint.checkpoints(config.run)
+    checkpoint.load_checkpoint(str(found[-1]), got)
+    saved = checkpoint.save_checkpoint(str(tmp_path / "copy"), 1, got, [], {}, keep=1)
+    assert saved == tmp_path / "copy/checkpoints/step-00000001"
+    report = str(tmp_path / "pages" / "report.html")
+    study.write_report([run], report, command="x")
+    assert "run" in (tmp_path / "pages/report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["\udcff", "run\udce9"])
+def test_a_run_whose_name_is_not_utf_8_is_told(make_config, tmp_path, name):
+    run = tmp_path / name
+    train(make_config(num_steps=2), progress=False)
+    (tmp_path / "run").rename(run)
+    with pytest.raises(InputError, match=r"run must be a path in UTF-8, got b'.*\\xf?e?\w'"):
+        load_model(run)

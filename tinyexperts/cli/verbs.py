@@ -32,10 +32,13 @@ def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
         folder: Folder of the data set.
     """
     data_set = data.TokenDataset.open(folder)
-    print(f"{folder} is whole: vocabulary {data_set.index.vocab_size:,}")
-    for name in ("train", "validation"):
-        split = data_set.split(name)
-        print(f"  {name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {split.num_bytes:,} bytes")
+    print(f"{data.printable(folder)} is whole: vocabulary {data_set.index.vocab_size:,}")
+    for name, record in data_set.index.splits.items():
+        loss = data_set.split(name).text_loss
+        print(
+            f"  {name}: {record.num_documents:,} documents, {record.num_tokens:,} tokens, {record.num_bytes:,} bytes"
+            + (f"; {loss}" if loss else "")
+        )
 
 
 def fetch(
@@ -62,9 +65,11 @@ def fetch(
         print(fetched)
 
 
-def train_recipe(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
-    """The command that trains a recipe."""
-    default = recipe()
+def train_recipe(
+    recipe: Callable[[], training.TrainConfig], resumed: training.TrainConfig | None = None
+) -> Callable[..., None]:
+    """The command that trains a recipe, or goes on with a run of it: what is not typed is then that run's setting."""
+    default = recipe() if resumed is None else resumed
 
     def train(
         config: Annotated[training.TrainConfig, tyro.conf.arg(name="")] = default,
@@ -73,10 +78,10 @@ def train_recipe(recipe: Callable[[], training.TrainConfig]) -> Callable[..., No
     ) -> None:
         """
         Args:
-            resume: Go on from the last checkpoint of the run folder.
+            resume: Go on from the last checkpoint of the run folder, with its settings: they need not be given again.
             progress: Show a progress bar.
         """
-        training.train(config, resume=resume, progress=progress)
+        training.train(config, resume=resume, progress=progress, command=sys.argv[1:])
 
     train.__doc__ = f"{recipe.__doc__}\n{train.__doc__}"
     return train
@@ -137,8 +142,9 @@ def evaluate(
     Args:
         run: Folder of the run.
         data_set: Another data set, prepared with the tokenizer of this run.
-        files: Files and folders to measure on instead: text, source code, .jsonl, .parquet, .gz.
-        text_field: Field or column that holds the text, for .jsonl and .parquet files.
+        files: Files and folders to measure on instead: text, source code, .jsonl (.ndjson, .json), .csv, .parquet;
+            also as .gz, .bz2, .xz.
+        text_field: Field or column that holds the text, for .jsonl, .json, .csv and .parquet files.
         split: Split of the data set: validation or train.
         max_tokens: Take whole windows of the context's length, evenly spread over the text, until they hold so many
             tokens; bits per byte are not known then.
@@ -160,15 +166,20 @@ def evaluate(
         tokens = data.EncodedText(files, tokenizer, text_field=text_field)
         for sentence in tokens.skipped:
             print(f"left out: {sentence}", file=sys.stderr)
+        if tokens.num_empty:
+            print(f"left out: {tokens.num_empty:,} documents without text", file=sys.stderr)
     else:
         opened = data.TokenDataset.open(data_set or own_data)
         run_folder.check_tokenizer(run, opened)
         tokens = opened.split(split)
+    if tokens.text_loss:
+        print(tokens.text_loss, file=sys.stderr)
     result = evaluation.evaluate(model, tokens, batch_size=batch_size, max_tokens=max_tokens)
     summary = result.summary()
     if not files and data_set is None and split == "validation" and max_tokens is None:
         run_folder.write_evaluation(run, summary, {name: usage.share for name, usage in result.expert_usage.items()})
-    print_evaluation(" ".join(map(str, files)) if files else f"{data_set or own_data} ({split})", summary)
+    measured = " ".join(map(data.printable, files)) if files else f"{data.printable(data_set or own_data)} ({split})"
+    print_evaluation(measured, summary)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -78,9 +78,9 @@ def evaluate(
 def _experts_choose(model: Transformer) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, ExpertChoiceMoE)]
     before = [layer.evaluation_routing for layer in layers]
-    for layer in layers:
-        layer.evaluation_routing = "expert_choice"
     try:
+        for layer in layers:
+            layer.evaluation_routing = "expert_choice"
         yield
     finally:
         for layer, routing in zip(layers, before, strict=True):

@@ -46,7 +46,7 @@ class ExpertUsage:
     @property
     def gini(self) -> float:
         """0 where all experts are used alike, 1 - 1/N where one is used alone."""
-        ranks = torch.arange(1, self.num_experts + 1, dtype=torch.float64)
+        ranks = torch.arange(1, self.num_experts + 1, dtype=torch.float64, device=self.share.device)
         weighted = float((ranks * self.share.sort().values).sum())
         return (2 * weighted - (self.num_experts + 1)) / self.num_experts
 
@@ -56,15 +56,15 @@ def recorded_expert_usage(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """While open, sum the router weights of every product-key layer; yields z' (fp64, [N]) by the layer's name."""
     sums: dict[str, Tensor] = {}
     handles = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, ProductKeyLayer):
-            total = sums[name] = torch.zeros(len(layer.experts), dtype=torch.float64, device=layer.experts.device)
-
-            def add(_module: nn.Module, _inputs: object, routing: Routing, total: Tensor = total) -> None:
-                total.index_add_(0, routing.ids.flatten(), routing.weights.detach().flatten().double())
-
-            handles.append(layer.router.register_forward_hook(add))
     try:
+        for name, layer in model.named_modules():
+            if isinstance(layer, ProductKeyLayer):
+                total = sums[name] = torch.zeros(len(layer.experts), dtype=torch.float64, device=layer.experts.device)
+
+                def add(_module: nn.Module, _inputs: object, routing: Routing, total: Tensor = total) -> None:
+                    total.index_add_(0, routing.ids.flatten(), routing.weights.detach().flatten().double())
+
+                handles.append(layer.router.register_forward_hook(add))
         yield sums
     finally:
         for handle in handles:

@@ -8,6 +8,7 @@ from tinyexperts.model.config import (
     SparseLayerConfig,
     TransformerConfig,
 )
+from tinyexperts.model.evaluation_mode import evaluation_mode
 from tinyexperts.model.generation import generate
 from tinyexperts.model.transformer import Cache, Transformer
 
@@ -20,5 +21,6 @@ __all__ = [
     "SparseLayerConfig",
     "Transformer",
     "TransformerConfig",
+    "evaluation_mode",
     "generate",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
+from tinyexperts.model.evaluation_mode import evaluation_mode
 from tinyexperts.model.transformer import Cache, Transformer
 
 
@@ -26,7 +27,8 @@ def generate(
     Args:
         prompt (int64, [B, T]): T >= 1 tokens.
         max_new_tokens: tokens to add at most.
-        temperature: the logits are divided by it; 0 takes the likeliest token.
+        temperature: the logits are divided by it; 0 takes the likeliest token, and of several such the first, among
+            which the tiniest temperature above 0 draws.
         top_k: draw among the k likeliest tokens only.
         top_p: draw among the fewest likeliest tokens whose probabilities reach this sum.
         generator: of the draws.
@@ -36,7 +38,7 @@ def generate(
         tokens (int64, [B, T + new]): the prompt and its continuation.
 
     Raises:
-        InputError: an empty prompt, more tokens than the context holds, a setting out of range.
+        InputError: an empty prompt, more tokens than the context holds, a setting out of range, logits that are NaN.
     """
     if prompt.dim() != 2 or prompt.shape[1] < 1:
         raise InputError(f"the prompt must be [B, T] with at least one token, got {list(prompt.shape)}")
@@ -48,14 +50,12 @@ def generate(
             f"{model.config.context_length} tokens holds"
         )
     if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature must be at least 0, got {temperature}")
+        raise InputError(f"temperature must be at least 0 and finite, got {temperature}")
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         cache, tokens, step = Cache(model, len(prompt)), prompt, prompt
         ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
         for _ in range(max_new_tokens):
@@ -66,24 +66,30 @@ def generate(
             tokens = torch.cat([tokens, step], dim=1)
             if bool(ended.all()):
                 break
-    finally:
-        model.train(was_training)
     return tokens
 
 
 def _draw(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """The next token of each row, [B, 1], from logits [B, V]."""
+    """The next token of each row, [B, 1], from logits [B, V]; of equal ones the first is the likelier."""
+    largest = logits.amax(-1, keepdim=True)
+    if not bool((largest > float("-inf")).all()):
+        raise InputError(f"the model's logits must be numbers, got {largest.min().item()} for the likeliest token")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: a tiny temperature can't overflow
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p is not None:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(-1)
-        surplus = probabilities.cumsum(-1) - probabilities >= top_p
-        logits = logits.scatter(-1, order, ordered.masked_fill(surplus, float("-inf")))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    below = (logits - largest).masked_fill(logits == largest, 0.0)  # inf - inf
+    # At most 0, so that a tiny temperature can't overflow; one that fp32 rounds to 0 or inf must not make 0 / 0.
+    scaled = torch.where((below == 0) | below.isinf(), below, below / temperature)
+    if top_k is not None or top_p is not None:
+        order = logits.argsort(dim=-1, descending=True, stable=True)
+        ordered = scaled.gather(-1, order)
+        if top_k is not None:
+            ordered[:, top_k:] = float("-inf")
+        if top_p is not None and top_p < 1:
+            probabilities = ordered.softmax(-1)
+            surplus = probabilities.cumsum(-1) - probabilities >= top_p
+            surplus[:, 0] = False  # whatever top_p is rounded to
+            ordered = ordered.masked_fill(surplus, float("-inf"))
+        scaled = scaled.scatter(-1, order, ordered)
+    return torch.multinomial(scaled.softmax(-1), 1, generator=generator)

@@ -21,6 +21,7 @@ from tinyexperts.study.reports.comparison import compare_methods
 from tinyexperts.study.reports.report import format_count, write_report
 from tinyexperts.study.reports.run_results import RunResult, read_run
 from tinyexperts.training import Interrupted
+from tinyexperts.training.config import path_of
 
 PROGRAM = (sys.executable, "-m", "tinyexperts")
 METHODS = ("peer", "dense")
@@ -53,6 +54,7 @@ class DemoConfig:
     """Length of each continuation, in tokens."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", path_of("output", self.output))
         if not self.training_flops > 0:
             raise InputError(f"training_flops must be positive, got {self.training_flops:g}")
         if (

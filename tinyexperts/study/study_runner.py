@@ -28,6 +28,7 @@ from tinyexperts.study.grids.scales import Scale, ScaleName, scale_named
 from tinyexperts.study.reports.study_report import write_study_report
 from tinyexperts.study.study_plan import print_plan
 from tinyexperts.training import Interrupted
+from tinyexperts.training.config import path_of
 
 # Of the data set that a dry run can do without.
 _VOCAB_SIZE_UNTIL_THERE_IS_DATA = 32_000
@@ -64,6 +65,11 @@ class StudyConfig:
     """Show every run, its FLOPs, memory and hours, and run nothing."""
 
     def __post_init__(self) -> None:
+        corpora = tuple(path_of("evaluation_corpora", path) for path in self.evaluation_corpora)
+        object.__setattr__(self, "evaluation_corpora", corpora)
+        object.__setattr__(self, "data", path_of("data", self.data))
+        if self.output is not None:
+            object.__setattr__(self, "output", path_of("output", self.output))
         if self.num_parallel < 1:
             raise InputError(f"num_parallel must be at least 1, got {self.num_parallel}")
         if self.slurm_gpus not in (0, 1):

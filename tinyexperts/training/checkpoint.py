@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 import threading
 from collections.abc import Sequence
@@ -36,15 +37,16 @@ from tinyexperts.training.checkpoint_files import (
     verified_manifest,
     write_tensors,
 )
+from tinyexperts.training.config import path_of
 from tinyexperts.training.device import out_of_memory_told
 from tinyexperts.training.ranks import ALONE, Ranks
 from tinyexperts.training.run_folder import read_config, write_whole
 from tinyexperts.training.sharding import as_part, local
 
 
-def checkpoints(run: Path) -> list[Path]:
+def checkpoints(run: str | os.PathLike[str]) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial")
+    return sorted(path for path in Path(run, "checkpoints").glob("step-*") if path.suffix != ".partial")
 
 
 def last_good_checkpoint(run: Path) -> str:
@@ -54,7 +56,7 @@ def last_good_checkpoint(run: Path) -> str:
 
 
 def save_checkpoint(
-    run: Path,
+    run: str | os.PathLike[str],
     step: int,
     model: nn.Module,
     optimizers: Sequence[Optimizer],
@@ -69,7 +71,7 @@ def save_checkpoint(
         InputError: it can't be written (disk full); earlier checkpoints stay as they are.
     """
     tensors = _tensors(model, optimizers, ranks)
-    return _write_checkpoint(run, step, tensors, state, keep=keep, ranks=ranks)
+    return _write_checkpoint(Path(run), step, tensors, state, keep=keep, ranks=ranks)
 
 
 class CheckpointWriter:
@@ -174,7 +176,11 @@ def _remove(checkpoint: Path) -> None:
 
 
 def load_checkpoint(
-    checkpoint: Path, model: nn.Module, optimizers: Sequence[Optimizer] = (), *, ranks: Ranks = ALONE
+    checkpoint: str | os.PathLike[str],
+    model: nn.Module,
+    optimizers: Sequence[Optimizer] = (),
+    *,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Load a checkpoint into the model and the optimisers, in place; returns the trainer's state.
 
@@ -183,6 +189,7 @@ def load_checkpoint(
     Raises:
         InputError: a missing, truncated or altered file, tensors that don't fit the model, a weight that is not finite.
     """
+    checkpoint = Path(checkpoint)
     manifest = verified_manifest(checkpoint, ranks)
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
     weights = _weights(model, ranks)
@@ -202,7 +209,7 @@ def load_checkpoint(
                     states.append((optimizer, parameter, key, tensor))
                     stored[name] = as_part(tensor, parameter, ranks)
         try:
-            with one_process_is_meant():
+            with one_process_is_meant(), torch.device("cpu"):  # torch reads to its default device
                 dcp.load({**weights, **stored}, storage_reader=reader, no_dist=True)
         except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
             raise InputError(f"{checkpoint} does not fit the model: {reason(error)}") from error
@@ -216,18 +223,20 @@ def load_checkpoint(
     return manifest["state"]
 
 
-def load_model(run: Path, *, device: torch.device | str = "cpu") -> Transformer:
+def load_model(run: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Transformer:
     """The model of a run at its last checkpoint, in evaluation mode.
 
     Raises:
         InputError: no run, no checkpoint, a damaged one, or weights that are not finite.
     """
+    run = path_of("run", run)
     config = read_config(run)
     found = checkpoints(run)
     if not found:
         raise InputError(f"the run {run} has no checkpoint yet")
     with out_of_memory_told(device):
-        model = Transformer(config.model)
+        with torch.device("cpu"):  # whatever torch's default one is
+            model = Transformer(config.model)
         load_checkpoint(found[-1], model)
         return model.to(device).eval()
 
@@ -272,4 +281,4 @@ def _empty_state(parameter: Tensor, entry: Any, ranks: Ranks) -> Tensor:
     if isinstance(parameter, DTensor) and entry.size == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype)
     is_part = as_part(parameter, parameter, ranks).shape == entry.size
-    return torch.empty(parameter.shape if is_part else entry.size, dtype=dtype)
+    return torch.empty(parameter.shape if is_part else entry.size, dtype=dtype, device="cpu")

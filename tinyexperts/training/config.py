@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from tinyexperts.errors import InputError
 from tinyexperts.model import TransformerConfig
+
+
+def path_of(name: str, value: str | os.PathLike[str]) -> Path:
+    """Return what a caller gave as a path, of which files in UTF-8 are to tell.
+
+    Raises:
+        InputError: it is no path, or not UTF-8.
+    """
+    try:
+        path = Path(value)
+        str(path).encode()
+    except TypeError:
+        raise InputError(f"{name} must be a path, got {value!r}") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{name} must be a path in UTF-8, got {os.fsencode(path)!r}") from None
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +104,8 @@ class TrainConfig:
     """Checkpoints to keep."""
 
     def __post_init__(self) -> None:
+        for name in ("run", "data"):
+            object.__setattr__(self, name, path_of(name, getattr(self, name)))
         if (self.num_steps is None) == (self.training_flops is None):
             raise InputError(
                 f"give exactly one of num_steps and training_flops, got {self.num_steps} and {self.training_flops} "

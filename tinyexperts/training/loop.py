@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -47,14 +48,20 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> None:
+def train(
+    config: TrainConfig, *, resume: bool = False, progress: bool = True, command: Sequence[str] | None = None
+) -> None:
     """Run a configuration to its end, in its run folder; `resume` goes on from the last checkpoint.
 
-    Under torchrun all ranks call it, and train one model together; the first of them writes the run folder.
+    Under torchrun all ranks call it, and train one model together; the first of them writes the run folder. In another
+    thread than the main one no signal is listened to: Python hands them to the main thread alone.
+
+    progress: show a progress bar
+    command: what was typed after `tinyexperts`, where it was: kept in run.json, and told to whom goes on with the run
 
     Raises:
         InputError: bad input, a loss that is not finite, or a disk that is full.
-        Interrupted: after Ctrl-C, SIGTERM, SIGHUP or SIGUSR2, when the run is saved.
+        Interrupted: after Ctrl-C, SIGTERM, SIGHUP or SIGUSR2, when the run is saved; in the main thread.
         LostRank: a rank did not answer.
     """
     with ExitStack() as stack:
@@ -63,9 +70,9 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         with ranks.refused_together():
             run = make_run(config, ranks)
         check_same_data(run)
-        with ranks.refused_together():
-            claim_folder(run, resume, stack)
         state: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
+        with ranks.refused_together():
+            claim_folder(run, resume, stack, state, command)
         # None where the run was cut off before its first; the first rank's, since a folder may lag elsewhere.
         if resume and (found := ranks.all_of(checkpoints(config.run))[0]):
             state = load_checkpoint(found[-1], run.model, run.optimizers, ranks=ranks)
@@ -88,7 +95,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
                 stack.callback(metrics.close)
         stop = stack.enter_context(_stop_signal())
         bar.say(f"{config.run}: {run.num_steps:,} steps on {_place(run)} in {run.precision}; {run.table_choice}")
-        _steps(run, state, metrics, bar, stop)
+        _steps(run, state, metrics, bar, stop, command)
 
 
 def _place(run: Run) -> str:
@@ -99,7 +106,12 @@ def _place(run: Run) -> str:
 
 
 def _steps(
-    run: Run, state: dict[str, Any], metrics: run_folder.Metrics | None, bar: TrainingBar, stop: Callable[[], int]
+    run: Run,
+    state: dict[str, Any],
+    metrics: run_folder.Metrics | None,
+    bar: TrainingBar,
+    stop: Callable[[], int],
+    command: Sequence[str] | None,
 ) -> None:
     """The loop: what `state` says was done is not done again."""
     config = run.config
@@ -137,8 +149,8 @@ def _steps(
             if stopped and not is_last:
                 writer.wait()
                 name = signal.Signals(stopped).name
-                message = f"{name}: saved {config.run} at step {step}; to go on: {resume_command(run.ranks)}"
-                raise Interrupted(message, signal=stopped)
+                how = resume_command(run.ranks, command)
+                raise Interrupted(f"{name}: saved {config.run} at step {step}; to go on: {how}", signal=stopped)
 
 
 def _record(run: Run, metrics: run_folder.Metrics | None, split: str, step: int, **values: float) -> None:
@@ -181,7 +193,11 @@ def _schedule(config: TrainConfig, step: int, num_steps: int) -> float:
 
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[], int]]:
-    """Yield a function that says which request to stop has come, or 0; a second Ctrl-C stops at once."""
+    """Yield a function that says which request to stop has come, or 0; a second Ctrl-C stops at once.
+
+    Python lets its main thread alone listen to signals, and what an embedding program listens to by itself could not be
+    given back to it.
+    """
     came: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -189,9 +205,13 @@ def _stop_signal() -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt
         came.append(number)
 
-    requests = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-    before = {number: signal.signal(number, note) for number in requests}
+    before: dict[int, Any] = {}
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+                if (handler := signal.getsignal(number)) is not None:
+                    before[number] = handler
+                    signal.signal(number, note)
         yield lambda: came[0] if came else 0
     finally:
         for number, handler in before.items():

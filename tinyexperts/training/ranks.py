@@ -63,8 +63,8 @@ class Ranks:
         """A number of each rank, in their order; costs less than `all_of`."""
         if self.groups is None:
             return [value]
-        values = [torch.zeros((), dtype=torch.float64) for _ in range(self.size)]
-        dist.all_gather(values, torch.tensor(value, dtype=torch.float64), group=self.groups.tokens)
+        values = [torch.zeros((), dtype=torch.float64, device="cpu") for _ in range(self.size)]
+        dist.all_gather(values, torch.tensor(value, dtype=torch.float64, device="cpu"), group=self.groups.tokens)
         return [each.item() for each in values]
 
     def all_of(self, value: Any) -> list[Any]:
@@ -218,7 +218,7 @@ def _attempt_joined(launch: dist.Store, rank: int, size: int, timeout: timedelta
 
 def _in_mesh(ranks: Ranks, shape: tuple[int, int], device_type: str) -> Ranks:
     # By hand: the groups that init_device_mesh makes wait half an hour, whatever the others' time-out.
-    places = torch.arange(ranks.size).view(shape)
+    places = torch.arange(ranks.size, device="cpu").view(shape)
     columns, _ = dist.new_subgroups_by_enumeration(places.tolist(), timeout=ranks.timeout)
     replicas, _ = dist.new_subgroups_by_enumeration(places.T.tolist(), timeout=ranks.timeout)
     mesh = DeviceMesh.from_group([replicas, columns], device_type, mesh=places, mesh_dim_names=("replicate", "table"))

@@ -67,7 +67,9 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
     sparse_tables, table_choice = choose_table_gradients(config, device)
     torch.manual_seed(config.seed)
     with out_of_memory_told(device):
-        model = Transformer(config.model, sparse_tables=sparse_tables, ranks=ranks.groups).to(device)
+        with torch.device("cpu"):  # the same numbers whatever the device, also torch's default one
+            model = Transformer(config.model, sparse_tables=sparse_tables, ranks=ranks.groups)
+        model.to(device)
         if ranks.mesh is not None:
             shard_dense_part(model, ranks)
     flops_per_step = 3 * model.flops_per_token(config.model.context_length) * config.tokens_per_step

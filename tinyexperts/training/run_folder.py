@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -91,13 +92,27 @@ def create(config: TrainConfig, tokenizer: Tokenizer, description: dict[str, Any
     write_whole(config.run / "config.json", _CONFIG.dump_json(config, indent=2).decode())
 
 
-def read_config(run: Path) -> TrainConfig:
+def forget(run: Path, *, with_folder: bool) -> None:
+    """Delete what a run began with that came to nothing, and the folder too where nothing else lies in it.
+
+    The folder is held meanwhile.
+    """
+    for name in ("config.json", "run.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints", "lock"):
+        for path in (run / name, run / f"{name}.partial"):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if with_folder:
+        with suppress(OSError):
+            run.rmdir()
+
+
+def read_config(run: str | os.PathLike[str]) -> TrainConfig:
     """The configuration of a run.
 
     Raises:
         InputError: no run there, or a configuration that this version can't read.
     """
-    path = run / "config.json"
+    path = Path(run, "config.json")
     try:
         return _CONFIG.validate_json(path.read_bytes())
     except OSError as error:
@@ -218,8 +233,12 @@ class Metrics:
         if path.exists():
             kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= after_step]
             write_whole(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError:
+            self._board.close()
+            raise
 
     def write(self, split: str, step: int, **values: float) -> None:
         self._file.write(json.dumps({"split": split, "step": step, **values}) + "\n")

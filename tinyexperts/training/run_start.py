@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import sys
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +44,12 @@ def check_same_data(run: Run) -> None:
         raise InputError(f"all ranks must have the same data in {run.config.data}, got sha256 {', '.join(told)}")
 
 
-def claim_folder(run: Run, resume: bool, stack: ExitStack) -> None:
+def claim_folder(
+    run: Run, resume: bool, stack: ExitStack, state: dict[str, Any], command: Sequence[str] | None
+) -> None:
     """Begin the run's folder, or see that it is this run's; held, by the first rank, until the stack is left.
+
+    What fails before the run's first step, by its `state`, leaves no folder that would keep its name from the next try.
 
     Raises:
         InputError: it exists, is not there to resume, is that of other settings or data, or is in use.
@@ -56,18 +61,31 @@ def claim_folder(run: Run, resume: bool, stack: ExitStack) -> None:
         run_folder.check_unchanged(run.config)
     else:
         run_folder.check_free(folder)
+    is_new = not folder.exists()
     stack.enter_context(run_folder.held(folder))
     if resume:
         run_folder.check_data(folder, run.dataset)
     run.ranks.note_begun()  # a death from here on leaves a folder of ours
     if not resume:
-        run_folder.create(run.config, run.dataset.tokenizer, _describe(run))
+        run_folder.check_free(folder)  # again: what another process has begun meanwhile is not ours to forget
+        stack.enter_context(_forgotten_unless_begun(folder, state, is_new=is_new))
+        run_folder.create(run.config, run.dataset.tokenizer, _describe(run, command))
 
 
-def _describe(run: Run) -> dict[str, Any]:
+@contextmanager
+def _forgotten_unless_begun(folder: Path, state: dict[str, Any], *, is_new: bool) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if state["step"] == 0:
+            run_folder.forget(folder, with_folder=is_new)
+        raise
+
+
+def _describe(run: Run, command: Sequence[str] | None) -> dict[str, Any]:
     model, count = run.model, run.model.num_parameters()
     return {
-        "command": _command(run.ranks, sys.argv[1:]),
+        "command": "train(config), from Python" if command is None else _command(run.ranks, command),
         "num_ranks": run.ranks.size,
         "versions": {
             "tinyexperts": tinyexperts.__version__,
@@ -86,12 +104,16 @@ def _describe(run: Run) -> dict[str, Any]:
     }
 
 
-def resume_command(ranks: Ranks) -> str:
-    """What goes on with the run that this process was started to train."""
-    return _command(ranks, [*(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"])
+def resume_command(ranks: Ranks, command: Sequence[str] | None) -> str:
+    """What goes on with a run; `command` is what it was begun with, None where that was Python."""
+    if command is None:
+        return "train(config, resume=True)" + ("" if ranks.size == 1 else f" on each of {ranks.size} ranks")
+    if command[0] != "train":  # a study goes on with its runs by itself
+        return _command(ranks, command)
+    return _command(ranks, [*(argument for argument in command if argument != "--resume"), "--resume"])
 
 
-def _command(ranks: Ranks, arguments: list[str]) -> str:
+def _command(ranks: Ranks, arguments: Sequence[str]) -> str:
     """What starts the run; how several nodes find each other is left to the reader.
 
     Without the two dashes torchrun would take --run for the beginning of an option of its own.

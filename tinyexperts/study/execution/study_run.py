@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 from tinyexperts import data, evaluation, training
@@ -13,7 +13,7 @@ from tinyexperts.training import run_folder
 from tinyexperts.training.checkpoint import checkpoints
 
 
-def run_of_study(folder: Path, name: str) -> None:
+def run_of_study(folder: str | os.PathLike[str], name: str) -> None:
     """Do what is left to do of a planned run. Its checkpoints are deleted when it is evaluated: a study has hundreds.
 
     Raises:
@@ -45,7 +45,12 @@ def _do_what_is_left(study: StudyFolder, config: training.TrainConfig) -> None:
     if not checkpoints(config.run):
         # Its weights are made anew, maybe after a result of an earlier run of it was deleted: all results are theirs.
         missing, held_out = settings.corpora(), True
-    training.train(config, resume=(config.run / "config.json").exists(), progress=False)
+    training.train(
+        config,
+        resume=(config.run / "config.json").exists(),
+        progress=False,
+        command=("study", "run", str(study.path), config.run.name),
+    )
     model = training.load_model(config.run, device=training.choose_device(config.device))
     options: dict[str, Any] = {"batch_size": config.batch_size, "max_tokens": settings.evaluation_tokens}
     for corpus, path in missing.items():

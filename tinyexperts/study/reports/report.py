@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -33,8 +34,8 @@ FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\u
 
 
 def write_report(
-    runs: Sequence[Path],
-    output: Path,
+    runs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
     *,
     command: str,
     title: str = "Runs compared",
@@ -76,6 +77,7 @@ def write_report(
             versions=_shared_versions(results),
         )
     )
+    output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
 

@@ -8,6 +8,7 @@ and, for layers with experts, one .npy of expert usage a layer. What is missing 
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,9 @@ def method_label(method: str) -> str:
     return METHOD_LABELS.get(method, method)
 
 
-def read_run(folder: Path) -> RunResult:
+def read_run(folder: str | os.PathLike[str]) -> RunResult:
     """Read a run folder; nothing that is missing in it is an error."""
+    folder = Path(folder)
     problems: list[str] = []
     if not folder.is_dir():
         problems.append(f"{folder.name}: there is no such folder, so the run never started.")
