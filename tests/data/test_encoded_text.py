@@ -117,7 +117,7 @@ def test_evaluate_tells_what_it_left_out_and_why_bits_are_unknown(run_cli, make_
     assert code == 0, err
     assert "loses text in 1 of 1 documents" in err
     assert r"caf\xe9.txt" in err
-    assert r"caf\xe9.txt" in out
+    assert r"caf\xe9.txt" in out.replace("\n", "")  # the title of a table is wrapped
     assert "unknown" in out
 
     code, out, err = run_cli("evaluate", config.run)

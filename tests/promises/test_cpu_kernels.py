@@ -778,7 +778,7 @@ def test_no_tokens_or_no_experts_give_zeros_and_empty_gradients(num_vectors, act
 @pytest.mark.parametrize("second_moment", ["element", "row"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_empty_batch_leaves_a_fused_table_as_it_is(second_moment, threads):
-    layer = make()
+    layer = make(sparse=True)
     optimizer = RowSparseAdam([layer.experts], second_moment=second_moment, weight_decay=0.1, fused=True)
     before = layer.experts.detach().clone()
     with torch_threads(threads):

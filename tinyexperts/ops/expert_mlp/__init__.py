@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.activation import check_activation
@@ -132,18 +132,18 @@ def _(
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
     if sparse and experts_NED.requires_grad:
-        _break_graph_before_sparse_gradient()
+        _break_graph_before_sparse_gradient(experts_NED)
     shape = (experts_NED.shape[1] - 1, *ids_MP.shape)
     pre_activations = x_MD.new_empty(shape, dtype=accumulation_dtype(x_MD, experts_NED))
     return x_MD.new_empty(x_MD.shape), pre_activations
 
 
-def _break_graph_before_sparse_gradient() -> None:
+def _break_graph_before_sparse_gradient(experts_NED: Tensor) -> None:
     """Let torch.compile run the operator outside its graph, where that takes no rows whose number the data say.
 
     It takes them with fullgraph=True. Refused in the backward pass only, they would be an error of its compiler.
     """
-    shape_env = torch.library.get_ctx()._shape_env
+    shape_env = experts_NED.fake_mode.shape_env if isinstance(experts_NED, FakeTensor) else None
     if shape_env is not None and not shape_env.allow_dynamic_output_shape_ops:
         raise DynamicOutputShapeException(torch.ops.tinyexperts.expert_mlp.default)
 
