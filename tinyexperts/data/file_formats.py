@@ -3,7 +3,8 @@
 .jsonl .ndjson .jsonlines .ldjson   one JSON object a line, each a document
 .json                               the same where its first line is a whole object and another line follows, or where
                                     its only line has the text field; the elements of an array whose first is an object
-                                    with the text field; else one text, as the settings of a program are
+                                    with the text field; else one text, as the settings of a program are, unless it
+                                    names the text field and is broken
 .csv .tsv                           each row where the first row, the header, names the text field (columns may be set
                                     apart by commas, semicolons or tabs); else one text, as tables of numbers are
 .parquet                            each row
@@ -51,7 +52,7 @@ def read_file(path: Path, name: str, *, text_field: str = "text") -> Iterator[Do
 
     Raises:
         NotTextError: an archive, an unknown compression, a pipe, a link that leads nowhere; a file that should be text
-            holds a zero byte or bytes that are not UTF-8.
+            holds a zero byte or bytes that are not UTF-8; a broken .json.
         InputError: a file that cannot be read, a broken line or element, a missing field.
     """
     shown = printable(path)
@@ -174,7 +175,17 @@ def _read_json(file: IO[bytes], shown: str, name: str, text_field: str) -> Itera
         for number, element in enumerate(elements):
             yield Document(f"{name}:{number}", _text_of(element, text_field, f"{shown}, element {number}"))
         return
+    _refuse_broken_records(text, shown, text_field)
     yield Document(name, text)
+
+
+def _refuse_broken_records(text: str, shown: str, text_field: str) -> None:
+    """What names the text field and is no JSON was to be records: settings with comments seldom do."""
+    if text.lstrip().startswith(("{", "[")) and f'"{text_field}"' in text:
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise NotTextError(f"{shown} has the field {text_field!r} and is not JSON: {error}") from error
 
 
 def _json_or_none(content: str | bytes) -> object:
