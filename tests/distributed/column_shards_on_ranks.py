@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -158,6 +159,22 @@ def refuse(rank: int) -> None:
     layer = make("neurons", ranks=groups)
     with pytest.raises(InputError, match='second_moment "row" is a mean over D'):
         RowSparseAdam([layer.experts], second_moment="row")
+
+
+def copy_layer(rank: int) -> None:
+    """A copy is shared by the same ranks, gives the same, and is known for a part of the columns."""
+    layer = make("neurons", ranks=groups_of(rank, 2))
+    twin = copy.deepcopy(layer)
+    assert twin.ranks is layer.ranks
+    assert twin.experts is not layer.experts
+    x = torch.randn(2 * M, D, dtype=torch.float64)[rank * M : (rank + 1) * M]
+    for each in (layer, twin):
+        each(x).square().sum().backward()
+        with pytest.raises(InputError, match='second_moment "row" is a mean over D'):
+            RowSparseAdam([each.experts], second_moment="row")
+    for got, expected in zip(twin.parameters(), layer.parameters(), strict=True):
+        assert torch.equal(got, expected)
+        assert torch.equal(got.grad.to_dense(), expected.grad.to_dense())
 
 
 def count_elements(rank: int) -> None:

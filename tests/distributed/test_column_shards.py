@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from column_shards_on_ranks import compare_choices, compare_layers, count_elements, refuse, train_layers
+from column_shards_on_ranks import compare_choices, compare_layers, copy_layer, count_elements, refuse, train_layers
 from ranks import run_ranks
 
 from tinyexperts.ops.expert_mlp import columns_cpu, portable
@@ -24,6 +24,10 @@ def test_shared_columns_give_what_the_whole_table_gives(num_ranks, num_shards, p
 
 def test_experts_choose_among_the_tokens_of_all_ranks():
     run_ranks(compare_choices, 2)
+
+
+def test_a_layer_with_shared_columns_is_copied():
+    run_ranks(copy_layer, 2)
 
 
 @pytest.mark.slow

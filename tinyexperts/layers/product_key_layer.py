@@ -15,7 +15,7 @@ from tinyexperts.layers.product_key_router import ProductKeyRouter, Routing
 from tinyexperts.layers.query_batch_norm import QueryBatchNorm
 from tinyexperts.ops import expert_mlp
 from tinyexperts.ops.collectives import RankGroups
-from tinyexperts.ops.expert_mlp.column_shards import expert_mlp_in_columns, mark_column_shard
+from tinyexperts.ops.expert_mlp.column_shards import ColumnShard, expert_mlp_in_columns
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 
 # Of a rank: with fewer, exchanging the products of the P experts costs more than the columns save.
@@ -57,9 +57,7 @@ class ProductKeyLayer(FeedForward):
         self.activation, self.sparse, self.ranks = activation, sparse, ranks
         columns = d_model if ranks is None else _columns_of_a_rank(d_model, ranks.num_shards)
         table = torch.empty(num_experts, vectors_per_expert, columns, device=device, dtype=dtype)
-        self.experts = nn.Parameter(prefer_huge_pages(table))
-        if columns < d_model:
-            mark_column_shard(self.experts)
+        self.experts = (ColumnShard if columns < d_model else nn.Parameter)(prefer_huge_pages(table))
         if ranks is not None and isinstance(self.router.norm, QueryBatchNorm):
             self.router.norm.statistics_group = ranks.tokens
 

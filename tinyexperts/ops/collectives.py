@@ -27,6 +27,10 @@ class RankGroups:
     columns: dist.ProcessGroup
     replicas: dist.ProcessGroup | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RankGroups:
+        """Return the same: process groups belong to the processes, and can't be copied."""
+        return self
+
     @property
     def num_shards(self) -> int:
         """T, the parts of a table."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.expert_mlp.column_shards import is_column_shard
+from tinyexperts.ops.expert_mlp.column_shards import ColumnShard
 from tinyexperts.ops.expert_mlp.deferred import deferred_table_gradients, pairs_of, supports_deferred
 from tinyexperts.ops.huge_pages import prefer_huge_pages
 from tinyexperts.ops.row_adam import row_adam_
@@ -83,7 +83,7 @@ class RowSparseAdam(torch.optim.Optimizer):
             raise InputError(f"betas must be at least 0 and less than 1, got {options['betas']}")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["second_moment"] == "row" and any(map(is_column_shard, group["params"])):
+        if group["second_moment"] == "row" and any(isinstance(table, ColumnShard) for table in group["params"]):
             raise InputError(
                 'second_moment "row" is a mean over D, and a table shared by columns holds a part of D: use "element"'
             )

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tinyexperts.model import Transformer
-from tinyexperts.ops.expert_mlp.column_shards import is_column_shard
+from tinyexperts.ops.expert_mlp.column_shards import ColumnShard
 from tinyexperts.optim import split_parameters
 from tinyexperts.training.ranks import Ranks
 
@@ -53,7 +53,7 @@ def give_back_gathered(model: Transformer) -> None:
 
 def as_part(tensor: Tensor, parameter: Tensor, ranks: Ranks) -> Tensor:
     """A parameter or a part of its optimiser's state as what it is of the whole: a DTensor, where it is a part."""
-    if not is_column_shard(parameter) or tensor.shape != parameter.shape:
+    if not isinstance(parameter, ColumnShard) or tensor.shape != parameter.shape:
         return tensor
     placements = [Replicate(), Shard(tensor.dim() - 1)]
     part: Tensor = DTensor.from_local(tensor, ranks.mesh, placements, run_check=False)  # type: ignore[no-untyped-call]

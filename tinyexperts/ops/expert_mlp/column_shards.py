@@ -23,7 +23,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.collectives import RankGroups, columns_at_home, columns_of_all, gathered, summed_at_home
@@ -62,14 +62,8 @@ def expert_mlp_in_columns(
     return y
 
 
-def mark_column_shard(table: Tensor) -> None:
-    """Note that the table holds a part of the columns: a mean over D can't be taken of it."""
-    table._column_shard = True  # type: ignore[attr-defined]
-
-
-def is_column_shard(table: Tensor) -> bool:
-    """Whether `mark_column_shard` has been called."""
-    return getattr(table, "_column_shard", False)
+class ColumnShard(nn.Parameter):
+    """A part of the columns of a table: a mean over D can't be taken of it. A copy is one, too."""
 
 
 def _has_kernels(tensor: Tensor) -> bool:
