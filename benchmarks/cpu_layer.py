@@ -22,14 +22,14 @@ from rich.table import Table
 from torch import Tensor
 
 from tinyexperts import PEER
+from tinyexperts.bench import memory
+from tinyexperts.bench.inputs import Inputs, pool_size
+from tinyexperts.bench.kernel_check import check_experts, check_int8_experts, check_kernels
+from tinyexperts.bench.measurement import measure_setting, torch_threads
+from tinyexperts.bench.run import describe_machine
+from tinyexperts.bench.subjects import make_layer, our_subject, settle
+from tinyexperts.bench.timing import Spread, interleaved, timed
 from tinyexperts.ops import expert_mlp, huge_pages, quantise_vectors
-from tinyexperts.study.layer_benchmark import memory
-from tinyexperts.study.layer_benchmark.inputs import Inputs, pool_size
-from tinyexperts.study.layer_benchmark.kernel_check import check_experts, check_int8_experts, check_kernels
-from tinyexperts.study.layer_benchmark.measurement import measure_setting, torch_threads
-from tinyexperts.study.layer_benchmark.run import describe_machine
-from tinyexperts.study.layer_benchmark.subjects import make_layer, our_subject, settle
-from tinyexperts.study.layer_benchmark.timing import Spread, interleaved, timed
 
 PEER_PYTORCH = "peer_pytorch_adam"
 

@@ -11,11 +11,10 @@ from typing import Annotated
 import torch
 import tyro
 
-from tinyexperts import data, evaluation, study, training
+from tinyexperts import bench, data, evaluation, study, training
 from tinyexperts.cli.tables import print_evaluation, print_plans, print_texts
 from tinyexperts.errors import InputError
 from tinyexperts.model import generate as generate_tokens
-from tinyexperts.study import layer_benchmark
 from tinyexperts.study.grids import scales
 from tinyexperts.training import run_folder
 
@@ -308,6 +307,6 @@ def run_of_study(folder: Annotated[Path, tyro.conf.Positional], name: Annotated[
     study.run_of_study(folder, name)
 
 
-def bench_layer(config: Annotated[layer_benchmark.LayerBenchmarkConfig, tyro.conf.arg(name="")]) -> None:
+def bench_layer(config: Annotated[bench.LayerBenchmarkConfig, tyro.conf.arg(name="")]) -> None:
     """Measure PEER on this machine: its operator against the memory's limit, its parts, and what stands beside it."""
-    layer_benchmark.run_layer_benchmark(config)
+    bench.run_layer_benchmark(config)

@@ -14,17 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from tinyexperts.errors import InputError
-from tinyexperts.layers import PEER
-from tinyexperts.ops.expert_mlp import _KERNELS as EXPERT_KERNELS
-from tinyexperts.ops.expert_mlp import cpu as expert_cpu
-from tinyexperts.ops.product_key_topk import cpu as topk_cpu
-from tinyexperts.optim import row_sparse_adam
-from tinyexperts.study.layer_benchmark import measurement, random_row_limit, rivals, timing, view
-from tinyexperts.study.layer_benchmark.inputs import Inputs
-from tinyexperts.study.layer_benchmark.kernel_check import check_experts, check_kernels
-from tinyexperts.study.layer_benchmark.rivals import RIVALS
-from tinyexperts.study.layer_benchmark.subjects import (
+from tinyexperts.bench import measurement, random_row_limit, rivals, timing, view
+from tinyexperts.bench.inputs import Inputs
+from tinyexperts.bench.kernel_check import check_experts, check_kernels
+from tinyexperts.bench.rivals import RIVALS
+from tinyexperts.bench.subjects import (
     compiled_reference_subject,
     dense_subject,
     make_layer,
@@ -32,7 +26,13 @@ from tinyexperts.study.layer_benchmark.subjects import (
     reference_subject,
     settle,
 )
-from tinyexperts.study.layer_benchmark.timing import Spread, interleaved, timed_after
+from tinyexperts.bench.timing import Spread, interleaved, timed_after
+from tinyexperts.errors import InputError
+from tinyexperts.layers import PEER
+from tinyexperts.ops.expert_mlp import _KERNELS as EXPERT_KERNELS
+from tinyexperts.ops.expert_mlp import cpu as expert_cpu
+from tinyexperts.ops.product_key_topk import cpu as topk_cpu
+from tinyexperts.optim import row_sparse_adam
 
 D, N, M = 16, 64, 8
 P = 8 * 8  # heads times experts: a half has 8 sub-keys only

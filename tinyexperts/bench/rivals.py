@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tinyexperts.layers import PEER, DenseFFN
-from tinyexperts.study.layer_benchmark import memory
-from tinyexperts.study.layer_benchmark.inputs import Inputs
-from tinyexperts.study.layer_benchmark.subjects import (
+from tinyexperts.bench import memory
+from tinyexperts.bench.inputs import Inputs
+from tinyexperts.bench.subjects import (
     Subject,
     compiled_reference_subject,
     dense_subject,
     peer_pytorch_subject,
     reference_subject,
 )
-from tinyexperts.study.layer_benchmark.timing import interleaved, phases_of_step, spread, timed
+from tinyexperts.bench.timing import interleaved, phases_of_step, spread, timed
+from tinyexperts.layers import PEER, DenseFFN
 
 RivalName = Literal[
     "reference",

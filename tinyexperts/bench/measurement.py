@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinyexperts.bench import memory, random_row_limit
+from tinyexperts.bench.inputs import Inputs, pool_size
+from tinyexperts.bench.kernel_check import check_kernels, values_of
+from tinyexperts.bench.rivals import RIVALS, RivalName, measure_rival
+from tinyexperts.bench.subjects import Subject, our_subject, settle, without_kernels
+from tinyexperts.bench.timing import interleaved, phases_of_step, spread, timed, timed_after
 from tinyexperts.layers import PEER
 from tinyexperts.ops import expert_mlp, product_key_topk
-from tinyexperts.study.layer_benchmark import memory, random_row_limit
-from tinyexperts.study.layer_benchmark.inputs import Inputs, pool_size
-from tinyexperts.study.layer_benchmark.kernel_check import check_kernels, values_of
-from tinyexperts.study.layer_benchmark.rivals import RIVALS, RivalName, measure_rival
-from tinyexperts.study.layer_benchmark.subjects import Subject, our_subject, settle, without_kernels
-from tinyexperts.study.layer_benchmark.timing import interleaved, phases_of_step, spread, timed, timed_after
 
 SECOND_MOMENTS = ("element", "row")
 

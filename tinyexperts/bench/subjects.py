@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer, SparseAdam
 
+from tinyexperts.bench.inputs import Inputs
 from tinyexperts.layers import PEER, DenseFFN
 from tinyexperts.ops.expert_mlp import _KERNELS as EXPERT_KERNELS
 from tinyexperts.ops.expert_mlp import reference as expert_reference
@@ -20,7 +21,6 @@ from tinyexperts.ops.product_key_topk import _KERNELS as TOPK_KERNELS
 from tinyexperts.ops.product_key_topk import reference as topk_reference
 from tinyexperts.ops.row_adam import _KERNELS as ADAM_KERNELS
 from tinyexperts.optim import RowSparseAdam, deferred_gradients
-from tinyexperts.study.layer_benchmark.inputs import Inputs
 
 QUERY_DIM = 128
 _LEARNING_RATE = 1e-3

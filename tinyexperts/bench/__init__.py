@@ -3,7 +3,7 @@
 `tinyexperts bench layer` runs it; benchmarks/cpu_layer.py measures the claims of the README with it.
 """
 
-from tinyexperts.study.layer_benchmark.measurement import measure_setting
-from tinyexperts.study.layer_benchmark.run import LayerBenchmarkConfig, run_layer_benchmark
+from tinyexperts.bench.measurement import measure_setting
+from tinyexperts.bench.run import LayerBenchmarkConfig, run_layer_benchmark
 
 __all__ = ["LayerBenchmarkConfig", "measure_setting", "run_layer_benchmark"]

@@ -16,11 +16,11 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tinyexperts.bench import memory, view
+from tinyexperts.bench.measurement import measure_setting
+from tinyexperts.bench.rivals import RIVALS, RivalName
+from tinyexperts.bench.subjects import make_layer
 from tinyexperts.errors import InputError
-from tinyexperts.study.layer_benchmark import memory, view
-from tinyexperts.study.layer_benchmark.measurement import measure_setting
-from tinyexperts.study.layer_benchmark.rivals import RIVALS, RivalName
-from tinyexperts.study.layer_benchmark.subjects import make_layer
 from tinyexperts.training.config import path_of
 from tinyexperts.training.run_folder import write_whole
 

@@ -10,8 +10,8 @@ from markupsafe import Markup
 from rich import box
 from rich.table import Table
 
-from tinyexperts.study.layer_benchmark.memory import GIB
-from tinyexperts.study.layer_benchmark.rivals import RIVALS
+from tinyexperts.bench.memory import GIB
+from tinyexperts.bench.rivals import RIVALS
 from tinyexperts.study.reports.figures import HEIGHT, WIDTH, house_style, svg_of
 
 if TYPE_CHECKING:
