@@ -18,7 +18,7 @@ from ranks import environment
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from tinyexperts.data import token_shards
+from tinyexperts.data.shards import reader
 from tinyexperts.errors import InputError
 from tinyexperts.training import LostRank, TrainConfig, checkpoint_files, loop, train
 from tinyexperts.training.checkpoint import CheckpointWriter
@@ -45,7 +45,7 @@ def have_other_data(rank: int, num_ranks: int, port: int, config: TrainConfig) -
     """At the same place, as on a disk of the node's own."""
     os.environ |= environment(rank, num_ranks, port)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_shards, "sha256_of_splits", lambda _: f"of rank {rank}")
+        patch.setattr(reader, "sha256_of_splits", lambda _: f"of rank {rank}")
         with pytest.raises(InputError, match=r"must have the same data in .*, got sha256 of rank 0, of rank 1"):
             train(config, progress=False)
 

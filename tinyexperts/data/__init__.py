@@ -8,8 +8,8 @@ from tinyexperts.data.files import FileCorpus
 from tinyexperts.data.hub import HubCorpus, HubSource
 from tinyexperts.data.loader import Batch, TokenLoader, evaluation_windows
 from tinyexperts.data.prepare import PrepareConfig, Summary, prepare
+from tinyexperts.data.shards.reader import TokenDataset, TokenSplit
 from tinyexperts.data.text_sources import TEXT_SOURCES, TextSource
-from tinyexperts.data.token_shards import TokenDataset, TokenSplit
 from tinyexperts.data.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = [

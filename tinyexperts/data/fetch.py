@@ -24,9 +24,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tinyexperts.data.dataset_index import sha256_of_file
 from tinyexperts.data.document import Document, printable
 from tinyexperts.data.hub import HubCorpus
+from tinyexperts.data.shards.index import sha256_of_file
 from tinyexperts.data.text_sources import TEXT_SOURCES, PackageFile, TextSource
 from tinyexperts.errors import InputError
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tinyexperts.data.encoded_text import EncodedText
-from tinyexperts.data.token_shards import TokenSplit
+from tinyexperts.data.shards.reader import TokenSplit
 from tinyexperts.errors import InputError
 
 

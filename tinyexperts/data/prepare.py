@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tinyexperts.data.corpora import STANDARD_LIBRARY, open_corpus
-from tinyexperts.data.dataset_index import TOKENIZER_FILE, DatasetIndex, SplitName, SplitRecord
 from tinyexperts.data.document import Corpus, printable
 from tinyexperts.data.files import FileCorpus, skipped_note
 from tinyexperts.data.folders import walk_folders
+from tinyexperts.data.shards.index import TOKENIZER_FILE, DatasetIndex, SplitName, SplitRecord
+from tinyexperts.data.shards.writer import SplitWriter, folder_written_whole, token_dtype
 from tinyexperts.data.spool import DocumentSpool
-from tinyexperts.data.token_writer import SplitWriter, folder_written_whole, token_dtype
 from tinyexperts.data.tokenizer import Tokenizer, text_loss, train_tokenizer
 from tinyexperts.errors import InputError
 

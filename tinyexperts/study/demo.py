@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinyexperts.data.prepare import PrepareConfig, prepare
-from tinyexperts.data.token_shards import TokenDataset
+from tinyexperts.data.shards.reader import TokenDataset
 from tinyexperts.errors import InputError
 from tinyexperts.study.execution.run_queue import Job, Stage, run_jobs
 from tinyexperts.study.reports.comparison import compare_methods

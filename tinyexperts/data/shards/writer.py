@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from tinyexperts.data.dataset_index import ShardRecord, SplitName, SplitRecord, sha256_of_file
 from tinyexperts.data.document import printable
+from tinyexperts.data.shards.index import ShardRecord, SplitName, SplitRecord, sha256_of_file
 from tinyexperts.errors import InputError
 
 MAX_TOKENS_PER_SHARD = 2**28

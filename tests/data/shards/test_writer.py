@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from tinyexperts.data.token_writer import SplitWriter, folder_written_whole, token_dtype
+from tinyexperts.data.shards.writer import SplitWriter, folder_written_whole, token_dtype
 from tinyexperts.errors import InputError
 
 

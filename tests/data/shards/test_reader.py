@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tinyexperts.data import TokenDataset, Tokenizer, train_tokenizer
-from tinyexperts.data.token_shards import ShardedTokens
+from tinyexperts.data.shards.reader import ShardedTokens
 from tinyexperts.errors import InputError
 
 

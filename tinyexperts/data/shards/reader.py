@@ -1,4 +1,4 @@
-"""Reads a token data set: memory-mapped, checked against its index (the format is in dataset_index.py)."""
+"""Reads a token data set: memory-mapped, checked against its index (the format is in index.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyexperts.data.dataset_index import (
+from tinyexperts.data.document import printable
+from tinyexperts.data.shards.index import (
     SPLIT_NAMES,
     TOKENIZER_FILE,
     DatasetIndex,
@@ -18,7 +19,6 @@ from tinyexperts.data.dataset_index import (
     sha256_of_file,
     sha256_of_splits,
 )
-from tinyexperts.data.document import printable
 from tinyexperts.data.tokenizer import Tokenizer, text_loss
 from tinyexperts.errors import InputError
 

@@ -1,0 +1,1 @@
+"""The token data set on disk: its index, its writer, its reader."""
