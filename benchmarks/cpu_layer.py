@@ -29,7 +29,8 @@ from tinyexperts.bench.measurement import measure_setting, torch_threads
 from tinyexperts.bench.run import describe_machine
 from tinyexperts.bench.subjects import make_layer, our_subject, settle
 from tinyexperts.bench.timing import Spread, interleaved, timed
-from tinyexperts.ops import expert_mlp, huge_pages, quantise_vectors
+from tinyexperts.ops import expert_mlp, quantise_vectors
+from tinyexperts.ops.cpu import huge_pages
 
 PEER_PYTORCH = "peer_pytorch_adam"
 

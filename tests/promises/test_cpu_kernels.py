@@ -27,7 +27,10 @@ from torch.utils.data import DataLoader, Dataset
 import tinyexperts
 from tinyexperts import PEER, ProductKeyMemory
 from tinyexperts.layers import product_key_layer, product_key_router
-from tinyexperts.ops import cpu_threads, expert_mlp, huge_pages, numba_kernel, product_key_topk
+from tinyexperts.ops import expert_mlp, product_key_topk
+from tinyexperts.ops.cpu import compile as cpu_compile
+from tinyexperts.ops.cpu import huge_pages
+from tinyexperts.ops.cpu import threads as cpu_threads
 from tinyexperts.ops.expert_mlp import _KERNELS, reference, touched_rows
 from tinyexperts.ops.expert_mlp import cpu as expert_mlp_cpu
 from tinyexperts.ops.expert_mlp.deferred import pairs_of
@@ -387,7 +390,7 @@ def test_a_kernel_that_can_not_be_kept_on_disk_is_compiled_and_computes(name, mo
         return decorate
 
     monkeypatch.setattr(numba, "njit", refusing)
-    compiled = getattr(numba_kernel, name)(product_and_sum)
+    compiled = getattr(cpu_compile, name)(product_and_sum)
     assert refused == [product_and_sum]
     assert compiled.stats.cache_path is None
     assert compiled.targetoptions["nogil"]
@@ -509,7 +512,7 @@ print(json.dumps([starts, sum(touched_rows._find_starts.stats.cache_hits.values(
 @pytest.mark.slow
 def test_a_kernel_is_compiled_anew_when_a_function_of_another_file_has_changed(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "tinyexperts", ignore=shutil.ignore_patterns("__pycache__"))
-    other_file = tmp_path / "tinyexperts" / "ops" / "cpu_threads.py"
+    other_file = tmp_path / "tinyexperts" / "ops" / "cpu" / "threads.py"
     told = []
     for addition in ("", "", "# changed\n"):
         other_file.write_text(other_file.read_text() + addition)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyexperts.ops.cpu_threads import in_parts
-from tinyexperts.ops.numba_kernel import CACHE_LINE_BYTES, kernel, prefetch
+from tinyexperts.ops.cpu.compile import CACHE_LINE_BYTES, kernel, prefetch
+from tinyexperts.ops.cpu.threads import in_parts
 
 _WORD_BYTES = 8
 # Bytes of rows that are worth a thread's part of their own.

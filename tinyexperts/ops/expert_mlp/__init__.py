@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from tinyexperts.errors import InputError
 from tinyexperts.ops.activation import check_activation
 from tinyexperts.ops.autocast import outside_autocast
+from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
 from tinyexperts.ops.expert_mlp import cpu, portable
 from tinyexperts.ops.expert_mlp.deferred import deferring_table, leave_deferred
 from tinyexperts.ops.expert_mlp.int8 import quantise_vectors
@@ -22,7 +23,6 @@ from tinyexperts.ops.expert_mlp.reference import accumulation_dtype
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
 from tinyexperts.ops.expert_mlp.touched_rows import sparse_gradient
 from tinyexperts.ops.forward_mode import refuse_forward_mode
-from tinyexperts.ops.numba_kernel import JIT_IS_DISABLED
 
 __all__ = ["expert_mlp", "quantise_vectors"]
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tinyexperts.ops.activation import activate, activation_derivative
-from tinyexperts.ops.cpu_threads import in_parts
+from tinyexperts.ops.cpu.compile import array_of, array_of_weights, inlined, kernel
+from tinyexperts.ops.cpu.threads import in_parts
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
 from tinyexperts.ops.expert_mlp.touched_rows import sum_touched_rows, touched_rows
 from tinyexperts.ops.expert_mlp.vectors import (
@@ -29,7 +30,6 @@ from tinyexperts.ops.expert_mlp.vectors import (
     products_of_1,
     products_of_4,
 )
-from tinyexperts.ops.numba_kernel import array_of, array_of_weights, inlined, kernel
 
 # Elements of gathered rows that are worth a part of their own.
 _MIN_ELEMENTS = 1 << 16

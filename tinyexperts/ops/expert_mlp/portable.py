@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyexperts.ops.activation import activate, activation_derivative
+from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
-from tinyexperts.ops.huge_pages import prefer_huge_pages
 
 # Elements of gathered vectors [m, P, D] that one chunk of tokens may hold: 2 MiB of fp32 stay in the cache.
 _CHUNK_ELEMENTS = 1 << 19

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyexperts.ops.cpu_threads import in_parts
+from tinyexperts.ops.cpu.compile import array_of, kernel
+from tinyexperts.ops.cpu.threads import in_parts
 from tinyexperts.ops.expert_mlp.touched_rows import sum_row, sum_touched_rows, touched_rows
-from tinyexperts.ops.numba_kernel import array_of, kernel
 
 # Parts of the rows whose squares are summed apart: so many always, that the sum doesn't depend on the threads.
 _NUM_PARTS = 64

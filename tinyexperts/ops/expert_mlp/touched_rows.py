@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyexperts.ops import huge_pages
-from tinyexperts.ops.cpu_threads import in_parts
-from tinyexperts.ops.numba_kernel import array_of, inlined, kernel
+from tinyexperts.ops.cpu import huge_pages
+from tinyexperts.ops.cpu.compile import array_of, inlined, kernel
+from tinyexperts.ops.cpu.threads import in_parts
 
 # Elements of rows that are worth a part of their own.
 _MIN_ELEMENTS = 1 << 16

@@ -14,8 +14,8 @@ from typing import Any, cast
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from tinyexperts.ops import llvm_vectors
-from tinyexperts.ops.numba_kernel import CACHE_LINE_BYTES, inlined, prefetch
+from tinyexperts.ops.cpu import simd
+from tinyexperts.ops.cpu.compile import CACHE_LINE_BYTES, inlined, prefetch
 
 _tuple_of: Callable[[Any, int], Any] = cast(Any, types.UniTuple)
 _LANES = 16
@@ -46,10 +46,10 @@ class _Vectors:
         experts, ids, pair, pair_ahead, vector = arguments[:5]
         self._context, self._builder, self._dtype = context, builder, signature.args[0].dtype
         self._bytes = self._dtype.bitwidth // 8
-        data = llvm_vectors.array_data(context, builder, signature.args[0], experts)
-        id_data = llvm_vectors.array_data(context, builder, signature.args[1], ids)
-        _, num_vectors, self.dim = llvm_vectors.array_shape(context, builder, signature.args[0], experts)
-        (num_ids,) = llvm_vectors.array_shape(context, builder, signature.args[1], ids)
+        data = simd.array_data(context, builder, signature.args[0], experts)
+        id_data = simd.array_data(context, builder, signature.args[1], ids)
+        _, num_vectors, self.dim = simd.array_shape(context, builder, signature.args[0], experts)
+        (num_ids,) = simd.array_shape(context, builder, signature.args[1], ids)
 
         def start(position: Any) -> Any:
             row = builder.load(builder.gep(id_data, [position]))
@@ -65,8 +65,8 @@ class _Vectors:
 
     def load(self, i: int, d: Any, lanes: int, number: Any) -> Any:
         """Elements of the i-th from d on, as numbers of LLVM's type `number`."""
-        vector = llvm_vectors.load(self._builder, self._now[i], d, lanes)
-        return llvm_vectors.widened(self._context, self._builder, vector, self._dtype, number)
+        vector = simd.load(self._builder, self._now[i], d, lanes)
+        return simd.widened(self._context, self._builder, vector, self._dtype, number)
 
     def visit(self, use: Callable[[Any, int], None]) -> None:
         """Make the code that calls use(d, lanes) over all D elements, in cache lines, and prefetches as many lines."""
@@ -86,7 +86,7 @@ class _Vectors:
 
     def _prefetch(self, d: Any) -> None:
         for pointer in self._ahead:
-            llvm_vectors.prefetch(self._builder, self._builder.gep(pointer, [d]))
+            simd.prefetch(self._builder, self._builder.gep(pointer, [d]))
 
 
 def _products(count: int) -> Any:
@@ -96,23 +96,23 @@ def _products(count: int) -> Any:
     ) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             vectors = _Vectors(context, builder, signature, arguments, count)
-            data = llvm_vectors.array_data(context, builder, signature.args[5], arguments[5])
+            data = simd.array_data(context, builder, signature.args[5], arguments[5])
             number = data.type.pointee
             token = builder.gep(data, [builder.mul(arguments[6], vectors.dim)])
             sums = {
-                lanes: [llvm_vectors.variable(builder, llvm_vectors.constant(number, lanes, 0.0)) for _ in range(count)]
+                lanes: [simd.variable(builder, simd.constant(number, lanes, 0.0)) for _ in range(count)]
                 for lanes in (_LANES, 1)
             }
 
             def use(d: Any, lanes: int) -> None:
-                x_lanes = llvm_vectors.load(builder, token, d, lanes)
+                x_lanes = simd.load(builder, token, d, lanes)
                 for i, sum_ in enumerate(sums[lanes]):
                     product = builder.fmul(vectors.load(i, d, lanes, number), x_lanes, flags=["contract"])
                     builder.store(builder.fadd(builder.load(sum_), product, flags=["contract"]), sum_)
 
             vectors.visit(use)
             totals = [
-                builder.fadd(*(llvm_vectors.total(builder, builder.load(sums[lanes][i])) for lanes in (_LANES, 1)))
+                builder.fadd(*(simd.total(builder, builder.load(sums[lanes][i])) for lanes in (_LANES, 1)))
                 for i in range(count)
             ]
             return context.make_tuple(builder, signature.return_type, totals)
@@ -139,17 +139,17 @@ def _add(count: int) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             vectors = _Vectors(context, builder, signature, arguments, count)
             factors = [builder.extract_value(arguments[5], i) for i in range(count)]
-            data = llvm_vectors.array_data(context, builder, signature.args[6], arguments[6])
+            data = simd.array_data(context, builder, signature.args[6], arguments[6])
             number = data.type.pointee
             token = builder.gep(data, [builder.mul(arguments[7], vectors.dim)])
 
             def use(d: Any, lanes: int) -> None:
-                y_lanes = llvm_vectors.load(builder, token, d, lanes)
+                y_lanes = simd.load(builder, token, d, lanes)
                 for i, factor in enumerate(factors):
-                    factor_lanes = llvm_vectors.splat(builder, factor, lanes)
+                    factor_lanes = simd.splat(builder, factor, lanes)
                     product = builder.fmul(vectors.load(i, d, lanes, number), factor_lanes, flags=["contract"])
                     y_lanes = builder.fadd(y_lanes, product, flags=["contract"])
-                llvm_vectors.store(builder, y_lanes, token, d)
+                simd.store(builder, y_lanes, token, d)
 
             vectors.visit(use)
             return context.get_dummy_value()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.autocast import outside_autocast
+from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
 from tinyexperts.ops.forward_mode import refuse_forward_mode
-from tinyexperts.ops.numba_kernel import JIT_IS_DISABLED
 from tinyexperts.ops.product_key_topk import cpu, reference
 
 __all__ = ["product_key_topk"]

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyexperts.ops.cpu_threads import in_parts
-from tinyexperts.ops.numba_kernel import array_of, array_of_weights, exact_inlined, exact_kernel, kernel
+from tinyexperts.ops.cpu.compile import array_of, array_of_weights, exact_inlined, exact_kernel, kernel
+from tinyexperts.ops.cpu.threads import in_parts
 from tinyexperts.ops.product_key_topk.lanes import (
     COLUMN_LANES,
     MASK_LANES,

@@ -9,7 +9,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from tinyexperts.ops.llvm_vectors import array_data, constant, load, splat, store, variable
+from tinyexperts.ops.cpu.simd import array_data, constant, load, splat, store, variable
 
 # Columns whose maxima are found at once, values that are ranked at once, and scores that one mask stands for.
 COLUMN_LANES = 32

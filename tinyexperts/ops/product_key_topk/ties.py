@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyexperts.ops.numba_kernel import exact_kernel
+from tinyexperts.ops.cpu.compile import exact_kernel
 
 
 @exact_kernel

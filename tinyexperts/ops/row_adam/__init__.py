@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.numba_kernel import JIT_IS_DISABLED
+from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
 from tinyexperts.ops.row_adam import cpu, reference
 
 __all__ = ["row_adam_"]

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyexperts.ops.cpu_threads import in_parts
-from tinyexperts.ops.numba_kernel import CACHE_LINE_BYTES, array_of, inlined, kernel, prefetch
+from tinyexperts.ops.cpu.compile import CACHE_LINE_BYTES, array_of, inlined, kernel, prefetch
+from tinyexperts.ops.cpu.threads import in_parts
 from tinyexperts.ops.row_adam import reference
 
 _AHEAD = 4

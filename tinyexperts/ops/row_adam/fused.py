@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tinyexperts.ops.cpu_threads import in_parts
+from tinyexperts.ops.cpu.compile import array_of, kernel
+from tinyexperts.ops.cpu.threads import in_parts
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
 from tinyexperts.ops.expert_mlp.touched_rows import sum_row
-from tinyexperts.ops.numba_kernel import array_of, kernel
 from tinyexperts.ops.row_adam.cpu import constants, update_elements, update_vectors
 
 _AHEAD = 4

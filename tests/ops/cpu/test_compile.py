@@ -18,7 +18,8 @@ from numba.core.caching import IndexDataCacheFile
 
 import tinyexperts
 from tinyexperts.errors import InputError
-from tinyexperts.ops import kernel_cache, numba_kernel
+from tinyexperts.ops.cpu import compile as cpu_compile
+from tinyexperts.ops.cpu import kernel_cache
 
 SOURCE = '''
 def added(x, out):
@@ -39,7 +40,7 @@ def make_kernel(tmp_path, monkeypatch):
     def make():
         names = {"__name__": "added", "__file__": str(path)}
         exec(compile(SOURCE, str(path), "exec"), names)
-        return numba_kernel.kernel(names["added"])
+        return cpu_compile.kernel(names["added"])
 
     return make
 
@@ -228,12 +229,12 @@ def test_without_numbas_compiler_layers_train_all_the_same_and_it_is_said_once()
 
 
 def test_a_kernel_that_is_not_compiled_refuses_and_keeps_its_name(monkeypatch):
-    monkeypatch.setattr(numba_kernel, "JIT_IS_DISABLED", True)
+    monkeypatch.setattr(cpu_compile, "JIT_IS_DISABLED", True)
 
     def added(x, out):
         """A kernel."""
 
-    for make in (numba_kernel.kernel, numba_kernel.exact_kernel):
+    for make in (cpu_compile.kernel, cpu_compile.exact_kernel):
         refusing = make(added)
         assert refusing.__name__ == "added"
         with pytest.raises(InputError, match="got NUMBA_DISABLE_JIT: unset it"):

@@ -1,6 +1,6 @@
 """How the CPU kernels are compiled, and prefetching, which numba lacks.
 
-A kernel is serial and releases the GIL: cpu_threads.py runs it in parts. Fast-math is limited to what leaves NaN and
+A kernel is serial and releases the GIL: threads.py runs it in parts. Fast-math is limited to what leaves NaN and
 infinities alone: sums may be taken in another order (so that they vectorise), products may be fused into them; an exact
 kernel has none of it.
 """
@@ -24,8 +24,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops import llvm_vectors
-from tinyexperts.ops.kernel_cache import KernelCache
+from tinyexperts.ops.cpu import simd
+from tinyexperts.ops.cpu.kernel_cache import KernelCache
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -56,7 +56,7 @@ def exact_kernel(function: _Function) -> _Function:
 def _digest_of_operators() -> str:
     """Of the sources of tinyexperts.ops, where the functions are that kernels take in."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -116,7 +116,7 @@ def exact_inlined(function: _Function) -> _Function:
 
 
 def array_of(tensor: Tensor) -> Any:
-    """A numpy view for a kernel, C-contiguous; bf16 comes as uint16 and fp16 as int16 (llvm_vectors.widened)."""
+    """A numpy view for a kernel, C-contiguous; bf16 comes as uint16 and fp16 as int16 (simd.widened)."""
     tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy()
@@ -139,7 +139,7 @@ def array_of_weights(tensor: Tensor) -> Any:
 @intrinsic
 def _prefetch(typing_context: Any, address: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        llvm_vectors.prefetch(builder, builder.inttoptr(arguments[0], ir.PointerType(ir.IntType(8))))
+        simd.prefetch(builder, builder.inttoptr(arguments[0], ir.PointerType(ir.IntType(8))))
         return context.get_dummy_value()
 
     return types.void(types.intp), code
