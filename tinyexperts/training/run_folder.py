@@ -247,9 +247,9 @@ class Metrics:
             self._board.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
-        with suppress(OSError):  # a line for which there was no room has been told of
-            self._file.close()
-        self._board.close()
+        for each in (self._file, self._board):
+            with suppress(OSError):  # a line for which there was no room has been told of; the board writes in a thread
+                each.close()
 
 
 def _step_of(line: str) -> float:
