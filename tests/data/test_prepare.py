@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from tinyexperts.data import EncodedText, PrepareConfig, TokenDataset, prepare, train_tokenizer
+from tinyexperts.data import EncodedText, FileCorpus, PrepareConfig, TokenDataset, prepare, train_tokenizer
 from tinyexperts.errors import InputError
 
 
@@ -69,6 +69,11 @@ def test_paths_may_be_strings(small_corpus: Path, tmp_path: Path) -> None:
     dataset = TokenDataset.open(str(tmp_path / "set"))  # type: ignore[arg-type]
     text = EncodedText([str(small_corpus)], dataset.tokenizer)  # type: ignore[list-item]
     assert text.num_documents == 40
+    alone = PrepareConfig(files=str(small_corpus), output=str(tmp_path / "b"))  # type: ignore[arg-type]
+    assert alone.files == (small_corpus,)
+    for one in (small_corpus, str(small_corpus)):  # one path in place of several
+        assert EncodedText(one, dataset.tokenizer).num_documents == 40
+        assert len(list(FileCorpus(one).documents([]))) == 40
 
 
 def test_no_document_is_in_both_splits_and_every_one_in_one(tmp_path: Path) -> None:

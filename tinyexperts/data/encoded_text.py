@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from pathlib import Path
-
 import numpy as np
 
 from tinyexperts.data.document import has_text, printable
-from tinyexperts.data.files import FileCorpus, skipped_note
+from tinyexperts.data.files import FileCorpus, Paths, skipped_note
 from tinyexperts.data.tokenizer import Tokenizer, text_loss
 from tinyexperts.errors import InputError
 
@@ -27,7 +24,7 @@ class EncodedText:
     skipped: a sentence for each file that was left out.
     """
 
-    def __init__(self, paths: Collection[Path], tokenizer: Tokenizer, *, text_field: str = "text") -> None:
+    def __init__(self, paths: Paths, tokenizer: Tokenizer, *, text_field: str = "text") -> None:
         """Read and encode files and folders.
 
         Raises:
@@ -38,7 +35,8 @@ class EncodedText:
         self.skipped: list[str] = []
         first_lossy = ""
         parts = []
-        for document in FileCorpus(paths, text_field=text_field).documents(self.skipped):
+        corpus = FileCorpus(paths, text_field=text_field)
+        for document in corpus.documents(self.skipped):
             if not has_text(document.text):
                 self.num_empty += 1
                 continue
@@ -52,7 +50,7 @@ class EncodedText:
         if not parts:
             empty = f"; {self.num_empty:,} documents are empty" if self.num_empty else ""
             raise InputError(
-                f"no text to measure in {', '.join(map(printable, paths))}{empty}{skipped_note(self.skipped)}"
+                f"no text to measure in {', '.join(map(printable, corpus.paths))}{empty}{skipped_note(self.skipped)}"
             )
         self.text_loss = text_loss(self.num_lossy, self.num_documents, first_lossy) if self.num_lossy else None
         self.num_bytes = None if self.text_loss else num_bytes

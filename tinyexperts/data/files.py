@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tinyexperts.data.document import Document, printable
 from tinyexperts.data.file_formats import NotTextError, read_file
 from tinyexperts.data.folders import walk_files
 from tinyexperts.errors import InputError
+
+# One path or several, each as a string or otherwise.
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
+def paths_of(paths: Paths) -> tuple[Path, ...]:
+    """Return one path, or several, as a tuple."""
+    return (Path(paths),) if isinstance(paths, str | os.PathLike) else tuple(map(Path, paths))
 
 
 class FileCorpus:
@@ -19,15 +28,15 @@ class FileCorpus:
     itself it is an error.
     """
 
-    def __init__(self, paths: Collection[Path], *, text_field: str = "text") -> None:
+    def __init__(self, paths: Paths, *, text_field: str = "text") -> None:
         """Check that every path exists.
 
         Raises:
             InputError: no path, or one that does not exist.
         """
-        if not paths:
+        self.paths = paths_of(paths)
+        if not self.paths:
             raise InputError("no files given: name at least one file or folder")
-        self.paths = tuple(Path(path) for path in paths)
         self.text_field = text_field
         for path in self.paths:
             try:

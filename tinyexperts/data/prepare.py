@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from tinyexperts.data.corpora import STANDARD_LIBRARY, open_corpus
 from tinyexperts.data.document import Corpus, printable
-from tinyexperts.data.files import FileCorpus, skipped_note
+from tinyexperts.data.files import FileCorpus, paths_of, skipped_note
 from tinyexperts.data.folders import walk_folders
 from tinyexperts.data.shards.index import TOKENIZER_FILE, DatasetIndex, SplitName, SplitRecord
 from tinyexperts.data.shards.writer import SplitWriter, folder_written_whole, token_dtype
@@ -57,7 +57,7 @@ class PrepareConfig:
     """Stop before the document that would make the text longer than this."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "files", tuple(map(Path, self.files)))
+        object.__setattr__(self, "files", paths_of(self.files))
         if self.output is not None:
             object.__setattr__(self, "output", Path(self.output))
         if self.files and self.corpus is not None:
