@@ -34,7 +34,7 @@ def row_adam_fused_(
     weight_decay: float = 0.0,
     step: int,
 ) -> None:
-    """As tinyexperts.ops.row_adam_, with rows and gradients from `gradient`; tables [N, E, D] that `can_be_left`."""
+    """As tinyexperts.ops.row_adam_, with rows and gradients from `gradient`; for tables that `supports_deferred`."""
     rows, _, _ = gradient.touched
     num_experts, num_vectors, dim = experts.shape
     one_a_vector = exp_avg_sq.dim() < experts.dim()
