@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import subprocess
@@ -38,9 +39,12 @@ def make_kernel(tmp_path, monkeypatch):
     kernel_cache._tell.cache_clear()
 
     def make():
-        names = {"__name__": "added", "__file__": str(path)}
-        exec(compile(SOURCE, str(path), "exec"), names)
-        return cpu_compile.kernel(names["added"])
+        spec = importlib.util.spec_from_file_location("added", path)
+        module = importlib.util.module_from_spec(spec)
+        # numba imports it by name when it reads an entry whose function nobody holds any more.
+        monkeypatch.setitem(sys.modules, "added", module)
+        spec.loader.exec_module(module)
+        return cpu_compile.kernel(module.added)
 
     return make
 
