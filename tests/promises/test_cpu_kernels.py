@@ -31,7 +31,7 @@ from tinyexperts.ops import expert_mlp, product_key_topk
 from tinyexperts.ops.cpu import compile as cpu_compile
 from tinyexperts.ops.cpu import huge_pages
 from tinyexperts.ops.cpu import threads as cpu_threads
-from tinyexperts.ops.expert_mlp import _KERNELS, reference, touched_rows
+from tinyexperts.ops.expert_mlp import _KERNELS, reference, row_sums
 from tinyexperts.ops.expert_mlp import cpu as expert_mlp_cpu
 from tinyexperts.ops.expert_mlp.deferred import pairs_of
 from tinyexperts.ops.product_key_topk import cpu as topk_cpu
@@ -503,9 +503,9 @@ def test_fp16_is_read_exactly_by_a_processor_that_does_not_know_it(tmp_path):
 
 COMPILED_OR_FOUND = """
 import json, torch
-from tinyexperts.ops.expert_mlp import touched_rows
-starts = touched_rows.touched_rows(torch.tensor([[3, 1, 3]]))[2].tolist()
-print(json.dumps([starts, sum(touched_rows._find_starts.stats.cache_hits.values())]))
+from tinyexperts.ops.expert_mlp import row_sums
+starts = row_sums.touched_rows(torch.tensor([[3, 1, 3]]))[2].tolist()
+print(json.dumps([starts, sum(row_sums._find_starts.stats.cache_hits.values())]))
 """
 
 
@@ -717,9 +717,9 @@ def test_the_last_of_more_than_2_to_31_retrieved_experts_are_summed():
     )  # fmt: skip
     close(torch.from_numpy(grad_x[last]), leaves[0].grad)
     close(torch.from_numpy(grad_weights_MP[last]), leaves[2].grad)
-    rows, order, starts = touched_rows.touched_rows(ids)
+    rows, order, starts = row_sums.touched_rows(ids)
     order += last.start * num_retrieved
-    grad_rows = touched_rows.sum_touched_rows(order, starts, torch.from_numpy(factors_EMP), x, grad_y)
+    grad_rows = row_sums.sum_touched_rows(order, starts, torch.from_numpy(factors_EMP), x, grad_y)
     close(grad_rows, leaves[1].grad[rows])
 
 

@@ -16,7 +16,7 @@ from tinyexperts.layers.query_batch_norm import QueryBatchNorm
 from tinyexperts.ops import expert_mlp
 from tinyexperts.ops.collectives import RankGroups
 from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
-from tinyexperts.ops.expert_mlp.column_shards import ColumnShard, expert_mlp_in_columns
+from tinyexperts.ops.expert_mlp.columns import ColumnShard, expert_mlp_in_columns
 
 # Of a rank: with fewer, exchanging the products of the P experts costs more than the columns save.
 MIN_COLUMNS = 64

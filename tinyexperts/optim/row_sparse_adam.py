@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
-from tinyexperts.ops.expert_mlp.column_shards import ColumnShard
+from tinyexperts.ops.expert_mlp.columns import ColumnShard
 from tinyexperts.ops.expert_mlp.deferred import deferred_table_gradients, pairs_of, supports_deferred
 from tinyexperts.ops.row_adam import row_adam_
 from tinyexperts.ops.row_adam.fused import row_adam_fused_

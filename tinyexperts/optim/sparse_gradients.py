@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.expert_mlp.touched_rows import sparse_gradient
+from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 
 
 def rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tinyexperts.model import Transformer
-from tinyexperts.ops.expert_mlp.column_shards import ColumnShard
+from tinyexperts.ops.expert_mlp.columns import ColumnShard
 from tinyexperts.optim import split_parameters
 from tinyexperts.training.ranks import Ranks
 

@@ -185,9 +185,9 @@ def run(script, *, before="", **environment):
 
 ONE_KERNEL = """
 import json, torch
-from tinyexperts.ops.expert_mlp import touched_rows
-starts = touched_rows.touched_rows(torch.tensor([[3, 1, 3]]))[2].tolist()
-print(json.dumps([starts, sum(touched_rows._find_starts.stats.cache_hits.values())]))
+from tinyexperts.ops.expert_mlp import row_sums
+starts = row_sums.touched_rows(torch.tensor([[3, 1, 3]]))[2].tolist()
+print(json.dumps([starts, sum(row_sums._find_starts.stats.cache_hits.values())]))
 """
 
 

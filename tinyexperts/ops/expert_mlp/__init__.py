@@ -20,8 +20,8 @@ from tinyexperts.ops.expert_mlp import cpu, portable
 from tinyexperts.ops.expert_mlp.deferred import deferring_table, leave_deferred
 from tinyexperts.ops.expert_mlp.int8 import quantise_vectors
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype
+from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
-from tinyexperts.ops.expert_mlp.touched_rows import sparse_gradient
 from tinyexperts.ops.forward_mode import refuse_forward_mode
 
 __all__ = ["expert_mlp", "quantise_vectors"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from tinyexperts.ops.cpu.compile import array_of, array_of_weights, kernel
 from tinyexperts.ops.cpu.threads import in_parts
 from tinyexperts.ops.expert_mlp.cpu import min_tokens
-from tinyexperts.ops.expert_mlp.vectors import add_1, add_4, pairs_ahead, products_of_1, products_of_4
+from tinyexperts.ops.expert_mlp.simd import add_1, add_4, pairs_ahead, products_of_1, products_of_4
 
 
 def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, count: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The sum of a token's retrieved experts on the CPU; must match reference.py.
 
 A token's experts are visited in groups of four: their products with the token, the activation, then one pass that adds
-all four to the output (vectors.py). The backward pass is the same with other vectors; it leaves a factor for each pair
-and vector, from which touched_rows.py sums the gradient of each touched row.
+all four to the output (simd.py). The backward pass is the same with other vectors; it leaves a factor for each pair
+and vector, from which row_sums.py sums the gradient of each touched row.
 
 Every token is summed by one thread in a fixed order: the bits don't depend on the number of threads.
 """
@@ -21,8 +21,8 @@ from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.cpu.compile import array_of, array_of_weights, inlined, kernel
 from tinyexperts.ops.cpu.threads import in_parts
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
-from tinyexperts.ops.expert_mlp.touched_rows import sum_touched_rows, touched_rows
-from tinyexperts.ops.expert_mlp.vectors import (
+from tinyexperts.ops.expert_mlp.row_sums import sum_touched_rows, touched_rows
+from tinyexperts.ops.expert_mlp.simd import (
     add_1,
     add_4,
     pairs_ahead,

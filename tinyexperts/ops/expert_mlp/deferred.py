@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map_only
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
+from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
-from tinyexperts.ops.expert_mlp.touched_rows import sparse_gradient
 
 # The tables of the scopes that this thread is in; a backward pass on the CPU runs in the thread that calls it.
 _deferring: ContextVar[tuple[Tensor, ...]] = ContextVar("deferring", default=())

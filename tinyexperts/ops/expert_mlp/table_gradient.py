@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, kernel
 from tinyexperts.ops.cpu.threads import in_parts
-from tinyexperts.ops.expert_mlp.touched_rows import sum_row, sum_touched_rows, touched_rows
+from tinyexperts.ops.expert_mlp.row_sums import sum_row, sum_touched_rows, touched_rows
 
 # Parts of the rows whose squares are summed apart: so many always, that the sum doesn't depend on the threads.
 _NUM_PARTS = 64

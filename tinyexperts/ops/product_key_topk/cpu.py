@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, array_of_weights, exact_inlined, exact_kernel, kernel
 from tinyexperts.ops.cpu.threads import in_parts
-from tinyexperts.ops.product_key_topk.lanes import (
+from tinyexperts.ops.product_key_topk.reference import candidate_ranks
+from tinyexperts.ops.product_key_topk.simd import (
     COLUMN_LANES,
     MASK_LANES,
     RANK_LANES,
@@ -26,7 +27,6 @@ from tinyexperts.ops.product_key_topk.lanes import (
     mask_of_reaching,
     maxima_of_columns,
 )
-from tinyexperts.ops.product_key_topk.reference import candidate_ranks
 from tinyexperts.ops.product_key_topk.ties import top_k_of_sums_with_ties
 
 # Elements of both halves' scores in one chunk: 2 MiB of fp32.

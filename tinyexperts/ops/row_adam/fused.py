@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, kernel
 from tinyexperts.ops.cpu.threads import in_parts
+from tinyexperts.ops.expert_mlp.row_sums import sum_row
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
-from tinyexperts.ops.expert_mlp.touched_rows import sum_row
 from tinyexperts.ops.row_adam.cpu import constants, update_elements, update_vectors
 
 _AHEAD = 4

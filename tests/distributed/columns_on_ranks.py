@@ -1,4 +1,4 @@
-"""What the ranks of test_column_shards.py do."""
+"""What the ranks of test_columns.py do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER, ExpertChoiceMoE, ProductKeyMemory
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.ops.collectives import RankGroups
-from tinyexperts.ops.expert_mlp import column_shards, portable
+from tinyexperts.ops.expert_mlp import columns, portable
 from tinyexperts.ops.expert_mlp.deferred import pairs_of
 from tinyexperts.optim import RowSparseAdam, deferred_gradients
 
@@ -62,8 +62,8 @@ def compare_layers(rank: int, num_shards: int, portably: bool) -> None:
     groups = groups_of(rank, num_shards)
     with pytest.MonkeyPatch.context() as patch:
         if portably:
-            patch.setattr(column_shards, "columns_cpu", portable)
-            patch.setattr(column_shards, "cpu", portable)
+            patch.setattr(columns, "columns_cpu", portable)
+            patch.setattr(columns, "cpu", portable)
         _compare_layers(rank, num_shards, num_ranks, groups)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from column_shards_on_ranks import compare_choices, compare_layers, copy_layer, count_elements, refuse, train_layers
+from columns_on_ranks import compare_choices, compare_layers, copy_layer, count_elements, refuse, train_layers
 from ranks import run_ranks
 
 from tinyexperts.ops.expert_mlp import columns_cpu, portable

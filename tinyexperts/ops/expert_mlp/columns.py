@@ -31,8 +31,8 @@ from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
 from tinyexperts.ops.expert_mlp import columns_cpu, cpu, portable
 from tinyexperts.ops.expert_mlp.deferred import deferring_table, leave_deferred
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
+from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
-from tinyexperts.ops.expert_mlp.touched_rows import sparse_gradient
 
 
 def expert_mlp_in_columns(
