@@ -29,8 +29,8 @@ from tinyexperts.bench.subjects import (
 from tinyexperts.bench.timing import Spread, interleaved, timed_after
 from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER
-from tinyexperts.ops.expert_mlp import _KERNELS as EXPERT_KERNELS
 from tinyexperts.ops.expert_mlp import cpu as expert_cpu
+from tinyexperts.ops.expert_mlp.operator import _KERNELS as EXPERT_KERNELS
 from tinyexperts.ops.product_key_topk import cpu as topk_cpu
 from tinyexperts.optim import row_sparse_adam
 

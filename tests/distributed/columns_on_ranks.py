@@ -12,9 +12,9 @@ import torch.distributed as dist
 from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER, ExpertChoiceMoE, ProductKeyMemory
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
-from tinyexperts.ops.collectives import RankGroups
 from tinyexperts.ops.expert_mlp import columns, portable
 from tinyexperts.ops.expert_mlp.deferred import pairs_of
+from tinyexperts.ops.rank_groups import RankGroups
 from tinyexperts.optim import RowSparseAdam, deferred_gradients
 
 D, N, M = 256, 64, 7  # tokens a rank

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER, ProductKeyMemory, share_query_statistics
 from tinyexperts.layers.query_batch_norm import QueryBatchNorm
-from tinyexperts.ops.collectives import RankGroups
+from tinyexperts.ops.rank_groups import RankGroups
 
 D = 16
 TOLERANCES = {torch.float64: {"rtol": 1e-12, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}

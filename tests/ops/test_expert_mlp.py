@@ -7,7 +7,8 @@ import torch
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops import expert_mlp, quantise_vectors
-from tinyexperts.ops.expert_mlp import _KERNELS, cpu, int8, portable, reference
+from tinyexperts.ops.expert_mlp import cpu, int8, portable, reference
+from tinyexperts.ops.expert_mlp.operator import _KERNELS
 
 CASES = [
     (1, None),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops import product_key_topk
-from tinyexperts.ops.product_key_topk import _KERNELS, reference
+from tinyexperts.ops.product_key_topk import reference
+from tinyexperts.ops.product_key_topk.operator import _KERNELS
 
 
 @pytest.fixture(autouse=True, params=["cpu", "reference"])

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.row_adam import _KERNELS, cpu, reference, row_adam_
+from tinyexperts.ops.row_adam import cpu, reference, row_adam_
+from tinyexperts.ops.row_adam.operator import _KERNELS
 
 HYPERPARAMETERS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 # Far from every default and large enough that each of them shows in every result.

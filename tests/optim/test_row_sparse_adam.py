@@ -14,7 +14,7 @@ import torch
 
 from tinyexperts import PEER
 from tinyexperts.errors import InputError
-from tinyexperts.ops.row_adam import _KERNELS
+from tinyexperts.ops.row_adam.operator import _KERNELS
 from tinyexperts.optim import RowSparseAdam
 
 

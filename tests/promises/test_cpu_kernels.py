@@ -31,9 +31,10 @@ from tinyexperts.ops import expert_mlp, product_key_topk
 from tinyexperts.ops.cpu import compile as cpu_compile
 from tinyexperts.ops.cpu import huge_pages
 from tinyexperts.ops.cpu import threads as cpu_threads
-from tinyexperts.ops.expert_mlp import _KERNELS, reference, row_sums
 from tinyexperts.ops.expert_mlp import cpu as expert_mlp_cpu
+from tinyexperts.ops.expert_mlp import reference, row_sums
 from tinyexperts.ops.expert_mlp.deferred import pairs_of
+from tinyexperts.ops.expert_mlp.operator import _KERNELS
 from tinyexperts.ops.product_key_topk import cpu as topk_cpu
 from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_, deferred_gradients
 

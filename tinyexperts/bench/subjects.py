@@ -15,11 +15,11 @@ from torch.optim import Adam, AdamW, Optimizer, SparseAdam
 
 from tinyexperts.bench.inputs import Inputs
 from tinyexperts.layers import PEER, DenseFFN
-from tinyexperts.ops.expert_mlp import _KERNELS as EXPERT_KERNELS
 from tinyexperts.ops.expert_mlp import reference as expert_reference
-from tinyexperts.ops.product_key_topk import _KERNELS as TOPK_KERNELS
+from tinyexperts.ops.expert_mlp.operator import _KERNELS as EXPERT_KERNELS
 from tinyexperts.ops.product_key_topk import reference as topk_reference
-from tinyexperts.ops.row_adam import _KERNELS as ADAM_KERNELS
+from tinyexperts.ops.product_key_topk.operator import _KERNELS as TOPK_KERNELS
+from tinyexperts.ops.row_adam.operator import _KERNELS as ADAM_KERNELS
 from tinyexperts.optim import RowSparseAdam, deferred_gradients
 
 QUERY_DIM = 128

@@ -14,7 +14,8 @@ from tinyexperts.errors import InputError
 from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount
 from tinyexperts.layers.recomputation import in_recomputation
 from tinyexperts.ops.activation import Activation, activate, check_activation
-from tinyexperts.ops.collectives import RankGroups, gathered
+from tinyexperts.ops.collectives import gathered
+from tinyexperts.ops.rank_groups import RankGroups
 
 EvaluationRouting = Literal["expert_choice", "threshold"]
 

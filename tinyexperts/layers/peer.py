@@ -9,7 +9,7 @@ import torch
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.layers.product_key_router import QueryNorm, RouterWeights
 from tinyexperts.ops.activation import Activation, check_activation
-from tinyexperts.ops.collectives import RankGroups
+from tinyexperts.ops.rank_groups import RankGroups
 
 
 class PEER(ProductKeyLayer):

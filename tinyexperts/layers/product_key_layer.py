@@ -14,9 +14,9 @@ from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount, 
 from tinyexperts.layers.product_key_router import ProductKeyRouter, Routing
 from tinyexperts.layers.query_batch_norm import QueryBatchNorm
 from tinyexperts.ops import expert_mlp
-from tinyexperts.ops.collectives import RankGroups
 from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
 from tinyexperts.ops.expert_mlp.columns import ColumnShard, expert_mlp_in_columns
+from tinyexperts.ops.rank_groups import RankGroups
 
 # Of a rank: with fewer, exchanging the products of the P experts costs more than the columns save.
 MIN_COLUMNS = 64

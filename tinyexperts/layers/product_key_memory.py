@@ -8,7 +8,7 @@ import torch
 
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.layers.product_key_router import QueryNorm
-from tinyexperts.ops.collectives import RankGroups
+from tinyexperts.ops.rank_groups import RankGroups
 
 
 class ProductKeyMemory(ProductKeyLayer):

@@ -9,7 +9,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER, DenseFFN, ExpertChoiceMoE, FeedForward, ProductKeyMemory
 from tinyexperts.layers.product_key_router import QueryNorm, RouterWeights
 from tinyexperts.ops.activation import Activation
-from tinyexperts.ops.collectives import RankGroups
+from tinyexperts.ops.rank_groups import RankGroups
 
 _STRICT = {"extra": "forbid"}  # in a saved configuration the names of the fields tell the four kinds apart
 

@@ -13,7 +13,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.layers import FeedForward, ParameterCount
 from tinyexperts.model.attention import Attention, LayerCache, rotary_angles
 from tinyexperts.model.config import TransformerConfig
-from tinyexperts.ops.collectives import RankGroups
+from tinyexperts.ops.rank_groups import RankGroups
 
 # Of a chunk of the loss: 4 MiB of fp32 logits, but tokens enough to keep the matrix products wide.
 _CHUNK_LOGITS, _LEAST_CHUNK_TOKENS = 1 << 20, 128

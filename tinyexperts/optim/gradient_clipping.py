@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.collectives import RankGroups
 from tinyexperts.ops.expert_mlp.deferred import pairs_of
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.rank_groups import RankGroups
 from tinyexperts.optim.sparse_gradients import coalesced_gradient
 
 

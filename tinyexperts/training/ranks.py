@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers.product_key_layer import MIN_COLUMNS
-from tinyexperts.ops.collectives import RankGroups
+from tinyexperts.ops.rank_groups import RankGroups
 from tinyexperts.training.config import TrainConfig
 
 # How long the ranks that a broken connection stopped wait for each other before they name those that did not notice;

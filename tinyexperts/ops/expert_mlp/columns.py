@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from tinyexperts.ops.activation import activate, activation_derivative
-from tinyexperts.ops.collectives import RankGroups, columns_at_home, columns_of_all, gathered, summed_at_home
+from tinyexperts.ops.collectives import columns_at_home, columns_of_all, gathered, summed_at_home
 from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
 from tinyexperts.ops.expert_mlp import columns_cpu, cpu, portable
 from tinyexperts.ops.expert_mlp.deferred import deferring_table, leave_deferred
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
 from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.rank_groups import RankGroups
 
 
 def expert_mlp_in_columns(

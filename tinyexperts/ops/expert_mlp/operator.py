@@ -1,0 +1,242 @@
+"""The operator tinyexperts::expert_mlp: the weighted sum of the experts a token retrieved, and its backward pass.
+
+Saved for the backward pass: ids, weights and pre-activations, O(M (D + P)); never the gathered rows [M, P, E, D].
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
+
+from tinyexperts.errors import InputError
+from tinyexperts.ops.activation import check_activation
+from tinyexperts.ops.autocast import outside_autocast
+from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
+from tinyexperts.ops.expert_mlp import cpu, portable
+from tinyexperts.ops.expert_mlp.deferred import deferring_table, leave_deferred
+from tinyexperts.ops.expert_mlp.reference import accumulation_dtype
+from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
+from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.forward_mode import refuse_forward_mode
+
+# By the type of device; the others have the portable one.
+_KERNELS: dict[str, Any] = {} if JIT_IS_DISABLED else {"cpu": cpu}
+
+
+def expert_mlp(
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    activation: str | None,
+    *,
+    scales_NE: Tensor | None = None,
+    sparse: bool = False,
+) -> Tensor:
+    """Sum the retrieved experts of each token: y = sum over p of weights[p] * e_ids[p](x) (paper, section 2).
+
+    Args:
+        x_MD (float, [M, D]): the tokens.
+        experts_NED (float or int8, [N, E, D]): the table. E = 1: values (v); E = 2: neurons (u, v); E = 3: gated
+            (u, w, v).
+        ids_MP (int64, [M, P]): the experts of each token, 0 <= id < N; one may repeat.
+        weights_MP (float, [M, P]): their router weights.
+        activation: "gelu", "relu", "relu2" or "silu"; None for E = 1, whose experts don't look at x, and only there.
+        scales_NE (float, [N, E]): for an int8 table, and only there: what each vector is to be multiplied by
+            (`quantise_vectors` makes both). It takes no gradient.
+        sparse: give the table's gradient as a sparse_coo tensor of the touched rows, as nn.Embedding(sparse=True) does.
+
+    Returns:
+        y_MD (dtype of x, [M, D]): sums kept in fp32 (fp64 for fp64).
+
+    Raises:
+        InputError: shapes that don't fit each other, ids that are not int64, an unknown activation, an id outside
+            0..N - 1, an int8 table without scales or another with them, a forward-mode derivative (torch.func.jvp).
+
+    Differentiable once and in reverse mode only.
+    """
+    if experts_NED.dim() != 3 or not 1 <= experts_NED.shape[1] <= 3:
+        raise InputError(f"experts must be [N, E, D] with E = 1, 2 or 3, got {list(experts_NED.shape)}")
+    if x_MD.dim() != 2 or x_MD.shape[1] != experts_NED.shape[2]:
+        raise InputError(f"x must be [M, D] with D = {experts_NED.shape[2]}, got {list(x_MD.shape)}")
+    if ids_MP.dim() != 2 or ids_MP.shape != weights_MP.shape or ids_MP.shape[0] != x_MD.shape[0]:
+        raise InputError(
+            f"ids and weights must be [M, P] with M = {x_MD.shape[0]}, "
+            f"got {list(ids_MP.shape)} and {list(weights_MP.shape)}"
+        )
+    if ids_MP.dtype != torch.int64:
+        raise InputError(f"ids must be int64, got {ids_MP.dtype}")
+    if (experts_NED.shape[1] == 1) != (activation is None):
+        raise InputError(
+            f"activation is None for E = 1 and only there, got {activation!r} and E = {experts_NED.shape[1]}"
+        )
+    if activation is not None:
+        check_activation(activation)
+    if not experts_NED.is_floating_point() and experts_NED.dtype != torch.int8:
+        raise InputError(f"experts must be of a floating-point type or int8, got {experts_NED.dtype}")
+    if (experts_NED.dtype == torch.int8) != (scales_NE is not None):
+        raise InputError(
+            f"scales are for int8 tables and only there, got {experts_NED.dtype} "
+            f"{'without' if scales_NE is None else 'with'} scales"
+        )
+    if scales_NE is not None and (scales_NE.shape != experts_NED.shape[:2] or not scales_NE.is_floating_point()):
+        raise InputError(
+            f"scales must be floats [N, E] = {list(experts_NED.shape[:2])}, "
+            f"got {scales_NE.dtype} {list(scales_NE.shape)}"
+        )
+    refuse_forward_mode("expert_mlp", x_MD, experts_NED, weights_MP)
+    y: Tensor = _expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, scales_NE, sparse)[0]
+    return y
+
+
+def _check_ids(ids_MP: Tensor, num_experts: int) -> None:
+    # Only on the CPU: on an accelerator reading the extremes would wait for it, and indexing asserts there anyway.
+    if ids_MP.device.type == "cpu" and ids_MP.numel():
+        low, high = (int(extreme) for extreme in ids_MP.aminmax())
+        if low < 0 or high >= num_experts:
+            raise InputError(f"ids must be between 0 and N - 1 = {num_experts - 1}, got {low if low < 0 else high}")
+
+
+@torch.library.custom_op("tinyexperts::expert_mlp", mutates_args=())
+def _expert_mlp(
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    activation: str | None,
+    scales_NE: Tensor | None,
+    sparse: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_ids(ids_MP, experts_NED.shape[0])
+    with outside_autocast(x_MD.device.type):
+        kernels = _KERNELS.get(x_MD.device.type, portable)
+        result: tuple[Tensor, Tensor] = kernels.expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, scales_NE)
+        return result
+
+
+@_expert_mlp.register_fake
+def _(
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    activation: str | None,
+    scales_NE: Tensor | None,
+    sparse: bool,
+) -> tuple[Tensor, Tensor]:
+    if sparse and experts_NED.requires_grad:
+        _break_graph_before_sparse_gradient(experts_NED)
+    shape = (experts_NED.shape[1] - 1, *ids_MP.shape)
+    pre_activations = x_MD.new_empty(shape, dtype=accumulation_dtype(x_MD, experts_NED))
+    return x_MD.new_empty(x_MD.shape), pre_activations
+
+
+def _break_graph_before_sparse_gradient(experts_NED: Tensor) -> None:
+    """Let torch.compile run the operator outside its graph, where that takes no rows whose number the data say.
+
+    It takes them with fullgraph=True. Refused in the backward pass only, they would be an error of its compiler.
+    """
+    shape_env = experts_NED.fake_mode.shape_env if isinstance(experts_NED, FakeTensor) else None
+    if shape_env is not None and not shape_env.allow_dynamic_output_shape_ops:
+        raise DynamicOutputShapeException(torch.ops.tinyexperts.expert_mlp.default)
+
+
+@torch.library.custom_op("tinyexperts::expert_mlp_backward", mutates_args=())
+def _expert_mlp_backward(
+    grad_y_MD: Tensor,
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    pre_activations_FMP: Tensor,
+    activation: str | None,
+    scales_NE: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of the weights, and the factors [E, M, P] that the table's gradient is made of."""
+    with outside_autocast(x_MD.device.type):
+        kernels = _KERNELS.get(x_MD.device.type, portable)
+        gradients: tuple[Tensor, Tensor, Tensor] = kernels.backward_of_tokens(
+            grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation, scales_NE
+        )
+        return gradients
+
+
+@_expert_mlp_backward.register_fake
+def _(
+    grad_y_MD: Tensor,
+    x_MD: Tensor,
+    experts_NED: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    pre_activations_FMP: Tensor,
+    activation: str | None,
+    scales_NE: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    factors = pre_activations_FMP.new_empty((experts_NED.shape[1], *ids_MP.shape))
+    return x_MD.new_empty(x_MD.shape), weights_MP.new_empty(weights_MP.shape), factors
+
+
+@torch.library.custom_op("tinyexperts::expert_mlp_gradient_rows", mutates_args=())
+def _gradient_rows(
+    ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The touched rows [R], ascending, and their gradients [R, E, D]: how many there are, the data say."""
+    with outside_autocast(x_MD.device.type):
+        kernels = _KERNELS.get(x_MD.device.type, portable)
+        rows, grad_rows_RED = kernels.sum_by_expert(ids_MP, factors_EMP, x_MD, grad_y_MD)
+        return rows, grad_rows_RED.to(experts_NED.dtype)
+
+
+@_gradient_rows.register_fake
+def _(
+    ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
+) -> tuple[Tensor, Tensor]:
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    return ids_MP.new_empty((num_rows,)), experts_NED.new_empty((num_rows, *experts_NED.shape[1:]))
+
+
+# By itself, since torch.compile takes no operator whose output's shape the data say.
+@torch.library.custom_op("tinyexperts::expert_mlp_dense_gradient", mutates_args=())
+def _dense_gradient(
+    ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
+) -> Tensor:
+    """The gradient of the whole table [N, E, D]."""
+    rows, grad_rows_RED = _gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)
+    grad_experts_NED: Tensor = grad_rows_RED.new_zeros(experts_NED.shape)
+    return grad_experts_NED.index_copy_(0, rows, grad_rows_RED)
+
+
+@_dense_gradient.register_fake
+def _(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor) -> Tensor:
+    return experts_NED.new_empty(experts_NED.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x_MD, experts_NED, ids_MP, weights_MP, ctx.activation, scales_NE, ctx.sparse = inputs
+    ctx.table = weakref.ref(experts_NED)  # activation checkpointing gives the backward pass another tensor for it
+    ctx.save_for_backward(x_MD, experts_NED, ids_MP, weights_MP, output[1], scales_NE)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_y_MD: Tensor, _grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
+    *saved, scales_NE = ctx.saved_tensors  # activation checkpointing lets them be unpacked once
+    x_MD, experts_NED, ids_MP = saved[:3]
+    grad_x, grad_weights, factors_EMP = _expert_mlp_backward(grad_y_MD, *saved, ctx.activation, scales_NE)
+    grad_experts = None
+    if ctx.needs_input_grad[1]:
+        operands = ids_MP, factors_EMP, x_MD, grad_y_MD
+        if (table := deferring_table(ctx.table, factors_EMP.dtype, sparse=ctx.sparse)) is not None:
+            leave_deferred(table, TableGradient(*operands))
+        elif ctx.sparse:
+            rows, grad_rows_RED = _gradient_rows(*operands, experts_NED)
+            grad_experts = sparse_gradient(rows, grad_rows_RED, experts_NED.shape)
+        else:
+            grad_experts = _dense_gradient(*operands, experts_NED)
+    return grad_x, grad_experts, None, grad_weights, None, None, None
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,117 @@
+"""The operator tinyexperts::row_adam_, which updates the touched rows of a table and of its two moments in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyexperts.errors import InputError
+from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
+from tinyexperts.ops.row_adam import cpu, reference
+
+# By the type of device; the others have the reference.
+_KERNELS: dict[str, Any] = {} if JIT_IS_DISABLED else {"cpu": cpu}
+
+
+def row_adam_(
+    experts: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: Tensor,
+    grad_rows: Tensor,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    step: int,
+) -> None:
+    """Apply one Adam step in place to the touched rows of a table, as torch.optim.SparseAdam does.
+
+    The arithmetic is fp32 (fp64 where the table is fp64), whatever the storage; the cost depends on R and never on N.
+    The bits don't depend on the number of threads.
+
+    Args:
+        experts (float, [N, ...]): the table, updated in place; mostly [N, E, D].
+        exp_avg (float, [N, ...]): running mean of the gradient, updated in place.
+        exp_avg_sq (float, [N, ...] or without the last dimension, [N, E]): running mean of the squared gradient,
+            updated in place. Its shape says which: a number an element, as in Adam, or a number a vector. The latter
+            takes the mean over the vector's D squares, and its D elements share the denominator.
+        rows (int64, [R]): the touched rows, 0 <= row < N, each named once.
+        grad_rows (float, [R, ...]): their gradients.
+        learning_rate, beta1, beta2, eps: as in torch.optim.SparseAdam: eps is added before the bias correction.
+        weight_decay: as in torch.optim.AdamW: values shrink by learning_rate * weight_decay of themselves before the
+            step; those of touched rows only.
+        step: number of this step, counted from 1.
+
+    Raises:
+        InputError: shapes or a type of `rows` that don't fit, a row outside 0..N - 1 (checked on the CPU; elsewhere
+            indexing asserts it), step < 1.
+    """
+    if experts.dim() == 0:
+        raise InputError("experts must have at least one dimension, got a scalar")
+    if exp_avg.shape != experts.shape:
+        raise InputError(f"exp_avg must have the table's shape {list(experts.shape)}, got {list(exp_avg.shape)}")
+    if exp_avg_sq.shape != experts.shape and (experts.dim() == 1 or exp_avg_sq.shape != experts.shape[:-1]):
+        one_a_vector = "" if experts.dim() == 1 else f", or {list(experts.shape[:-1])} for one number a vector"
+        raise InputError(
+            f"exp_avg_sq must have the table's shape {list(experts.shape)}{one_a_vector}, got {list(exp_avg_sq.shape)}"
+        )
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise InputError(f"rows must be int64 of shape [R], got {rows.dtype} of shape {list(rows.shape)}")
+    if grad_rows.shape != (rows.shape[0], *experts.shape[1:]):
+        expected = [rows.shape[0], *experts.shape[1:]]
+        raise InputError(f"grad_rows must hold one gradient a row, shape {expected}, got {list(grad_rows.shape)}")
+    if step < 1:
+        raise InputError(f"step must be counted from 1, got {step}")
+    # A parameter may be given as it is: an update is never itself differentiated.
+    with torch.no_grad():
+        _row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step)
+
+
+@torch.library.custom_op("tinyexperts::row_adam_", mutates_args=("experts", "exp_avg", "exp_avg_sq"))
+def _row_adam_(
+    experts: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: Tensor,
+    grad_rows: Tensor,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    if grad_rows.numel() == 0:
+        return
+    # Only on the CPU: on an accelerator reading the extremes would wait for it, and indexing asserts there anyway.
+    if rows.device.type == "cpu":
+        low, high = (int(extreme) for extreme in rows.aminmax())
+        if low < 0 or high >= experts.shape[0]:
+            outside = low if low < 0 else high
+            raise InputError(f"rows must be between 0 and N - 1 = {experts.shape[0] - 1}, got {outside}")
+    kernels = _KERNELS.get(experts.device.type, reference)
+    kernels.row_adam_(
+        experts, exp_avg, exp_avg_sq, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step
+    )
+
+
+@_row_adam_.register_fake
+def _(
+    experts: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: Tensor,
+    grad_rows: Tensor,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    return None
