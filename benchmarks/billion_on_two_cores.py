@@ -39,7 +39,7 @@ def config_of(num_experts: int, data: Path, run: Path, threads: int) -> TrainCon
         recipe,
         run=run,
         data=data,
-        model=replace(recipe.model, d_model=128, num_layers=4, num_heads=4, sparse_layer=layer),
+        model=replace(recipe.model, d_model=128, num_layers=4, num_heads=4, expert_layer=layer),
         num_steps=10_000,
         training_flops=None,
         table_gradients="sparse",

@@ -29,7 +29,7 @@ from tinyexperts.bench.measurement import measure_setting, torch_threads
 from tinyexperts.bench.run import describe_machine
 from tinyexperts.bench.subjects import make_layer, our_subject, settle
 from tinyexperts.bench.timing import Spread, interleaved, timed
-from tinyexperts.ops import expert_mlp, quantise_vectors
+from tinyexperts.ops import expert_mlp, quantize_vectors
 from tinyexperts.ops.cpu import huge_pages
 
 PEER_PYTORCH = "peer_pytorch_adam"
@@ -135,7 +135,7 @@ def _narrow_ratios(layer: PEER, num_tokens: int, repeats: int) -> dict[str, dict
     """Time of the experts' forward pass with fp32 tables over that with int8 and bf16; tokens are fp32."""
     generator = torch.Generator().manual_seed(0)
     fp32 = layer.experts.detach()
-    table, scales = quantise_vectors(fp32)
+    table, scales = quantize_vectors(fp32)
     tables = {
         "fp32": (fp32, None),
         "int8": (huge_pages.empty(*fp32.shape, dtype=torch.int8).copy_(table), scales),

@@ -34,7 +34,7 @@ def config_of(log_num_experts: int, num_devices: int) -> TrainConfig:
         num_layers=12,
         context_length=2048,
         vocab_size=32000,
-        sparse_layer=layer,
+        expert_layer=layer,
     )
     return replace(recipe, model=model, batch_size=num_devices, gradient_accumulation=SEQUENCES // num_devices)
 

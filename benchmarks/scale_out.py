@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tinyexperts.model import PEERConfig
 from tinyexperts.training import Devices, plan, recipes
 from tinyexperts.training.config import TrainConfig
-from tinyexperts.training.ranks import joined
+from tinyexperts.training.ranks import init_distributed
 from tinyexperts.training.run import make_run
 from tinyexperts.training.step import optimizer_step
 
@@ -81,7 +81,7 @@ def config_of(arguments: argparse.Namespace, mesh: Mesh) -> TrainConfig:
         recipe,
         run=Path(tempfile.gettempdir()) / "never written",
         data=arguments.data,
-        model=replace(recipe.model, d_model=arguments.d_model, num_layers=4, num_heads=4, sparse_layer=layer),
+        model=replace(recipe.model, d_model=arguments.d_model, num_layers=4, num_heads=4, expert_layer=layer),
         num_steps=10_000,
         training_flops=None,
         batch_size=arguments.sequences * math.prod(mesh),
@@ -103,7 +103,7 @@ def work(rank: int, mesh: Mesh, port: int, arguments: argparse.Namespace, pipe: 
         "MASTER_PORT": str(port),
     }
     config = config_of(arguments, mesh)
-    with joined(config) as ranks:
+    with init_distributed(config) as ranks:
         run = make_run(config, ranks)
         optimizer_step(run, 0)
         with SentBytes() as sent:

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items):
 SPARSE_LAYERS = {
     "dense": DenseConfig(),
     "moe": ExpertChoiceMoEConfig(num_experts=4, hidden_dim=16),
-    "pkm": ProductKeyMemoryConfig(num_values=64, num_heads=2, values_per_head=3, query_dim=6),
+    "pkm": ProductKeyMemoryConfig(num_values=64, num_heads=2, experts_per_head=3, query_dim=6),
     "peer": PEERConfig(num_experts=64, num_heads=2, experts_per_head=3, query_dim=6),
 }
 
@@ -84,7 +84,7 @@ def make_config(tiny_data, tmp_path):
             "d_model": 16,
             "num_layers": 2,
             "num_heads": 2,
-            "sparse_layer": SPARSE_LAYERS[kind],
+            "expert_layer": SPARSE_LAYERS[kind],
         }
         defaults = {
             "run": tmp_path / "run",

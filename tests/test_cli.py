@@ -21,8 +21,8 @@ from tinyexperts.training import loop
 
 TINY_MODEL = [
     *("--model.vocab-size", 300, "--model.context-length", 16, "--model.d-model", 16, "--model.num-layers", 2),
-    *("--model.num-heads", 2, "--model.sparse-layer.num-experts", 64, "--model.sparse-layer.num-heads", 2),
-    *("--model.sparse-layer.experts-per-head", 3, "--model.sparse-layer.query-dim", 6),
+    *("--model.num-heads", 2, "--model.expert-layer.num-experts", 64, "--model.expert-layer.num-heads", 2),
+    *("--model.expert-layer.experts-per-head", 3, "--model.expert-layer.query-dim", 6),
 ]
 
 
@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_sentence(run_cli, monkeypatch):
         (["generate", "run", "--prompt", "\udcff"], "the prompt must be UTF-8"),
         (["train", "peer", "--seed", str(2**64)], "seed must be between 0 and 2^63 - 1"),
         (
-            ["train", "peer", "--model.sparse-layer.num-experts", "1000"],
+            ["train", "peer", "--model.expert-layer.num-experts", "1000"],
             "got 1000; the nearest squares are 961 and 1024",
         ),
         (["train", "peer", "--model.d-model", "63"], "d_model must be a multiple of"),
@@ -171,10 +171,10 @@ def test_the_parser_refuses_with_exit_code_2(run_cli, arguments, sentence):
 
 
 KINDS = {
-    "peer": ["--model.sparse-layer.num-experts", 64, "--model.sparse-layer.experts-per-head", 3],
-    "dense": ["--model.sparse-layer.hidden-dim", 24],
-    "expert-choice-moe": ["--model.sparse-layer.num-experts", 4, "--model.sparse-layer.hidden-dim", 8],
-    "product-key-memory": ["--model.sparse-layer.num-values", 64, "--model.sparse-layer.values-per-head", 3],
+    "peer": ["--model.expert-layer.num-experts", 64, "--model.expert-layer.experts-per-head", 3],
+    "dense": ["--model.expert-layer.hidden-dim", 24],
+    "expert-choice-moe": ["--model.expert-layer.num-experts", 4, "--model.expert-layer.hidden-dim", 8],
+    "product-key-memory": ["--model.expert-layer.num-values", 64, "--model.expert-layer.experts-per-head", 3],
 }
 
 
@@ -189,7 +189,7 @@ def begun(run_cli, tiny_data, tmp_path, monkeypatch):
             *(
                 "--model.num-heads",
                 2,
-                "--model.layers-with-peer",
+                "--model.expert-blocks",
                 0,
                 1,
                 "--model.tied-embeddings",
@@ -240,7 +240,7 @@ def test_a_run_goes_on_with_all_of_its_own_settings(run_cli, begun, tmp_path, re
     assert (code, err) == (0, "")
     settings, losses = course(tmp_path / "r1")
     assert settings["run"] == "r1"
-    assert settings["model"]["layers_with_peer"] == [0, 1]
+    assert settings["model"]["expert_blocks"] == [0, 1]
     assert [step for step, _ in losses] == [4, 4]
     assert losses == course(tmp_path / "r2")[1]
 

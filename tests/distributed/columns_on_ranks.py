@@ -13,7 +13,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER, ExpertChoiceMoE, ProductKeyMemory
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.ops.expert_mlp import columns, portable
-from tinyexperts.ops.expert_mlp.deferred import pairs_of
+from tinyexperts.ops.expert_mlp.deferred import pending_gradient
 from tinyexperts.ops.rank_groups import RankGroups
 from tinyexperts.optim import RowSparseAdam, deferred_gradients
 
@@ -26,7 +26,7 @@ def make(
     torch.manual_seed(0)
     options = {"num_heads": 2, "query_dim": 6, "sparse": sparse, "dtype": dtype, "ranks": ranks}
     if kind == "memory":
-        return ProductKeyMemory(D, N, values_per_head=3, **options)
+        return ProductKeyMemory(D, N, experts_per_head=3, **options)
     return PEER(D, N, experts_per_head=5 if kind == "gated" else 4, gated=kind == "gated", **options)
 
 
@@ -37,9 +37,9 @@ def groups_of(rank: int, num_shards: int) -> RankGroups:
     replicas = [dist.new_group(range(place, num_ranks, num_shards)) for place in range(num_shards)]
     alone = num_ranks == num_shards
     return RankGroups(
-        tokens=dist.group.WORLD,
-        columns=columns[rank // num_shards],
-        replicas=None if alone else replicas[rank % num_shards],
+        all_ranks=dist.group.WORLD,
+        column_ranks=columns[rank // num_shards],
+        replica_ranks=None if alone else replicas[rank % num_shards],
     )
 
 
@@ -113,7 +113,7 @@ def train_layers(rank: int, num_shards: int) -> None:
         with deferred_gradients(optimizers):
             whole(x).backward(grad_y)
             ours(x[own]).backward(grad_y[own])
-        assert pairs_of(ours.experts.grad) is not None
+        assert pending_gradient(ours.experts.grad) is not None
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

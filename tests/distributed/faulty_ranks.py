@@ -22,7 +22,7 @@ from tinyexperts.data.shards import reader
 from tinyexperts.errors import InputError
 from tinyexperts.training import LostRank, TrainConfig, checkpoint_files, loop, train
 from tinyexperts.training.checkpoint import CheckpointWriter
-from tinyexperts.training.ranks import joined
+from tinyexperts.training.ranks import init_distributed
 from tinyexperts.training.run import make_run
 
 
@@ -71,15 +71,20 @@ def started_by_torchrun(restart: int | None) -> Iterator[None]:
 def see_time_outs(rank: int, num_ranks: int, port: int, config: TrainConfig) -> None:
     """Of all groups, of FSDP2's, and of that which writes checkpoints beside the training."""
     os.environ |= environment(rank, num_ranks, port)
-    with pytest.MonkeyPatch.context() as patch, joined(config) as ranks:
+    with pytest.MonkeyPatch.context() as patch, init_distributed(config) as ranks:
         patch.setattr(torch.cuda, "is_available", lambda: True)  # where init_device_mesh would make groups of its own
         model = make_run(config, ranks).model
         of_fsdp = {
             module._get_fsdp_state()._fsdp_param_group.mesh_info.mesh.get_group() for module in fsdp_modules(model)
         }
-        assert of_fsdp == {ranks.groups.tokens}
+        assert of_fsdp == {ranks.groups.all_ranks}
         writer = CheckpointWriter(config.run, keep=1, ranks=ranks, asynchronous=True)
-        groups = [ranks.groups.tokens, ranks.groups.columns, ranks.groups.replicas, writer._ranks.groups.tokens]
+        groups = [
+            ranks.groups.all_ranks,
+            ranks.groups.column_ranks,
+            ranks.groups.replica_ranks,
+            writer._ranks.groups.all_ranks,
+        ]
         assert [group.size() for group in groups] == [4, 2, 2, 4]
         time_outs = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
         assert time_outs == [timedelta(seconds=config.timeout_seconds)] * 4

@@ -30,7 +30,7 @@ class Model(nn.Module):
         torch.manual_seed(0)
         options = {"num_heads": 2, "query_dim": 6, "dtype": dtype}
         self.peer = PEER(D, 64, experts_per_head=3, **options)
-        self.memory = ProductKeyMemory(D, 49, values_per_head=4, **options)
+        self.memory = ProductKeyMemory(D, 49, experts_per_head=4, **options)
         with torch.no_grad():
             for norm in norms_of(self):
                 norm.weight.uniform_(0.5, 2)
@@ -144,7 +144,7 @@ def mask_with_a_shared_table(rank: int) -> None:
     """Ranks with as many tokens, of which different numbers are real."""
     options = {"num_heads": 2, "experts_per_head": 3, "query_dim": 6, "dtype": torch.float64}
     layers = []
-    for ranks in (None, RankGroups(tokens=dist.group.WORLD, columns=dist.group.WORLD)):
+    for ranks in (None, RankGroups(all_ranks=dist.group.WORLD, column_ranks=dist.group.WORLD)):
         torch.manual_seed(0)
         layers.append(PEER(128, 64, ranks=ranks, **options))
     whole, ours = layers

@@ -59,8 +59,8 @@ def command(tiny_data):
             "model.context-length": 16,
             "model.d-model": 128,
             "model.num-layers": 2,
-            "model.sparse-layer.num-experts": 64,
-            "model.sparse-layer.experts-per-head": 3,
+            "model.expert-layer.num-experts": 64,
+            "model.expert-layer.experts-per-head": 3,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return ["train", "peer", *words, "--no-progress", *map(str, more)]

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from tinyexperts.training import TrainConfig, checkpoint_files
 from tinyexperts.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from tinyexperts.training.ranks import joined
+from tinyexperts.training.ranks import init_distributed
 from tinyexperts.training.run import make_run
 
 TABLE = "model.blocks.1.feed_forward.experts"
@@ -23,7 +23,7 @@ TABLE = "model.blocks.1.feed_forward.experts"
 def save_again(rank: int, num_ranks: int, port: int, config: TrainConfig, output: Path, file_bytes: int) -> None:
     """Load the last checkpoint of a run and write it elsewhere, without a step between."""
     os.environ |= environment(rank, num_ranks, port)
-    with pytest.MonkeyPatch.context() as patch, joined(config) as ranks:
+    with pytest.MonkeyPatch.context() as patch, init_distributed(config) as ranks:
         patch.setattr(checkpoint_files, "FILE_BYTES", file_bytes)
         run = make_run(config, ranks)
         state = load_checkpoint(checkpoints(config.run)[-1], run.model, run.optimizers, ranks=ranks)

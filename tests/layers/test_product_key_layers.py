@@ -19,7 +19,7 @@ def make(kind="peer", seed=0, **options):
     torch.manual_seed(seed)
     if kind == "peer":
         return PEER(12, 49, **({"num_heads": 3, "experts_per_head": 4, "query_dim": 6} | options))
-    return ProductKeyMemory(12, 49, **({"num_heads": 3, "values_per_head": 5, "query_dim": 6} | options))
+    return ProductKeyMemory(12, 49, **({"num_heads": 3, "experts_per_head": 5, "query_dim": 6} | options))
 
 
 def by_brute_force(layer, x):

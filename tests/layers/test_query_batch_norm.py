@@ -22,7 +22,7 @@ def make(kind="peer", seed=0, **options):
     if kind == "peer":
         layer = PEER(12, 49, **({"num_heads": 3, "experts_per_head": 4, "query_dim": 6} | options))
     else:
-        layer = ProductKeyMemory(12, 49, **({"num_heads": 3, "values_per_head": 5, "query_dim": 6} | options))
+        layer = ProductKeyMemory(12, 49, **({"num_heads": 3, "experts_per_head": 5, "query_dim": 6} | options))
     if options.get("query_norm", "batch") == "batch":
         with torch.no_grad():  # not as at the start, where a gain of 1 hides what is multiplied by it
             layer.router.norm.weight.uniform_(0.5, 2)

@@ -13,7 +13,7 @@ from tinyexperts import PEER, ProductKeyMemory
 
 def make(kind, *, sparse, frozen):
     torch.manual_seed(0)
-    options = {"experts_per_head": 4} if kind is PEER else {"values_per_head": 4}
+    options = {"experts_per_head": 4}
     layer = kind(32, 64, num_heads=2, query_dim=8, sparse=sparse, **options)
     layer.experts.requires_grad_(not frozen)
     return layer

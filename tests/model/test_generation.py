@@ -21,7 +21,7 @@ from tinyexperts.model.generation import _draw
 LAYERS = [
     DenseConfig(),
     ExpertChoiceMoEConfig(num_experts=4, hidden_dim=12),
-    ProductKeyMemoryConfig(num_values=49, num_heads=2, values_per_head=3, query_dim=6),
+    ProductKeyMemoryConfig(num_values=49, num_heads=2, experts_per_head=3, query_dim=6),
     PEERConfig(num_experts=49, num_heads=2, experts_per_head=3, query_dim=6),
 ]
 
@@ -29,7 +29,7 @@ LAYERS = [
 def make(layer=LAYERS[3], **options):
     torch.manual_seed(0)
     defaults = {"vocab_size": 40, "context_length": 12, "d_model": 16, "num_layers": 3, "num_heads": 4}
-    model = Transformer(TransformerConfig(sparse_layer=layer, **(defaults | options))).eval()
+    model = Transformer(TransformerConfig(expert_layer=layer, **(defaults | options))).eval()
     torch.nn.init.normal_(model.head.weight, std=0.5)
     return model
 

@@ -27,14 +27,14 @@ from tinyexperts.model.attention import Attention, rotary_angles, rotate
 LAYERS = {
     "dense": DenseConfig(activation="relu2"),
     "moe": ExpertChoiceMoEConfig(num_experts=4, hidden_dim=12),
-    "pkm": ProductKeyMemoryConfig(num_values=49, num_heads=2, values_per_head=3, query_dim=6),
+    "pkm": ProductKeyMemoryConfig(num_values=49, num_heads=2, experts_per_head=3, query_dim=6),
     "peer": PEERConfig(num_experts=49, num_heads=2, experts_per_head=3, query_dim=6),
 }
 
 
 def make_config(kind="peer", **options):
     defaults = {"vocab_size": 40, "context_length": 12, "d_model": 16, "num_layers": 3, "num_heads": 4}
-    return TransformerConfig(**(defaults | {"sparse_layer": LAYERS[kind]} | options))
+    return TransformerConfig(**(defaults | {"expert_layer": LAYERS[kind]} | options))
 
 
 def make(kind="peer", **options):
@@ -99,10 +99,10 @@ def test_a_later_token_changes_no_earlier_logit(kind):
 def test_the_middle_block_carries_the_sparse_layer_unless_told():
     kinds = [type(block.feed_forward) for block in make().blocks]
     assert kinds == [DenseFFN, PEER, DenseFFN]
-    kinds = [type(block.feed_forward) for block in make(layers_with_peer=(0, 2)).blocks]
+    kinds = [type(block.feed_forward) for block in make(expert_blocks=(0, 2)).blocks]
     assert kinds == [PEER, DenseFFN, PEER]
-    assert make_config(num_layers=12).sparse_blocks == (6,)
-    assert [type(block.feed_forward) for block in make(layers_with_peer=()).blocks] == [DenseFFN] * 3
+    assert make_config(num_layers=12).blocks_with_experts == (6,)
+    assert [type(block.feed_forward) for block in make(expert_blocks=()).blocks] == [DenseFFN] * 3
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -176,10 +176,10 @@ def test_the_first_loss_is_that_of_a_uniform_guess():
 @pytest.mark.parametrize("kind", list(LAYERS))
 def test_a_configuration_survives_json(kind):
     adapter = TypeAdapter(TransformerConfig)
-    config = make_config(kind, layers_with_peer=(1, 2), num_key_value_heads=2)
+    config = make_config(kind, expert_blocks=(1, 2), num_key_value_heads=2)
     read = adapter.validate_json(adapter.dump_json(config))
     assert read == config
-    assert type(read.sparse_layer) is type(config.sparse_layer)
+    assert type(read.expert_layer) is type(config.expert_layer)
     assert {field.name for field in dataclasses.fields(read)} == {field.name for field in dataclasses.fields(config)}
 
 
@@ -188,10 +188,10 @@ def test_a_configuration_survives_json(kind):
     [
         ({"d_model": 20}, "multiple of 2 \\* num_heads = 8 .*, got 20"),
         ({"num_key_value_heads": 3}, "must divide num_heads = 4, got 3"),
-        ({"layers_with_peer": (3,)}, r"between 0 and 2, got \[3\]"),
-        ({"layers_with_peer": (1, 1)}, r"distinct blocks .*, got \[1, 1\]"),
+        ({"expert_blocks": (3,)}, r"between 0 and 2, got \[3\]"),
+        ({"expert_blocks": (1, 1)}, r"distinct blocks .*, got \[1, 1\]"),
         ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
-        ({"sparse_layer": PEERConfig(num_experts=1000)}, "got 1000; the nearest squares are 961 and 1024"),
+        ({"expert_layer": PEERConfig(num_experts=1000)}, "got 1000; the nearest squares are 961 and 1024"),
         ({"rope_theta": 0.0}, "got 0.0 and 1e-05"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops import expert_mlp, quantise_vectors
+from tinyexperts.ops import expert_mlp, quantize_vectors
 from tinyexperts.ops.expert_mlp import cpu, int8, portable, reference
 from tinyexperts.ops.expert_mlp.operator import _KERNELS
 
@@ -297,7 +297,7 @@ def test_a_frozen_table_costs_no_gradient(sparse, monkeypatch):
 def test_int8_tables_equal_their_scaled_values(num_vectors, activation, num_tokens, model_dim, retrieved):
     sizes = {"num_tokens": num_tokens, "model_dim": model_dim, "retrieved": retrieved}
     x, experts, ids, weights = problem(num_vectors, num_experts=300, **sizes)
-    table, scales = quantise_vectors(experts)
+    table, scales = quantize_vectors(experts)
     results = []
     for values, options in ((table, {"scales_NE": scales}), (table.double() * scales.double().unsqueeze(-1), {})):
         wide = values.dtype == torch.float64
@@ -314,7 +314,7 @@ def test_int8_tables_equal_their_scaled_values(num_vectors, activation, num_toke
 def test_int8_opcheck():
     x, experts, ids, weights = problem(2)
     leaves = x.requires_grad_(), weights.requires_grad_()
-    table, scales = quantise_vectors(experts)
+    table, scales = quantize_vectors(experts)
     torch.library.opcheck(torch.ops.tinyexperts.expert_mlp, (leaves[0], table, ids, leaves[1], "gelu", scales, False))
 
 
@@ -324,7 +324,7 @@ def test_quantised_vectors_are_within_half_a_level(dtype, monkeypatch):
     experts = (torch.randn(50, 2, 33, generator=torch.Generator().manual_seed(0)) ** 3).to(dtype)
     experts[3, 1] = 0
     experts[4, 0] = 1e-44  # fp32's smallest numbers: divided by 127 nothing is left
-    table, scales = quantise_vectors(experts)
+    table, scales = quantize_vectors(experts)
     assert (table.dtype, scales.dtype, scales.shape) == (torch.int8, torch.float32, (50, 2))
     difference = (table.double() * scales.double().unsqueeze(-1) - experts.double()).abs()
     assert (difference <= scales.double().unsqueeze(-1) * 0.501 + 1e-44).all()
@@ -334,7 +334,7 @@ def test_quantised_vectors_are_within_half_a_level(dtype, monkeypatch):
 
 
 def test_a_table_of_no_experts_is_quantised():
-    table, scales = quantise_vectors(torch.empty(0, 2, 5))
+    table, scales = quantize_vectors(torch.empty(0, 2, 5))
     assert (table.shape, scales.shape) == ((0, 2, 5), (0, 2))
 
 

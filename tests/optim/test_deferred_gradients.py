@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tinyexperts import PEER, ProductKeyMemory
 from tinyexperts.errors import InputError
 from tinyexperts.ops import expert_mlp
-from tinyexperts.ops.expert_mlp.deferred import DeferredGradient, pairs_of
+from tinyexperts.ops.expert_mlp.deferred import DeferredGradient, pending_gradient
 from tinyexperts.optim import RowSparseAdam, build_optimizers, clip_gradient_norm_, deferred_gradients
 
 PLACES = ["outside", "inside"]
@@ -23,7 +23,7 @@ PLACES = ["outside", "inside"]
 
 def make(kind=PEER, sparse=True, dtype=torch.float64):
     torch.manual_seed(0)
-    options = {"experts_per_head": 4} if kind is PEER else {"values_per_head": 4}
+    options = {"experts_per_head": 4}
     return kind(32, 64, num_heads=2, query_dim=8, sparse=sparse, dtype=dtype, **options)
 
 
@@ -64,12 +64,12 @@ def test_a_backward_pass_leaves_the_gradient_in_grad(place, kind):
     optimizer = RowSparseAdam([layer.experts], fused=True)
     with scope(place, optimizer):
         loss_of()(layer).backward()
-    assert (pairs_of(layer.experts.grad) is not None) == (place == "inside")
+    assert (pending_gradient(layer.experts.grad) is not None) == (place == "inside")
     assert layer.experts.grad.layout == torch.sparse_coo
     assert layer.experts.grad.is_sparse
     assert layer.experts.grad.dtype == torch.float64
     assert_gradient(layer, expected_gradient(loss_of(), kind=kind))
-    assert pairs_of(layer.experts.grad) is None, "reading has written it out"
+    assert pending_gradient(layer.experts.grad) is None, "reading has written it out"
     assert_gradient(layer, expected_gradient(loss_of(), kind=kind))
 
 
@@ -241,7 +241,7 @@ def test_the_scope_ends_where_its_block_ends_and_scopes_nest():
         for layer in (first, second):
             layer.zero_grad()
             loss_of()(layer).backward()
-        return [pairs_of(layer.experts.grad) is not None for layer in (first, second)]
+        return [pending_gradient(layer.experts.grad) is not None for layer in (first, second)]
 
     with deferred_gradients(optimizers[:1]):
         assert kinds() == [True, False]
@@ -355,7 +355,7 @@ def test_under_activation_checkpointing(place, use_reentrant):
     optimizer = RowSparseAdam([layer.experts], fused=True)
     with scope(place, optimizer):
         checkpoint(layer, tokens(), use_reentrant=use_reentrant).square().sum().backward()
-    assert (pairs_of(layer.experts.grad) is not None) == (place == "inside")
+    assert (pending_gradient(layer.experts.grad) is not None) == (place == "inside")
     assert_gradient(layer, expected_gradient(loss_of()))
 
 
@@ -365,7 +365,7 @@ def test_tokens_of_a_wider_type_than_the_tables_are_not_deferred():
     ids, weights = torch.tensor([[1, 5]] * 7), torch.rand(7, 2, dtype=torch.float64)
     with deferred_gradients([optimizer]):
         expert_mlp(tokens(), layer.experts, ids, weights, "gelu", sparse=True).sum().backward()
-    assert pairs_of(layer.experts.grad) is None
+    assert pending_gradient(layer.experts.grad) is None
     assert layer.experts.grad.dtype == torch.float32
     assert layer.experts.grad._indices().tolist() == [[1, 5]]
 

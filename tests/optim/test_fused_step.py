@@ -7,14 +7,14 @@ import torch
 
 from tinyexperts import PEER, ProductKeyMemory
 from tinyexperts.errors import InputError
-from tinyexperts.ops.expert_mlp.deferred import pairs_of
+from tinyexperts.ops.expert_mlp.deferred import pending_gradient
 from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_, deferred_gradients
 
 
 def make(kind, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     if kind == "pkm":
-        return ProductKeyMemory(40, 49, num_heads=2, values_per_head=3, query_dim=4, sparse=True).to(dtype)
+        return ProductKeyMemory(40, 49, num_heads=2, experts_per_head=3, query_dim=4, sparse=True).to(dtype)
     return PEER(40, 49, num_heads=2, experts_per_head=3, query_dim=4, gated=kind == "gated", sparse=True).to(dtype)
 
 
@@ -30,11 +30,13 @@ def run(layer, *, fused, steps=5, passes=1, max_norm=None, second_moment="row", 
             x = torch.randn(300, 40, generator=generator).to(layer.experts.dtype)
             with deferred_gradients([optimizer, rest]):
                 layer(x).square().sum().backward()
-        assert (pairs_of(layer.experts.grad) is not None) == (fused and passes == 1)
+        assert (pending_gradient(layer.experts.grad) is not None) == (fused and passes == 1)
         torch.set_num_threads(threads)  # for what is tested; torch's own sums in the router may differ
         norms.append(clip_gradient_norm_(layer.parameters(), max_norm) if max_norm else torch.zeros(()))
         optimizer.step()
-        assert (pairs_of(layer.experts.grad) is not None) == (fused and passes == 1), "the step has written nothing out"
+        assert (pending_gradient(layer.experts.grad) is not None) == (fused and passes == 1), (
+            "the step has written nothing out"
+        )
         torch.set_num_threads(before)
         rest.step()
     return [*layer.state_dict().values(), *optimizer.state[layer.experts].values()], torch.stack(norms)
@@ -81,7 +83,7 @@ def test_a_loaded_state_leaves_fused_as_it_was_made(fused):
     assert (own.param_groups[0]["lr"], own.param_groups[0]["fused"]) == (0.5, fused)
     with deferred_gradients([own]):
         layer(torch.randn(5, 40)).sum().backward()
-    assert (pairs_of(layer.experts.grad) is not None) == fused
+    assert (pending_gradient(layer.experts.grad) is not None) == fused
 
 
 def test_tables_that_can_not_be_fused_are_told():

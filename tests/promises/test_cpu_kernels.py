@@ -33,7 +33,7 @@ from tinyexperts.ops.cpu import huge_pages
 from tinyexperts.ops.cpu import threads as cpu_threads
 from tinyexperts.ops.expert_mlp import cpu as expert_mlp_cpu
 from tinyexperts.ops.expert_mlp import reference, row_sums
-from tinyexperts.ops.expert_mlp.deferred import pairs_of
+from tinyexperts.ops.expert_mlp.deferred import pending_gradient
 from tinyexperts.ops.expert_mlp.operator import _KERNELS
 from tinyexperts.ops.product_key_topk import cpu as topk_cpu
 from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_, deferred_gradients
@@ -89,7 +89,7 @@ def dense(tensor):
 
 def make_small(kind, num_experts=256, **options):
     torch.manual_seed(0)
-    per_head = {"experts_per_head" if kind is PEER else "values_per_head": 6}
+    per_head = {"experts_per_head": 6}
     return kind(32, num_experts, num_heads=2, query_dim=8, **per_head, **options)
 
 
@@ -318,7 +318,7 @@ def test_the_number_of_threads_is_followed_and_changes_no_bit_of_the_fused_step(
             table.grad = None
             with deferred_gradients([optimizer]):
                 y.backward(randn(*y.shape, seed=step))
-            norms += [pairs_of(table.grad).squared_norm(), clip_gradient_norm_([table], 1.0).double()]
+            norms += [pending_gradient(table.grad).squared_norm(), clip_gradient_norm_([table], 1.0).double()]
             optimizer.step()
         return [table.detach(), *optimizer.state[table].values(), torch.stack(norms)]
 
@@ -347,7 +347,7 @@ def test_other_python_threads_follow_the_number_of_threads_too(submits):
 def test_parts_cover_every_item_once(monkeypatch, num_threads, num_items, min_items):
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     parts = []
-    cpu_threads.in_parts(lambda *part: parts.append(part), num_items, "first", 2, min_items=min_items)
+    cpu_threads.parallel_for(lambda *part: parts.append(part), num_items, "first", 2, min_items=min_items)
     assert {part[:2] for part in parts} == {("first", 2)}
     assert sorted(item for part in parts for item in range(*part[2:])) == list(range(num_items))
     assert len(parts) == 1 or min(stop - start for *_, start, stop in parts) >= min_items
@@ -573,7 +573,7 @@ def test_a_fused_step_after_autocast_equals_the_one_without_it_to_the_bit(kind):
             assert y.dtype == torch.bfloat16
             with deferred_gradients([optimizer]):
                 y.float().square().sum().backward()
-            assert (pairs_of(layer.experts.grad) is not None) == fused
+            assert (pending_gradient(layer.experts.grad) is not None) == fused
             optimizer.step()
             optimizer.zero_grad()
         results.append([layer.experts.detach(), *optimizer.state[layer.experts].values()])
@@ -593,7 +593,7 @@ def test_a_fused_step_under_activation_checkpointing_gives_the_same_weights(kind
                 leaf = randn(40, 32, seed=2 * step + micro_batch).requires_grad_()
                 with deferred_gradients([optimizer]):
                     forward(layer, leaf).square().sum().backward()
-            assert (pairs_of(layer.experts.grad) is not None) == (passes == 1)
+            assert (pending_gradient(layer.experts.grad) is not None) == (passes == 1)
             for chosen in (optimizer, rest):
                 chosen.step()
                 chosen.zero_grad()
@@ -612,7 +612,7 @@ def test_a_layer_on_meta_has_shapes_and_calls_no_kernel(kind, sparse, monkeypatc
 
     with monkeypatch.context() as patch:
         for module in (expert_mlp_cpu, topk_cpu):
-            patch.setattr(module, "in_parts", called)
+            patch.setattr(module, "parallel_for", called)
         large = kind(1024, 1024**2, sparse=sparse, device="meta")  # 4 or 8 GiB, were it anywhere
         for x in (torch.empty(3, 5, 1024, device="meta"), torch.empty(0, 1024, device="meta")):
             for grad in (False, True):
@@ -791,7 +791,7 @@ def test_an_empty_batch_leaves_a_fused_table_as_it_is(second_moment, threads):
         with deferred_gradients([optimizer]):
             y.sum().backward()
         assert y.shape == x.grad.shape == (0, 64)
-        assert pairs_of(layer.experts.grad) is not None
+        assert pending_gradient(layer.experts.grad) is not None
         assert clip_gradient_norm_([layer.experts], 1.0) == 0
         optimizer.step()
     assert torch.equal(layer.experts, before)

@@ -7,12 +7,12 @@ import torch
 
 from tinyexperts import PEER, ProductKeyMemory
 from tinyexperts.evaluation import expert_usage
-from tinyexperts.ops import expert_mlp, quantise_vectors
+from tinyexperts.ops import expert_mlp, quantize_vectors
 from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_, deferred_gradients
 
 
 def train(kind, *, sparse, fused, second_moment):
-    options = {"experts_per_head": 3} if kind is PEER else {"values_per_head": 3}
+    options = {"experts_per_head": 3}
     torch.manual_seed(0)
     layer = kind(16, 49, num_heads=2, query_dim=4, sparse=sparse, device="cpu", **options)
     rest = [p for p in layer.parameters() if p is not layer.experts] + ([] if sparse else [layer.experts])
@@ -67,7 +67,7 @@ def test_int8_tables_and_usage_give_the_same_bits(on_another_device):
     ids, weights = torch.randint(9, (4, 3)), torch.rand(4, 3)
 
     def run():
-        vectors, scales = quantise_vectors(table)
+        vectors, scales = quantize_vectors(table)
         usage = expert_usage(weights.sum(1).double())
         return expert_mlp(x, vectors, ids, weights, "gelu", scales_NE=scales), torch.as_tensor(usage.gini, device="cpu")
 

@@ -66,12 +66,12 @@ def test_the_papers_own_settings():
     runs = studies.isoflop(scale("paper", vocab_size=32000)).stages[2]({})
     assert {run.config.training_flops for run in runs} == {6e18, 2e19}
     assert {run.config.model.num_layers for run in runs} == {12}
-    assert {run.config.model.sparse_blocks for run in runs} == {(6,)}
+    assert {run.config.model.blocks_with_experts for run in runs} == {(6,)}
     assert {run.config.tokens_per_step for run in runs} == {128 * 2048}
-    layers = {run.method: run.config.model.sparse_layer for run in runs}
+    layers = {run.method: run.config.model.expert_layer for run in runs}
     assert layers["moe"].num_experts == 128
     assert layers["moe"].hidden_dim is None, "each the size of the dense MLP"
-    assert (layers["pkm"].num_values, layers["pkm"].num_heads, layers["pkm"].values_per_head) == (1024**2, 8, 32)
+    assert (layers["pkm"].num_values, layers["pkm"].num_heads, layers["pkm"].experts_per_head) == (1024**2, 8, 32)
     assert (layers["peer"].num_experts, layers["peer"].num_heads, layers["peer"].experts_per_head) == (1024**2, 8, 16)
 
 
@@ -79,7 +79,7 @@ def test_the_papers_own_settings():
 def test_the_account_of_a_run_is_that_of_its_model(method):
     config = studies.isoflop(scale("laptop", vocab_size=512)).stages[2]({})[0].config
     layer = scale("laptop").layers[method]
-    config = replace(config, model=replace(config.model, d_model=64, num_heads=4, sparse_layer=layer))
+    config = replace(config, model=replace(config.model, d_model=64, num_heads=4, expert_layer=layer))
     cost, model = account(config), Transformer(config.model)
     forward = model.flops_per_token(config.model.context_length)
     assert cost.forward_flops.total == forward
@@ -136,7 +136,7 @@ def test_the_last_budget_is_spent_on_each_methods_best_width():
     study = studies.isoflop(small)
     tuning, _, main, extend = study.stages
     assert extend({}) == []
-    ahead = grid.runs_if_all_end_alike(study)
+    ahead = grid.expected_runs(study)
     assert [run.name for run in ahead[:88]] == [run.name for run in [*tuning({}), *main({})]]
     # The smallest width takes the most tokens.
     assert {(run.config.training_flops, run.axes["width"]) for run in ahead[88:]} == {(3e8, 8)}
@@ -213,7 +213,7 @@ def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
         for name in ("evaluation.json", "evaluation-poems.json"):
             assert json.loads((path / name).read_text())["loss"] > 0
         assert (
-            json.loads((path / "config.json").read_text())["model"]["sparse_layer"]["num_experts"]
+            json.loads((path / "config.json").read_text())["model"]["expert_layer"]["num_experts"]
             == (run.axes["num_experts"])
         )
         assert not (path / "checkpoints").exists()

@@ -25,7 +25,7 @@ from tinyexperts.study.grids.accounting import account
 from tinyexperts.study.grids.scales import scale_named
 from tinyexperts.study.grids.train_command import train_command
 from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
-from tinyexperts.study.reports.claim import judged
+from tinyexperts.study.reports.claim import verdict_on
 from tinyexperts.study.reports.figures import loss_curves
 from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
 from tinyexperts.study.reports.isoflop_tables import isoflop_tables
@@ -333,7 +333,7 @@ def test_every_run_stands_in_the_report_by_itself(isoflop, isoflop_page):
 
 
 def test_one_seed_has_no_interval():
-    (one, three) = (judged("x", SeedInterval(values=values)) for values in ((-0.04,), (-0.04, -0.05, -0.06)))
+    (one, three) = (verdict_on("x", SeedInterval(values=values)) for values in ((-0.04,), (-0.04, -0.05, -0.06)))
     assert one.evidence == "\N{MINUS SIGN}0.040 nats, no interval, one seed"
     assert three.evidence.endswith(", 3 seeds")
     assert (one.verdict, three.verdict) == ("can't tell", "reproduced")
@@ -374,8 +374,8 @@ def test_every_row_has_its_command(isoflop):
 
 def test_a_command_writes_out_every_kind_of_setting():
     config = recipes.peer()
-    layer = replace(config.model.sparse_layer, gated=True, shared_sub_keys=False, query_norm="none")
-    model = replace(config.model, sparse_layer=layer, layers_with_peer=(0, 2), tied_embeddings=True)
+    layer = replace(config.model.expert_layer, gated=True, shared_sub_keys=False, query_norm="none")
+    model = replace(config.model, expert_layer=layer, expert_blocks=(0, 2), tied_embeddings=True)
     config = replace(
         config, run=Path("a folder"), model=model, betas=(0.8, 0.95), gradient_clip=None, num_steps=7,
         training_flops=None, threads=1,

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from tinyexperts.training import TrainConfig
-from tinyexperts.training.ranks import joined
+from tinyexperts.training.ranks import init_distributed
 from tinyexperts.training.run import make_run
 from tinyexperts.training.step import optimizer_step
 
@@ -23,7 +23,7 @@ def status(name: str) -> int:
 
 def main() -> None:
     large, small = (TypeAdapter(TrainConfig).validate_json(Path(path).read_text()) for path in sys.argv[1:])
-    with joined(large) as ranks:
+    with init_distributed(large) as ranks:
         run = make_run(small, ranks)  # loads the kernels and what torch loads late
         for step in range(2):
             optimizer_step(run, step)

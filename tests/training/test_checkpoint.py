@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(trained, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     model = load_model(trained.run)
-    monkeypatch.setattr(checkpoint_module, "write_whole", full)
+    monkeypatch.setattr(checkpoint_module, "write_atomically", full)
     with pytest.raises(InputError, match=r"step 9 could not be written \(No space left on device\); .*step-00000003"):
         save_checkpoint(trained.run, 9, model, [], {}, keep=1)
     assert [path.name for path in (trained.run / "checkpoints").iterdir()] == ["step-00000003"]
@@ -164,7 +164,7 @@ def test_a_full_disk_is_told_when_the_write_beside_the_training_is_waited_for(tr
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "write_whole", full)
+    monkeypatch.setattr(checkpoint_module, "write_atomically", full)
     writer = checkpoint_module.CheckpointWriter(trained.run, keep=5, ranks=checkpoint_module.ALONE, asynchronous=True)
     writer.save(9, load_model(trained.run), [], {})
     with pytest.raises(InputError, match="step 9 could not be written"):

@@ -37,7 +37,7 @@ def test_recipes_survive_json_and_differ_in_the_sparse_layer_alone(recipe):
     config = recipe()
     assert adapter.validate_json(adapter.dump_json(config)) == config
     twin = recipes.dense()
-    model = dataclasses.replace(config.model, sparse_layer=twin.model.sparse_layer)
+    model = dataclasses.replace(config.model, expert_layer=twin.model.expert_layer)
     assert dataclasses.replace(config, run=twin.run, model=model) == twin
 
 

@@ -107,8 +107,8 @@ def test_the_choice_of_table_gradients_follows_the_share_of_touched_rows(make_co
         "table gradients dense (AdamW): a step touches up to 100% of 64 rows",
     )
     assert choose_table_gradients(small, cpu)[0] is True
-    layer = dataclasses.replace(small.model.sparse_layer, num_experts=256**2)
-    large = dataclasses.replace(small, model=dataclasses.replace(small.model, sparse_layer=layer))
+    layer = dataclasses.replace(small.model.expert_layer, num_experts=256**2)
+    large = dataclasses.replace(small, model=dataclasses.replace(small.model, expert_layer=layer))
     sparse, sentence = choose_table_gradients(large, gpu)
     assert sparse
     assert "sparse (RowSparseAdam)" in sentence
@@ -195,12 +195,12 @@ def test_what_a_kill_left_before_the_configuration_was_written_is_no_run(make_co
 def test_a_changed_configuration_is_not_resumed(make_config):
     config = make_config(num_steps=3)
     train(config, progress=False)
-    layer = dataclasses.replace(config.model.sparse_layer, num_experts=81)
+    layer = dataclasses.replace(config.model.expert_layer, num_experts=81)
     changed = dataclasses.replace(
-        config, seed=1, num_steps=4, model=dataclasses.replace(config.model, sparse_layer=layer)
+        config, seed=1, num_steps=4, model=dataclasses.replace(config.model, expert_layer=layer)
     )
     with pytest.raises(
-        InputError, match=r"model\.sparse_layer\.num_experts was 64, is 81; num_steps was 3, is 4; seed was 0, is 1"
+        InputError, match=r"model\.expert_layer\.num_experts was 64, is 81; num_steps was 3, is 4; seed was 0, is 1"
     ):
         train(changed, resume=True, progress=False)
 
@@ -240,10 +240,10 @@ def test_resume_with_other_tokens_of_the_same_tokenizer_is_told(make_config, tin
 
 def test_two_processes_do_not_train_in_one_folder(make_config):
     config = make_config(num_steps=3)
-    with run_folder.held(config.run), pytest.raises(InputError, match="another process is training in"):
+    with run_folder.exclusive_lock(config.run), pytest.raises(InputError, match="another process is training in"):
         train(config, progress=False)
     train(config, progress=False)
-    with run_folder.held(config.run), pytest.raises(InputError, match="another process is training in"):
+    with run_folder.exclusive_lock(config.run), pytest.raises(InputError, match="another process is training in"):
         train(config, resume=True, progress=False)
 
 
@@ -266,8 +266,8 @@ def test_a_damaged_description_of_the_run_is_told(make_config, content, message)
 
 def test_a_model_larger_than_the_memory_is_told(make_config):
     config = make_config("peer", model={"vocab_size": 300})
-    layer = dataclasses.replace(config.model.sparse_layer, num_experts=(2**20) ** 2)
-    huge = dataclasses.replace(config, model=dataclasses.replace(config.model, sparse_layer=layer))
+    layer = dataclasses.replace(config.model.expert_layer, num_experts=(2**20) ** 2)
+    huge = dataclasses.replace(config, model=dataclasses.replace(config.model, expert_layer=layer))
     with pytest.raises(InputError, match=r"does not fit into the memory of cpu: .*allocate"):
         train(huge, progress=False)
     assert not config.run.exists()

@@ -35,7 +35,7 @@ def devices(text="8x80GB"):
 @pytest.fixture
 def million(make_config):
     """The paper's layer at D = 1024."""
-    model = {"d_model": 1024, "sparse_layer": PEERConfig(num_experts=1024**2)}
+    model = {"d_model": 1024, "expert_layer": PEERConfig(num_experts=1024**2)}
     return make_config(model=model, batch_size=64, device="cuda", table_gradients="dense")
 
 
@@ -124,7 +124,7 @@ def test_asynchronous_checkpoints_and_precision_are_planned(million):
 def test_a_gpu_holds_the_logits_and_sparse_gradients_a_cpu_does_not(million):
     layer = PEERConfig(num_experts=128**2, num_heads=1, experts_per_head=1)
     sizes = {"d_model": 64, "num_layers": 1, "vocab_size": 20_000, "context_length": 256}
-    model = dataclasses.replace(million.model, **sizes, sparse_layer=layer)
+    model = dataclasses.replace(million.model, **sizes, expert_layer=layer)
     gpu = dataclasses.replace(million, model=model, precision="fp32", batch_size=4, table_gradients="sparse")
     (of_gpu,), (of_cpu,) = (plan(dataclasses.replace(gpu, device=name), devices("1x80GB")) for name in ("cuda", "cpu"))
     tokens, logits = 4 * model.context_length, 4 * model.context_length * 20_000 * 4
@@ -190,18 +190,18 @@ def test_what_cannot_be_planned_is_told(million, run_cli):
 def test_the_command_says_which_mesh_fits(run_cli, monkeypatch):
     code, out, _ = run_cli(
         "plan", "peer", "--devices", "4x80GB", "--model.d-model", 1024, "--model.num-heads", 8,
-        "--model.sparse-layer.num-experts", 2048**2,
+        "--model.expert-layer.num-experts", 2048**2,
     )  # fmt: skip
     assert code == 0
     assert "The quickest that fits: --mesh 1 4" in out
-    million = ["--model.d-model", "1024", "--model.num-heads", "8", "--model.sparse-layer.num-experts", "1048576"]
+    million = ["--model.d-model", "1024", "--model.num-heads", "8", "--model.expert-layer.num-experts", "1048576"]
     for columns in ("60", "80", "200"):
         monkeypatch.setenv("COLUMNS", columns)
         code, out, _ = run_cli("plan", "peer", "--devices", "16x80GB", "--batch-size", 16, *million)
         assert code == 0
         assert re.findall(r"\d+ x \d+(?= ┃)", out) == ["1 x 16", "2 x 8", "4 x 4", "8 x 2", "16 x 1"]
         assert "…" not in out
-    code, out, _ = run_cli("plan", "peer", "--devices", "1x1GB", "--model.sparse-layer.num-experts", 4096**2)
+    code, out, _ = run_cli("plan", "peer", "--devices", "1x1GB", "--model.expert-layer.num-experts", 4096**2)
     assert code == 0
     assert "No mesh fits" in out
     assert re.search(r"--table-second-moment row │ 1 x 1 │ 16\.\d\d +│ no", out)
@@ -215,8 +215,8 @@ def test_the_memory_of_a_plan_is_what_a_run_takes(tiny_data, tmp_path, num_ranks
     """Within 15 %, whether tables or activations rule; malloc gives back what is freed, as it does not of itself."""
     tables_rule = kind in ("tables", "sparse gradients")
     recipe = recipes.peer()
-    layer = dataclasses.replace(recipe.model.sparse_layer, num_experts=512**2 if tables_rule else 128**2)
-    model = dataclasses.replace(recipe.model, d_model=256, vocab_size=300, sparse_layer=layer)
+    layer = dataclasses.replace(recipe.model.expert_layer, num_experts=512**2 if tables_rule else 128**2)
+    model = dataclasses.replace(recipe.model, d_model=256, vocab_size=300, expert_layer=layer)
     config = dataclasses.replace(
         recipe,
         run=tmp_path / "run",
@@ -231,7 +231,7 @@ def test_the_memory_of_a_plan_is_what_a_run_takes(tiny_data, tmp_path, num_ranks
         precision="bf16" if kind == "bf16" else "fp32",
     )
     small = dataclasses.replace(
-        config, model=dataclasses.replace(model, sparse_layer=dataclasses.replace(layer, num_experts=64**2))
+        config, model=dataclasses.replace(model, expert_layer=dataclasses.replace(layer, num_experts=64**2))
     )
     small = dataclasses.replace(small, batch_size=2 * num_ranks)
     paths = [tmp_path / "large.json", tmp_path / "small.json"]

@@ -119,7 +119,7 @@ def not_finite(model, tokens, targets):
 
 FAILURES = {
     "the configuration can't be written": (run_folder, "_CONFIG", None, AttributeError),
-    "the description can't be made": (run_folder, "write_whole", full, InputError),
+    "the description can't be made": (run_folder, "write_atomically", full, InputError),
     "no metrics": (run_folder.Metrics, "__init__", full, InputError),
     "no TensorBoard": (run_folder, "SummaryWriter", broken, RuntimeError),
     "no progress bar": (loop.TrainingBar, "__enter__", broken, RuntimeError),
@@ -180,7 +180,7 @@ def test_what_fails_later_or_when_it_is_resumed_keeps_its_folder(make_config, mo
 
 
 def test_a_run_that_another_process_has_made_meanwhile_is_left_alone(make_config, monkeypatch):
-    config, held = make_config(num_steps=2), run_folder.held
+    config, held = make_config(num_steps=2), run_folder.exclusive_lock
 
     def held_late(folder):
         monkeypatch.setattr(run_folder, "held", held)

@@ -11,7 +11,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER
 from tinyexperts.ops import expert_mlp, product_key_topk
 from tinyexperts.ops.expert_mlp import reference as expert_reference
-from tinyexperts.ops.expert_mlp.deferred import pairs_of
+from tinyexperts.ops.expert_mlp.deferred import pending_gradient
 from tinyexperts.ops.product_key_topk import reference as topk_reference
 from tinyexperts.ops.row_adam import reference as adam_reference
 from tinyexperts.optim import RowSparseAdam, deferred_gradients
@@ -113,7 +113,7 @@ def _check_update(
     expected_y, _ = expert_reference.expert_mlp(x_MD, compact, positions_MP, weights_MP, activation)
     (expected_gradient,) = torch.autograd.grad(expected_y, compact, grad_y)
     assert table.grad is not None
-    pairs = pairs_of(table.grad)
+    pairs = pending_gradient(table.grad)
     assert pairs is not None
     touched, gradient = pairs.rows_and_values()
     _compare(f"touched rows {where}", touched, torch.arange(len(rows)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import CACHE_LINE_BYTES, kernel, prefetch
-from tinyexperts.ops.cpu.threads import in_parts
+from tinyexperts.ops.cpu.threads import parallel_for
 
 _WORD_BYTES = 8
 # Bytes of rows that are worth a thread's part of their own.
@@ -44,7 +44,7 @@ def words_of(table_NED: Tensor) -> Any:
 
 def read_rows(words: Any, ids: Any, variant: Variant) -> None:
     """Read the rows of `ids` (int64 of numpy, [number of rows]) on as many threads as torch uses."""
-    in_parts(
+    parallel_for(
         _READERS[variant.rows_at_once],
         len(ids),
         words,

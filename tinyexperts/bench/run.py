@@ -22,7 +22,7 @@ from tinyexperts.bench.rivals import RIVALS, RivalName
 from tinyexperts.bench.subjects import make_layer
 from tinyexperts.errors import InputError
 from tinyexperts.training.config import path_of
-from tinyexperts.training.run_folder import write_whole
+from tinyexperts.training.run_folder import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +121,10 @@ def run_layer_benchmark(config: LayerBenchmarkConfig) -> dict[str, Any]:
                     on_stage=lambda stage, setting=setting: progress.update(task, description=f"{setting}: {stage}"),
                 )
                 report["results"].append(result)
-                write_whole(config.output / "layer.json", json.dumps(report, indent=1) + "\n")
+                write_atomically(config.output / "layer.json", json.dumps(report, indent=1) + "\n")
                 progress.advance(task)
             del layer  # before the next one is made
-    write_whole(config.output / "layer.svg", str(view.figure(report["results"])))
+    write_atomically(config.output / "layer.svg", str(view.figure(report["results"])))
     _print(report)
     print(f"{config.output / 'layer.json'}, {config.output / 'layer.svg'}")
     return report

@@ -128,8 +128,8 @@ def _resumed(arguments: Sequence[str]) -> dict[str, training.TrainConfig]:
         return {}
     run = path_of("run", typed.run)
     config = run_folder.read_config(run)
-    kinds = {type(recipe().model.sparse_layer): recipe_name for recipe_name, recipe in _RECIPE_BY_NAME.items()}
-    own = kinds[type(config.model.sparse_layer)]
+    kinds = {type(recipe().model.expert_layer): recipe_name for recipe_name, recipe in _RECIPE_BY_NAME.items()}
+    own = kinds[type(config.model.expert_layer)]
     if own != name:
         raise InputError(f"{run} is a run of {own}, which train {own} --run {run} --resume goes on with, got {name}")
     return {name: dataclasses.replace(config, run=run)}  # it may have been moved

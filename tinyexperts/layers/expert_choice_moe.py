@@ -14,7 +14,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount
 from tinyexperts.layers.recomputation import in_recomputation
 from tinyexperts.ops.activation import Activation, activate, check_activation
-from tinyexperts.ops.collectives import gathered
+from tinyexperts.ops.collectives import all_gather_tokens
 from tinyexperts.ops.rank_groups import RankGroups
 
 EvaluationRouting = Literal["expert_choice", "threshold"]
@@ -136,7 +136,7 @@ class ExpertChoiceMoE(FeedForward):
         return y_MD.view(x.shape)
 
     def _forward_by_expert_choice(self, x_MD: Tensor, scores_ME: Tensor) -> Tensor:
-        of_all_ME = scores_ME if self.ranks is None else gathered(scores_ME.detach(), self.ranks.tokens)
+        of_all_ME = scores_ME if self.ranks is None else all_gather_tokens(scores_ME.detach(), self.ranks.all_ranks)
         num_tokens, num_experts = of_all_ME.shape
         capacity = min(num_tokens, math.ceil(self.capacity_factor * num_tokens / num_experts))
         top = of_all_ME.topk(min(capacity + 1, num_tokens), dim=0)
@@ -144,7 +144,7 @@ class ExpertChoiceMoE(FeedForward):
             self._update_threshold(top.values.detach(), capacity, num_tokens)
         if self.ranks is not None:  # how many of the chosen are this rank's own depends on the data
             chosen_ME = torch.zeros_like(of_all_ME, dtype=torch.bool).scatter_(0, top.indices[:capacity], True)
-            own_ME = chosen_ME.chunk(self.ranks.tokens.size())[dist.get_rank(self.ranks.tokens)]
+            own_ME = chosen_ME.chunk(self.ranks.all_ranks.size())[dist.get_rank(self.ranks.all_ranks)]
             return self._forward_of_kept(x_MD, scores_ME, own_ME)
         chosen_EC, weights_EC = top.indices[:capacity].T, top.values[:capacity].T
         hidden = activate(torch.bmm(x_MD[chosen_EC], self.up), self.activation)

@@ -59,7 +59,7 @@ class ProductKeyLayer(FeedForward):
         table = torch.empty(num_experts, vectors_per_expert, columns, device=device, dtype=dtype)
         self.experts = (ColumnShard if columns < d_model else nn.Parameter)(prefer_huge_pages(table))
         if ranks is not None and isinstance(self.router.norm, QueryBatchNorm):
-            self.router.norm.statistics_group = ranks.tokens
+            self.router.norm.statistics_group = ranks.all_ranks
 
     @torch.no_grad()
     def _draw_experts(self, std: float, generator: torch.Generator | None) -> None:

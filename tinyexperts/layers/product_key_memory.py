@@ -21,14 +21,14 @@ class ProductKeyMemory(ProductKeyLayer):
         d_model: width D.
         num_values: N, a square.
         num_heads: H queries a token, whose outputs are summed.
-        values_per_head: K <= sqrt(N).
+        experts_per_head: K <= sqrt(N).
         query_dim: Q, even.
         query_norm: "batch", "layer" or "none"; as in PEER, with its `mask`, and its rule for a frozen batch norm.
         sparse: give the gradient of the values as a sparse_coo tensor of the touched rows.
         ranks: the processes that share the layer's work, and its table by columns (see ProductKeyLayer).
 
     Raises:
-        InputError (a ValueError): num_values not a square, query_dim odd, values_per_head > sqrt(num_values), an
+        InputError (a ValueError): num_values not a square, query_dim odd, experts_per_head > sqrt(num_values), an
             unknown option, ranks that do not divide d_model or leave less than 64 columns to each.
     """
 
@@ -38,7 +38,7 @@ class ProductKeyMemory(ProductKeyLayer):
         num_values: int = 1024**2,
         *,
         num_heads: int = 8,
-        values_per_head: int = 32,
+        experts_per_head: int = 32,
         query_dim: int = 128,
         query_norm: QueryNorm = "batch",
         sparse: bool = False,
@@ -52,7 +52,7 @@ class ProductKeyMemory(ProductKeyLayer):
             vectors_per_expert=1,
             activation=None,
             num_heads=num_heads,
-            experts_per_head=values_per_head,
+            experts_per_head=experts_per_head,
             query_dim=query_dim,
             query_norm=query_norm,
             sparse=sparse,

@@ -3,9 +3,9 @@
 from tinyexperts.model.config import (
     DenseConfig,
     ExpertChoiceMoEConfig,
+    ExpertLayerConfig,
     PEERConfig,
     ProductKeyMemoryConfig,
-    SparseLayerConfig,
     TransformerConfig,
 )
 from tinyexperts.model.evaluation_mode import evaluation_mode
@@ -16,9 +16,9 @@ __all__ = [
     "Cache",
     "DenseConfig",
     "ExpertChoiceMoEConfig",
+    "ExpertLayerConfig",
     "PEERConfig",
     "ProductKeyMemoryConfig",
-    "SparseLayerConfig",
     "Transformer",
     "TransformerConfig",
     "evaluation_mode",

@@ -70,7 +70,7 @@ class ProductKeyMemoryConfig:
     """Values, a square."""
     num_heads: int = 8
     """Queries a token."""
-    values_per_head: int = 32
+    experts_per_head: int = 32
     """Values that each query retrieves."""
     query_dim: int = 128
     """Width of a query, even."""
@@ -84,7 +84,7 @@ class ProductKeyMemoryConfig:
             d_model,
             self.num_values,
             num_heads=self.num_heads,
-            values_per_head=self.values_per_head,
+            experts_per_head=self.experts_per_head,
             query_dim=self.query_dim,
             query_norm=self.query_norm,
             sparse=sparse,
@@ -138,7 +138,7 @@ class PEERConfig:
         )
 
 
-SparseLayerConfig: TypeAlias = DenseConfig | ExpertChoiceMoEConfig | ProductKeyMemoryConfig | PEERConfig
+ExpertLayerConfig: TypeAlias = DenseConfig | ExpertChoiceMoEConfig | ProductKeyMemoryConfig | PEERConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +163,9 @@ class TransformerConfig:
     """Whether the head is the token embedding."""
     dense: DenseConfig = field(default_factory=DenseConfig)
     """Feed-forward layer of the other blocks."""
-    sparse_layer: SparseLayerConfig = field(default_factory=PEERConfig)
-    """Feed-forward layer of the blocks named by layers_with_peer."""
-    layers_with_peer: tuple[int, ...] | None = None
+    expert_layer: ExpertLayerConfig = field(default_factory=PEERConfig)
+    """Feed-forward layer of the blocks named by expert_blocks."""
+    expert_blocks: tuple[int, ...] | None = None
     """Blocks that carry the sparse layer, counted from 0; default: the middle one, num_layers // 2, as in the paper."""
     rope_theta: float = 10000.0
     """Base of the rotary embedding's wavelengths."""
@@ -186,21 +186,21 @@ class TransformerConfig:
             raise InputError(
                 f"num_key_value_heads must divide num_heads = {self.num_heads}, got {self.num_key_value_heads}"
             )
-        blocks = self.sparse_blocks
+        blocks = self.blocks_with_experts
         if len(set(blocks)) != len(blocks) or not all(0 <= block < self.num_layers for block in blocks):
             raise InputError(
-                f"layers_with_peer must be distinct blocks between 0 and {self.num_layers - 1}, got {list(blocks)}"
+                f"expert_blocks must be distinct blocks between 0 and {self.num_layers - 1}, got {list(blocks)}"
             )
         if not self.rope_theta > 0 or not self.norm_eps > 0:
             raise InputError(f"rope_theta and norm_eps must be positive, got {self.rope_theta} and {self.norm_eps}")
         # The layers check their own settings; on the meta device that costs nothing.
         self.dense.build(self.d_model, device="meta")
-        self.sparse_layer.build(self.d_model, device="meta")
+        self.expert_layer.build(self.d_model, device="meta")
 
     @property
     def key_value_heads(self) -> int:
         return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
     @property
-    def sparse_blocks(self) -> tuple[int, ...]:
-        return (self.num_layers // 2,) if self.layers_with_peer is None else self.layers_with_peer
+    def blocks_with_experts(self) -> tuple[int, ...]:
+        return (self.num_layers // 2,) if self.expert_blocks is None else self.expert_blocks

@@ -64,8 +64,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 config,
-                config.sparse_layer.build(config.d_model, sparse=sparse_tables, ranks=ranks)
-                if number in config.sparse_blocks
+                config.expert_layer.build(config.d_model, sparse=sparse_tables, ranks=ranks)
+                if number in config.blocks_with_experts
                 else config.dense.build(config.d_model),
             )
             for number in range(config.num_layers)

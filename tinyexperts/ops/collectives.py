@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def gathered(of_tokens: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather_tokens(of_tokens: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[M, ...] of each rank -> [T*M, ...], rank by rank."""
     out = of_tokens.new_empty((group.size() * of_tokens.shape[0], *of_tokens.shape[1:]))
     dist.all_gather_single(out, of_tokens.contiguous(), group=group)
     return out
 
 
-def summed_at_home(parts_FMP: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter_products(parts_FMP: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Parts [F, T*M, P] of all ranks' tokens -> their sum over the ranks for this rank's tokens, [F, M, P]."""
     num_vectors, num_tokens, num_retrieved = parts_FMP.shape
     by_rank = parts_FMP.view(num_vectors, group.size(), -1, num_retrieved).transpose(0, 1).contiguous()
@@ -29,7 +29,7 @@ def summed_at_home(parts_FMP: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-def columns_of_all(x_MD: Tensor, group: dist.ProcessGroup) -> Tensor:
+def scatter_columns(x_MD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[M, D] of each rank -> this rank's columns of all ranks' tokens, [T*M, D/T]."""
     num_tokens, num_ranks = len(x_MD), group.size()
     by_rank = x_MD.view(num_tokens, num_ranks, -1).transpose(0, 1).contiguous()
@@ -39,7 +39,7 @@ def columns_of_all(x_MD: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-def columns_at_home(of_all_MC: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_columns(of_all_MC: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's columns of all ranks' tokens [T*M, D/T] -> all columns of this rank's tokens, [M, D]."""
     out = torch.empty_like(of_all_MC, memory_format=torch.contiguous_format)
     dist.all_to_all_single(out, of_all_MC.contiguous(), group=group)

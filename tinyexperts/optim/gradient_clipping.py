@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.expert_mlp.deferred import pairs_of
+from tinyexperts.ops.expert_mlp.deferred import pending_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
 from tinyexperts.ops.rank_groups import RankGroups
 from tinyexperts.optim.sparse_gradients import coalesced_gradient
@@ -43,7 +43,7 @@ def clip_gradient_norm_(
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is None:
             continue
-        if (pairs := pairs_of(parameter.grad)) is not None:
+        if (pairs := pending_gradient(parameter.grad)) is not None:
             deferred.append(pairs)
         elif parameter.grad.layout == torch.sparse_coo:
             parameter.grad = coalesced_gradient(parameter.grad)
@@ -54,9 +54,9 @@ def clip_gradient_norm_(
             gradients.append(parameter.grad)
     total_norm = _norm(gradients, deferred)
     if ranks is not None:
-        num_replicas = 1 if ranks.replicas is None else ranks.replicas.size()
+        num_replicas = 1 if ranks.replica_ranks is None else ranks.replica_ranks.size()
         squares = _norm(parts, []).double().square() + total_norm.double().square() / num_replicas
-        dist.all_reduce(squares, group=ranks.tokens)
+        dist.all_reduce(squares, group=ranks.all_ranks)
         total_norm = squares.sqrt().to(total_norm.dtype)
     if max_norm is None or math.isinf(max_norm):
         return total_norm

@@ -19,7 +19,7 @@ from torch import Tensor
 from tinyexperts.errors import InputError
 from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
 from tinyexperts.ops.expert_mlp.columns import ColumnShard
-from tinyexperts.ops.expert_mlp.deferred import deferred_table_gradients, pairs_of, supports_deferred
+from tinyexperts.ops.expert_mlp.deferred import deferred_table_gradients, pending_gradient, supports_deferred
 from tinyexperts.ops.row_adam import row_adam_
 from tinyexperts.ops.row_adam.fused import row_adam_fused_
 from tinyexperts.optim.sparse_gradients import rows_and_values
@@ -126,7 +126,7 @@ class RowSparseAdam(torch.optim.Optimizer):
                     "weight_decay": group["weight_decay"],
                     "step": int(state["step"]),
                 }
-                if (pairs := pairs_of(parameter.grad)) is not None:
+                if (pairs := pending_gradient(parameter.grad)) is not None:
                     row_adam_fused_(*tables, pairs, **options)
                 else:
                     row_adam_(*tables, *rows_and_values(parameter.grad), **options)

@@ -10,7 +10,7 @@ from rich.progress import track
 from rich.table import Table
 
 from tinyexperts.study.grids.accounting import account
-from tinyexperts.study.grids.grid import Study, runs_if_all_end_alike
+from tinyexperts.study.grids.grid import Study, expected_runs
 from tinyexperts.study.reports.report import format_count
 from tinyexperts.training import Devices, MeshPlan, TrainConfig, plan
 
@@ -40,7 +40,7 @@ def print_plan(study: Study) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     on_cpu = study.scale in _SCALES_OF_CPUS
     total_flops = total_hours = num_runs = num_too_large = 0.0
-    for run in track(runs_if_all_end_alike(study), console=Console(stderr=True), transient=True):
+    for run in track(expected_runs(study), console=Console(stderr=True), transient=True):
         cost = account(run.config)
         hours = cost.training_flops / (_ONE_GPU.flops * _UTILISATION) / 3600
         memory = _memory(run.config, "cpu" if on_cpu else "cuda")

@@ -22,7 +22,7 @@ from tinyexperts.study.demo import ENVIRONMENT, PROGRAM
 from tinyexperts.study.execution.run_queue import Job, Stage, run_jobs
 from tinyexperts.study.execution.study_folder import StudyFolder, StudySettings
 from tinyexperts.study.execution.study_status import print_status
-from tinyexperts.study.grids.grid import GridRun, Study, check_grid, runs_if_all_end_alike
+from tinyexperts.study.grids.grid import GridRun, Study, check_grid, expected_runs
 from tinyexperts.study.grids.grid import Stage as GridStage
 from tinyexperts.study.grids.scales import Scale, ScaleName, scale_named
 from tinyexperts.study.reports.study_report import write_study_report
@@ -109,10 +109,10 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
             print(f"There is no data set in {config.data}: a vocabulary of {vocab_size:,} is assumed.")
         return
     # Later stages, too: what can't be run is told before hours are spent.
-    check_grid(runs_if_all_end_alike(study), dataset.split("train").num_tokens)
+    check_grid(expected_runs(study), dataset.split("train").num_tokens)
     corpora_sha256 = {path.stem: _sha256_of_text(path) for path in config.evaluation_corpora}
     folder = StudyFolder(config.output or Path("runs", f"{study.name}-{study.scale}"))
-    with folder.held():
+    with folder.exclusive_lock():
         corpora = tuple(str(path) for path in config.evaluation_corpora)
         folder.begin(
             StudySettings(

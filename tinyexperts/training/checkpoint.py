@@ -31,16 +31,16 @@ from tinyexperts.model import Transformer
 from tinyexperts.optim import RowSparseAdam
 from tinyexperts.training.checkpoint_files import (
     Unwritten,
-    on_all,
     one_process_is_meant,
     reason,
+    run_on_all_ranks,
     verified_manifest,
     write_tensors,
 )
 from tinyexperts.training.config import path_of
-from tinyexperts.training.device import out_of_memory_told
+from tinyexperts.training.device import report_out_of_memory
 from tinyexperts.training.ranks import ALONE, Ranks
-from tinyexperts.training.run_folder import read_config, write_whole
+from tinyexperts.training.run_folder import read_config, write_atomically
 from tinyexperts.training.sharding import as_part, local
 
 
@@ -147,15 +147,15 @@ def _write_checkpoint(
 
     def finish() -> None:
         manifest = {"step": step, "state": state, "files": files}
-        write_whole(partial / "manifest.json", json.dumps(manifest, indent=2))
+        write_atomically(partial / "manifest.json", json.dumps(manifest, indent=2))
         if final.exists():  # the same step again
             _remove(final)
         partial.rename(final)
 
     try:
-        on_all(ranks, begin if ranks.is_first else _nothing)
+        run_on_all_ranks(ranks, begin if ranks.is_first else _nothing)
         files = write_tensors(tensors, partial, ranks)
-        on_all(ranks, finish if ranks.is_first else _nothing)
+        run_on_all_ranks(ranks, finish if ranks.is_first else _nothing)
     except Unwritten as error:
         if ranks.is_first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -195,7 +195,7 @@ def load_checkpoint(
     weights = _weights(model, ranks)
     by_name = dict(model.named_parameters())
     own = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
-    with ranks.refused_together():
+    with ranks.raise_on_all_ranks():
         states: list[tuple[Optimizer, nn.Parameter, str, Tensor]] = []
         stored: dict[str, Tensor] = {}
         for name, entry in reader.read_metadata().state_dict_metadata.items():
@@ -234,7 +234,7 @@ def load_model(run: str | os.PathLike[str], *, device: torch.device | str = "cpu
     found = checkpoints(run)
     if not found:
         raise InputError(f"the run {run} has no checkpoint yet")
-    with out_of_memory_told(device):
+    with report_out_of_memory(device):
         with torch.device("cpu"):  # whatever torch's default one is
             model = Transformer(config.model)
         load_checkpoint(found[-1], model)

@@ -37,7 +37,7 @@ class Unwritten(Exception):
     """A file could not be written on one of the ranks; says why."""
 
 
-def on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+def run_on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     """What `work` returns on each rank.
 
     Raises:
@@ -51,7 +51,7 @@ def on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
         if ranks.size > 1:
             failed = isinstance(error, dcp.api.CheckpointException) and error.failures  # by rank; raised on all
             problem += f" on rank {next(iter(failed), ranks.rank) if failed else ranks.rank}"
-    told = ranks.all_of((problem, done))
+    told = ranks.all_gather_object((problem, done))
     for why, _ in told:
         if why is not None:
             raise Unwritten(why)
@@ -66,10 +66,14 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dic
     """
     large = {name: tensor for name, tensor in tensors.items() if _is_written_in_parts(tensor)}
     small = {name: tensor for name, tensor in tensors.items() if name not in large}
-    on_all(ranks, lambda: _write_large(large, folder, ranks))
-    on_all(ranks, lambda: _write_small(small, folder, ranks))
-    written = on_all(ranks, lambda: sorted(path.name for path in folder.iterdir()))[0]  # a folder may lag elsewhere
-    shares = on_all(ranks, lambda: {name: sha256_of_file(folder / name) for name in written[ranks.rank :: ranks.size]})
+    run_on_all_ranks(ranks, lambda: _write_large(large, folder, ranks))
+    run_on_all_ranks(ranks, lambda: _write_small(small, folder, ranks))
+    written = run_on_all_ranks(ranks, lambda: sorted(path.name for path in folder.iterdir()))[
+        0
+    ]  # a folder may lag elsewhere
+    shares = run_on_all_ranks(
+        ranks, lambda: {name: sha256_of_file(folder / name) for name in written[ranks.rank :: ranks.size]}
+    )
     return {name: digest for share in shares for name, digest in sorted(share.items())}
 
 
@@ -79,7 +83,7 @@ def verified_manifest(checkpoint: Path, ranks: Ranks) -> dict[str, Any]:
     Raises:
         InputError: a missing, truncated or altered file.
     """
-    with ranks.refused_together():
+    with ranks.raise_on_all_ranks():
         try:
             manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
             files = manifest["files"]
@@ -131,7 +135,7 @@ def _write_small(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None
     else:
         assert ranks.groups is not None
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=ranks.groups.tokens)
+        dcp.save(tensors, storage_writer=writer, process_group=ranks.groups.all_ranks)
 
 
 def _write_large(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
@@ -162,5 +166,5 @@ def _write_large(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None
 
 
 def _is_own_turn(number: int, ranks: Ranks) -> bool:
-    replicas = None if ranks.groups is None else ranks.groups.replicas
+    replicas = None if ranks.groups is None else ranks.groups.replica_ranks
     return replicas is None or number % replicas.size() == dist.get_rank(replicas)

@@ -42,7 +42,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 @contextmanager
-def out_of_memory_told(device: torch.device | str) -> Iterator[None]:
+def report_out_of_memory(device: torch.device | str) -> Iterator[None]:
     """Where a model is made or moved.
 
     Raises:

@@ -29,10 +29,10 @@ from tinyexperts.training.checkpoint import (
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.device import autocast
 from tinyexperts.training.progress import TrainingBar
-from tinyexperts.training.ranks import joined
+from tinyexperts.training.ranks import init_distributed
 from tinyexperts.training.run import Run, make_run
-from tinyexperts.training.run_start import check_same_data, claim_folder, resume_command, resumption_agreed
-from tinyexperts.training.sharding import give_back_gathered
+from tinyexperts.training.run_start import agree_on_resume, check_same_data, claim_folder, resume_command
+from tinyexperts.training.sharding import reshard_after_eval
 from tinyexperts.training.step import optimizer_step
 
 
@@ -65,16 +65,16 @@ def train(
         LostRank: a rank did not answer.
     """
     with ExitStack() as stack:
-        ranks = stack.enter_context(joined(config))
-        resume = resumption_agreed(resume, config, ranks)
-        with ranks.refused_together():
+        ranks = stack.enter_context(init_distributed(config))
+        resume = agree_on_resume(resume, config, ranks)
+        with ranks.raise_on_all_ranks():
             run = make_run(config, ranks)
         check_same_data(run)
         state: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
-        with ranks.refused_together():
+        with ranks.raise_on_all_ranks():
             claim_folder(run, resume, stack, state, command)
         # None where the run was cut off before its first; the first rank's, since a folder may lag elsewhere.
-        if resume and (found := ranks.all_of(checkpoints(config.run))[0]):
+        if resume and (found := ranks.all_gather_object(checkpoints(config.run))[0]):
             state = load_checkpoint(found[-1], run.model, run.optimizers, ranks=ranks)
         if state["step"] >= run.num_steps:
             if ranks.is_first:
@@ -89,7 +89,7 @@ def train(
             )
         )
         metrics = None
-        with ranks.refused_together():
+        with ranks.raise_on_all_ranks():
             if ranks.is_first:
                 metrics = run_folder.Metrics(config.run, after_step=state["step"])
                 stack.callback(metrics.close)
@@ -142,7 +142,7 @@ def _steps(
             if step % config.validation_every == 0 or is_last:
                 validation_loss = _validation_loss(run)
                 _record(run, metrics, "validation", step, loss=validation_loss, **done, seconds=state["seconds"])
-            stopped = int(max(run.ranks.numbers(stop())))
+            stopped = int(max(run.ranks.all_gather_scalar(stop())))
             if stopped or step % config.checkpoint_every == 0 or is_last:
                 _check_weights(run, step)
                 writer.save(step, run.model, run.optimizers, state)
@@ -155,7 +155,7 @@ def _steps(
 
 def _record(run: Run, metrics: run_folder.Metrics | None, split: str, step: int, **values: float) -> None:
     """Write a measurement; that there is no room for it all ranks are told."""
-    with run.ranks.refused_together():
+    with run.ranks.raise_on_all_ranks():
         if metrics is not None:
             metrics.write(split, step, **values)
 
@@ -168,15 +168,15 @@ def _validation_loss(run: Run) -> float:
         batch_size=run.config.batch_size,
         max_tokens=run.config.validation_tokens,
         forward_context=autocast(run.precision, run.device),
-        ranks=None if run.ranks.groups is None else run.ranks.groups.tokens,
+        ranks=None if run.ranks.groups is None else run.ranks.groups.all_ranks,
     )
-    give_back_gathered(run.model)
+    reshard_after_eval(run.model)
     return result.loss
 
 
 def _check_weights(run: Run, step: int) -> None:
     """A checkpoint that holds a weight that is not finite must not push out a good one."""
-    with run.ranks.refused_together():
+    with run.ranks.raise_on_all_ranks():
         for name, parameter in run.model.named_parameters():
             if not is_finite(parameter):
                 last = last_good_checkpoint(run.config.run)

@@ -59,23 +59,23 @@ class Ranks:
         """Whether this rank writes what is written once."""
         return self.rank == 0
 
-    def numbers(self, value: float) -> list[float]:
-        """A number of each rank, in their order; costs less than `all_of`."""
+    def all_gather_scalar(self, value: float) -> list[float]:
+        """A number of each rank, in their order; costs less than `all_gather_object`."""
         if self.groups is None:
             return [value]
         values = [torch.zeros((), dtype=torch.float64, device="cpu") for _ in range(self.size)]
-        dist.all_gather(values, torch.tensor(value, dtype=torch.float64, device="cpu"), group=self.groups.tokens)
+        dist.all_gather(values, torch.tensor(value, dtype=torch.float64, device="cpu"), group=self.groups.all_ranks)
         return [each.item() for each in values]
 
-    def all_of(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order; small ones."""
         values = [value] * self.size
         if self.groups is not None:
-            dist.all_gather_object(values, value, group=self.groups.tokens)
+            dist.all_gather_object(values, value, group=self.groups.all_ranks)
         return values
 
     @contextmanager
-    def refused_together(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """What one rank refuses all refuse; to be entered by all, and to hold no exchange between them.
 
         Raises:
@@ -89,7 +89,7 @@ class Ranks:
             refusal, sentence = error, str(error)
         except OSError as error:
             refusal, sentence = error, f"{error}{f' on rank {self.rank}' if self.size > 1 else ''}"
-        sentence = next(filter(None, self.all_of(sentence)), None)
+        sentence = next(filter(None, self.all_gather_object(sentence)), None)
         if sentence is not None:
             raise InputError(sentence) from refusal
 
@@ -99,7 +99,7 @@ class Ranks:
             self.launch.set("begun", "")
 
     @contextmanager
-    def lost_ones_named(self) -> Iterator[None]:
+    def name_lost_ranks(self) -> Iterator[None]:
         """Where ranks wait for each other.
 
         Raises:
@@ -141,7 +141,7 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined(config: TrainConfig) -> Iterator[Ranks]:
+def init_distributed(config: TrainConfig) -> Iterator[Ranks]:
     """The ranks of this run, while they are joined; waits for all of them.
 
     Raises:
@@ -181,11 +181,11 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
             size=size,
             restarted=restarted,
             timeout=timeout,
-            groups=RankGroups(tokens=world, columns=world),
+            groups=RankGroups(all_ranks=world, column_ranks=world),
             store=dist.PrefixStore("lost", store),
             launch=launch,
         )
-        with ranks.lost_ones_named():
+        with ranks.name_lost_ranks():
             _check_all_alike(config, ranks)  # before the mesh: ranks of two meshes would wait for each other
             yield _in_mesh(ranks, shape, "cuda" if backend == "nccl" else "cpu")
     finally:
@@ -223,7 +223,7 @@ def _in_mesh(ranks: Ranks, shape: tuple[int, int], device_type: str) -> Ranks:
     replicas, _ = dist.new_subgroups_by_enumeration(places.T.tolist(), timeout=ranks.timeout)
     mesh = DeviceMesh.from_group([replicas, columns], device_type, mesh=places, mesh_dim_names=("replicate", "table"))
     assert ranks.groups is not None
-    groups = replace(ranks.groups, columns=columns, replicas=replicas if shape[0] > 1 else None)
+    groups = replace(ranks.groups, column_ranks=columns, replica_ranks=replicas if shape[0] > 1 else None)
     return replace(ranks, groups=groups, mesh=mesh)
 
 
@@ -290,7 +290,7 @@ def _local_device() -> int:
 
 def _check_all_alike(config: TrainConfig, ranks: Ranks) -> None:
     own = hashlib.sha256(TypeAdapter(TrainConfig).dump_json(config)).hexdigest()[:12]
-    others = [rank for rank, digest in enumerate(ranks.all_of(own)) if digest != own]
+    others = [rank for rank, digest in enumerate(ranks.all_gather_object(own)) if digest != own]
     if others:
         raise InputError(
             f"all ranks must be started with one configuration: that of rank {ranks.rank} (sha256 {own}) is not that "

@@ -22,7 +22,7 @@ _DENSE = DenseConfig(activation="relu2")
 
 
 def _tiny(
-    name: str, sparse_layer: DenseConfig | ExpertChoiceMoEConfig | ProductKeyMemoryConfig | PEERConfig
+    name: str, expert_layer: DenseConfig | ExpertChoiceMoEConfig | ProductKeyMemoryConfig | PEERConfig
 ) -> TrainConfig:
     model = TransformerConfig(
         vocab_size=4096,
@@ -32,7 +32,7 @@ def _tiny(
         num_heads=4,
         tied_embeddings=False,
         dense=_DENSE,
-        sparse_layer=sparse_layer,
+        expert_layer=expert_layer,
     )
     return TrainConfig(run=Path("runs", name), data=Path("data/stdlib"), model=model, training_flops=3.2e12)
 

@@ -13,7 +13,7 @@ from tinyexperts.layers import ProductKeyLayer
 from tinyexperts.model import Transformer
 from tinyexperts.optim import build_optimizers, expected_touched_share
 from tinyexperts.training.config import TrainConfig
-from tinyexperts.training.device import choose_device, choose_precision, out_of_memory_told
+from tinyexperts.training.device import choose_device, choose_precision, report_out_of_memory
 from tinyexperts.training.ranks import ALONE, Ranks
 from tinyexperts.training.sharding import shard_dense_part
 
@@ -66,7 +66,7 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
     device = choose_device(config.device)
     sparse_tables, table_choice = choose_table_gradients(config, device)
     torch.manual_seed(config.seed)
-    with out_of_memory_told(device):
+    with report_out_of_memory(device):
         with torch.device("cpu"):  # the same numbers whatever the device, also torch's default one
             model = Transformer(config.model, sparse_tables=sparse_tables, ranks=ranks.groups)
         model.to(device)
@@ -95,7 +95,7 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
 
 def choose_table_gradients(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
     """Whether tables get sparse gradients, and a sentence that says why."""
-    layer = config.model.sparse_layer.build(config.model.d_model, device="meta")
+    layer = config.model.expert_layer.build(config.model.d_model, device="meta")
     if not isinstance(layer, ProductKeyLayer):
         return False, "no tables"
     share = expected_touched_share(config.tokens_per_step, layer.retrieved_per_token, len(layer.experts))

@@ -38,7 +38,7 @@ _TAIL_BYTES = 65536  # of metrics.jsonl, ample for its last lines
 _MAY_CHANGE = {"run", "data", "mesh", "backend", "timeout_seconds", "asynchronous_checkpoints"}
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write beside and rename, so that a reader sees the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -49,7 +49,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
+def exclusive_lock(run: Path) -> Iterator[None]:
     """Keep other processes from training in the folder meanwhile; makes it where it is missing.
 
     Raises:
@@ -88,8 +88,8 @@ def create(config: TrainConfig, tokenizer: Tokenizer, description: dict[str, Any
     """Write what a new run begins with into its folder, which is held; raises as check_free."""
     check_free(config.run)
     tokenizer.save(config.run / "tokenizer.json")
-    write_whole(config.run / "run.json", json.dumps(description, indent=2))
-    write_whole(config.run / "config.json", _CONFIG.dump_json(config, indent=2).decode())
+    write_atomically(config.run / "run.json", json.dumps(description, indent=2))
+    write_atomically(config.run / "config.json", _CONFIG.dump_json(config, indent=2).decode())
 
 
 def forget(run: Path, *, with_folder: bool) -> None:
@@ -172,7 +172,7 @@ def write_evaluation(run: Path, summary: dict[str, Any], usage_shares: dict[str,
     for layer in summary["expert_usage"]:
         layer["file"] = f"expert-usage-{layer['layer']}.npy"
         np.save(run / layer["file"], usage_shares[layer["layer"]].numpy(), allow_pickle=False)
-    write_whole(run / "evaluation.json", json.dumps(summary, indent=2))
+    write_atomically(run / "evaluation.json", json.dumps(summary, indent=2))
 
 
 def append_sample(run: Path, prompt: str, completion: str) -> None:
@@ -188,7 +188,7 @@ def append_sample(run: Path, prompt: str, completion: str) -> None:
         raise InputError(f"{path} is damaged, the sample is not saved: {error}") from None
     if not isinstance(samples, list):
         raise InputError(f"{path} is damaged, the sample is not saved: it must hold a list")
-    write_whole(path, json.dumps([*samples, {"prompt": prompt, "completion": completion}], indent=2))
+    write_atomically(path, json.dumps([*samples, {"prompt": prompt, "completion": completion}], indent=2))
 
 
 def check_tokenizer(run: Path, dataset: TokenDataset) -> None:
@@ -232,7 +232,7 @@ class Metrics:
         path = run / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= after_step]
-            write_whole(path, "".join(kept))
+            write_atomically(path, "".join(kept))
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
         try:
             self._file = path.open("a", encoding="utf-8")

@@ -20,13 +20,13 @@ from tinyexperts.training.ranks import Ranks
 from tinyexperts.training.run import Run
 
 
-def resumption_agreed(resume: bool, config: TrainConfig, ranks: Ranks) -> bool:
+def agree_on_resume(resume: bool, config: TrainConfig, ranks: Ranks) -> bool:
     """Whether to go on from a checkpoint: as told, or where torchrun has started the ranks of a run again.
 
     Raises:
         InputError: some were told to, others not.
     """
-    told = ranks.all_of((resume, run_folder.is_run(config.run)))
+    told = ranks.all_gather_object((resume, run_folder.is_run(config.run)))
     if len({asked for asked, _ in told}) > 1:
         with_it = ", ".join(str(rank) for rank, (asked, _) in enumerate(told) if asked)
         raise InputError(f"all ranks must be started with --resume, or none; got it on {with_it} of {ranks.size} alone")
@@ -39,7 +39,7 @@ def check_same_data(run: Run) -> None:
     Raises:
         InputError: they are not the same.
     """
-    told = run.ranks.all_of(run.dataset.sha256[:12])
+    told = run.ranks.all_gather_object(run.dataset.sha256[:12])
     if len(set(told)) > 1:
         raise InputError(f"all ranks must have the same data in {run.config.data}, got sha256 {', '.join(told)}")
 
@@ -62,7 +62,7 @@ def claim_folder(
     else:
         run_folder.check_free(folder)
     is_new = not folder.exists()
-    stack.enter_context(run_folder.held(folder))
+    stack.enter_context(run_folder.exclusive_lock(folder))
     if resume:
         run_folder.check_data(folder, run.dataset)
     run.ranks.note_begun()  # a death from here on leaves a folder of ours

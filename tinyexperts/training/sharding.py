@@ -18,7 +18,7 @@ def shard_dense_part(model: Transformer, ranks: Ranks) -> None:
     """Put all parameters but the tables under FSDP2, over all ranks; gradients are summed over them."""
     assert ranks.mesh is not None
     assert ranks.groups is not None
-    mesh = DeviceMesh.from_group(ranks.groups.tokens, ranks.mesh.device_type, mesh_dim_names=("rank",))
+    mesh = DeviceMesh.from_group(ranks.groups.all_ranks, ranks.mesh.device_type, mesh_dim_names=("rank",))
     # Sparse gradients do not pass fully_shard, and the layers have summed those of the tables already.
     tables = set(split_parameters(model).tables.values())
     for module in (*model.blocks, model):
@@ -44,7 +44,7 @@ def sharded_dimension(shape: torch.Size, num_ranks: int) -> int:
     return 0 if shape[0] >= num_ranks else next(even, 0)
 
 
-def give_back_gathered(model: Transformer) -> None:
+def reshard_after_eval(model: Transformer) -> None:
     """After forward passes without backward ones: FSDP2 would keep the outermost weights whole."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

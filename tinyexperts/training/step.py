@@ -40,10 +40,10 @@ def optimizer_step(run: Run, step: int) -> tuple[float, float]:
             (loss / (config.gradient_accumulation * ranks.size)).backward()
         losses.append(loss.detach())
         sequence_ids += batch.sequence_ids.tolist()
-    mean_loss = statistics.fmean(ranks.numbers(torch.stack(losses).mean().item()))
+    mean_loss = statistics.fmean(ranks.all_gather_scalar(torch.stack(losses).mean().item()))
     gradient_norm = clip_gradient_norm_(run.model.parameters(), config.gradient_clip, ranks.groups).item()
     if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
-        of_all = [sequence for of_rank in ranks.all_of(sequence_ids) for sequence in of_rank]
+        of_all = [sequence for of_rank in ranks.all_gather_object(sequence_ids) for sequence in of_rank]
         raise Diverged(
             f"step {step + 1} gave a loss of {mean_loss} and a gradient norm of {gradient_norm}, on the sequences "
             f"{of_all} of {config.data}; {last_good_checkpoint(config.run)}"

@@ -23,7 +23,7 @@ _pool_size = 0
 _lock = Lock()
 
 
-def in_parts(kernel: Callable[..., Any], num_items: int, *arguments: Any, min_items: int = 1) -> None:
+def parallel_for(kernel: Callable[..., Any], num_items: int, *arguments: Any, min_items: int = 1) -> None:
     """Call kernel(*arguments, start, stop) until the parts start..stop have covered 0..num_items.
 
     min_items: items that are worth a part of their own; fewer than two such parts are run by the caller alone. A

@@ -1,6 +1,6 @@
 """The weighted sum of the experts that each token retrieved (paper, section 2)."""
 
-from tinyexperts.ops.expert_mlp.int8 import quantise_vectors
+from tinyexperts.ops.expert_mlp.int8 import quantize_vectors
 from tinyexperts.ops.expert_mlp.operator import expert_mlp
 
-__all__ = ["expert_mlp", "quantise_vectors"]
+__all__ = ["expert_mlp", "quantize_vectors"]

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from tinyexperts.ops.activation import activate, activation_derivative
-from tinyexperts.ops.collectives import columns_at_home, columns_of_all, gathered, summed_at_home
+from tinyexperts.ops.collectives import all_gather_tokens, gather_columns, reduce_scatter_products, scatter_columns
 from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
 from tinyexperts.ops.expert_mlp import columns_cpu, cpu, portable
-from tinyexperts.ops.expert_mlp.deferred import deferring_table, leave_deferred
+from tinyexperts.ops.expert_mlp.deferred import defer_gradient, deferring_table
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
 from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
@@ -86,36 +86,36 @@ class _ExpertsInColumns(torch.autograd.Function):
         dtype = accumulation_dtype(x_MD, experts_NEC)
         steps = columns_cpu if _has_kernels(x_MD) else portable
         last = experts_NEC.shape[1] - 1
-        group = groups.columns
-        ids_of_all = gathered(ids_MP, group)
+        group = groups.column_ranks
+        ids_of_all = all_gather_tokens(ids_MP, group)
         x_of_all = x_MD.new_empty((0, experts_NEC.shape[2]), dtype=dtype)
         pre, coefficient = weights_MP.new_empty((0, *weights_MP.shape), dtype=dtype), weights_MP.to(dtype)
         if activation is not None:
-            x_of_all = columns_of_all(x_MD.to(dtype), group)
-            pre = summed_at_home(steps.products(x_of_all, experts_NEC, ids_of_all, 0, last), group)
+            x_of_all = scatter_columns(x_MD.to(dtype), group)
+            pre = reduce_scatter_products(steps.products(x_of_all, experts_NEC, ids_of_all, 0, last), group)
             coefficient = coefficient * coefficients(pre, activation)
-        coefficient_of_all = gathered(coefficient, group)
+        coefficient_of_all = all_gather_tokens(coefficient, group)
         y_of_all = steps.weighted_sum(coefficient_of_all.unsqueeze(0), experts_NEC, ids_of_all, last)
         ctx.save_for_backward(x_of_all, experts_NEC, ids_of_all, weights_MP, pre, coefficient_of_all)
         ctx.activation, ctx.groups, ctx.sparse, ctx.steps = activation, groups, sparse, steps
         ctx.table = weakref.ref(experts_NEC)
-        return columns_at_home(y_of_all, group).to(x_MD.dtype)
+        return gather_columns(y_of_all, group).to(x_MD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_of_all, experts_NEC, ids_of_all, weights_MP, pre, coefficient_of_all = ctx.saved_tensors
-        steps, group, activation = ctx.steps, ctx.groups.columns, ctx.activation
+        steps, group, activation = ctx.steps, ctx.groups.column_ranks, ctx.activation
         last = experts_NEC.shape[1] - 1
-        grad_y_of_all = columns_of_all(grads[0].to(x_of_all.dtype), group)
+        grad_y_of_all = scatter_columns(grads[0].to(x_of_all.dtype), group)
         products = steps.products(grad_y_of_all, experts_NEC, ids_of_all, last, 1)
-        grad_coefficient = summed_at_home(products, group)[0]
+        grad_coefficient = reduce_scatter_products(products, group)[0]
         grad_weights, grad_x = grad_coefficient, torch.zeros_like(grads[0])
         factors_of_all = coefficient_of_all.unsqueeze(0)
         if activation is not None:
             grad_weights = grad_coefficient * coefficients(pre, activation)
             grad_pre = torch.stack([grad_coefficient * weights_MP * part for part in _derivatives(pre, activation)])
-            grad_pre_of_all = torch.stack([gathered(part, group) for part in grad_pre])
-            grad_x = columns_at_home(steps.weighted_sum(grad_pre_of_all, experts_NEC, ids_of_all, 0), group)
+            grad_pre_of_all = torch.stack([all_gather_tokens(part, group) for part in grad_pre])
+            grad_x = gather_columns(steps.weighted_sum(grad_pre_of_all, experts_NEC, ids_of_all, 0), group)
             factors_of_all = torch.cat([grad_pre_of_all, factors_of_all])
         grad_experts = None
         if ctx.needs_input_grad[1]:
@@ -135,13 +135,13 @@ def _table_gradient(
     ctx: Any, experts_NEC: Tensor, ids_MP: Tensor, factors_EMP: Tensor, x_MC: Tensor, grad_y_MC: Tensor
 ) -> Tensor | None:
     """Of the tokens of all replicas; None where it has been left in deferred form."""
-    if ctx.groups.replicas is not None:
-        ids_MP, grad_y_MC = (gathered(t, ctx.groups.replicas) for t in (ids_MP, grad_y_MC))
-        factors_EMP = torch.stack([gathered(factors, ctx.groups.replicas) for factors in factors_EMP])
+    if ctx.groups.replica_ranks is not None:
+        ids_MP, grad_y_MC = (all_gather_tokens(t, ctx.groups.replica_ranks) for t in (ids_MP, grad_y_MC))
+        factors_EMP = torch.stack([all_gather_tokens(factors, ctx.groups.replica_ranks) for factors in factors_EMP])
         if len(x_MC):
-            x_MC = gathered(x_MC, ctx.groups.replicas)
+            x_MC = all_gather_tokens(x_MC, ctx.groups.replica_ranks)
     if (table := deferring_table(ctx.table, factors_EMP.dtype, sparse=ctx.sparse)) is not None:
-        leave_deferred(table, TableGradient(ids_MP, factors_EMP, x_MC, grad_y_MC))
+        defer_gradient(table, TableGradient(ids_MP, factors_EMP, x_MC, grad_y_MC))
         return None
     summed = cpu.sum_by_expert if _has_kernels(x_MC) else portable.sum_by_expert
     rows, grad_rows = summed(ids_MP, factors_EMP, x_MC, grad_y_MC)

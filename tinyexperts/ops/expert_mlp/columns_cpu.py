@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, array_of_weights, kernel
-from tinyexperts.ops.cpu.threads import in_parts
+from tinyexperts.ops.cpu.threads import parallel_for
 from tinyexperts.ops.expert_mlp.cpu import min_tokens
 from tinyexperts.ops.expert_mlp.simd import add_1, add_4, pairs_ahead, products_of_1, products_of_4
 
@@ -20,7 +20,7 @@ from tinyexperts.ops.expert_mlp.simd import add_1, add_4, pairs_ahead, products_
 def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, count: int) -> Tensor:
     """x . vector of each of a token's experts, for `count` vectors from `first` on, in the type of x: [count, M, P]."""
     out = torch.empty((count, *ids_MP.shape), dtype=x_MD.dtype, device="cpu")
-    in_parts(
+    parallel_for(
         _products,
         len(x_MD),
         array_of(x_MD),
@@ -36,7 +36,7 @@ def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, coun
 def weighted_sum(factors_FMP: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int) -> Tensor:
     """The sum over a token's experts and F vectors from `first` on of factor * vector, in the factors' type: [M, D]."""
     y = torch.empty((len(ids_MP), experts_NED.shape[2]), dtype=factors_FMP.dtype, device="cpu")
-    in_parts(
+    parallel_for(
         _weighted_sum,
         len(y),
         array_of(factors_FMP),

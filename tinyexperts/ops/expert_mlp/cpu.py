@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.cpu.compile import array_of, array_of_weights, inlined, kernel
-from tinyexperts.ops.cpu.threads import in_parts
+from tinyexperts.ops.cpu.threads import parallel_for
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
 from tinyexperts.ops.expert_mlp.row_sums import sum_touched_rows, touched_rows
 from tinyexperts.ops.expert_mlp.simd import (
@@ -51,7 +51,7 @@ def expert_mlp(
     dtype = accumulation_dtype(x_MD, experts_NED)
     y = torch.empty(x_MD.shape, dtype=dtype, device="cpu")
     pre_activations = torch.empty((num_vectors - 1, num_tokens, num_retrieved), dtype=dtype, device="cpu")
-    in_parts(
+    parallel_for(
         _forward,
         num_tokens,
         array_of(x_MD.to(dtype)),
@@ -94,7 +94,7 @@ def backward_of_tokens(
     grad_weights = torch.empty(weights_MP.shape, dtype=dtype, device="cpu")
     factors_EMP = torch.empty((experts_NED.shape[1], *ids_MP.shape), dtype=dtype, device="cpu")
     coefficient, derivatives = _coefficients_and_derivatives(pre_activations_FMP, activation, weights_MP)
-    in_parts(
+    parallel_for(
         _backward,
         len(x_MD),
         array_of(grad_y_MD.to(dtype)),

@@ -68,7 +68,7 @@ class DeferredGradient(Tensor):
         return self.written().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def pairs_of(gradient: Tensor) -> TableGradient | None:
+def pending_gradient(gradient: Tensor) -> TableGradient | None:
     """Return what a gradient is made of where it is in deferred form; None where it is, or has been, written out."""
     return gradient.pairs if isinstance(gradient, DeferredGradient) else None
 
@@ -122,7 +122,7 @@ def deferring_table(reference: weakref.ref[Tensor], gradient_dtype: torch.dtype,
     return table
 
 
-def leave_deferred(table: Tensor, pairs: TableGradient) -> None:
+def defer_gradient(table: Tensor, pairs: TableGradient) -> None:
     """Accumulate a gradient in `.grad`; where there is none yet it stays in deferred form."""
     gradient = DeferredGradient(table, pairs)
     if table.grad is None:

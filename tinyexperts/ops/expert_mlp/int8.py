@@ -10,7 +10,7 @@ _CHUNK_ELEMENTS = 1 << 22
 _LARGEST = 127
 
 
-def quantise_vectors(experts_NED: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_vectors(experts_NED: Tensor) -> tuple[Tensor, Tensor]:
     """Round each vector to 255 levels between its largest magnitude and minus that, symmetric about zero.
 
     Args:

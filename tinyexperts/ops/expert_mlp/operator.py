@@ -17,7 +17,7 @@ from tinyexperts.ops.activation import check_activation
 from tinyexperts.ops.autocast import outside_autocast
 from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
 from tinyexperts.ops.expert_mlp import cpu, portable
-from tinyexperts.ops.expert_mlp.deferred import deferring_table, leave_deferred
+from tinyexperts.ops.expert_mlp.deferred import defer_gradient, deferring_table
 from tinyexperts.ops.expert_mlp.reference import accumulation_dtype
 from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
@@ -47,7 +47,7 @@ def expert_mlp(
         weights_MP (float, [M, P]): their router weights.
         activation: "gelu", "relu", "relu2" or "silu"; None for E = 1, whose experts don't look at x, and only there.
         scales_NE (float, [N, E]): for an int8 table, and only there: what each vector is to be multiplied by
-            (`quantise_vectors` makes both). It takes no gradient.
+            (`quantize_vectors` makes both). It takes no gradient.
         sparse: give the table's gradient as a sparse_coo tensor of the touched rows, as nn.Embedding(sparse=True) does.
 
     Returns:
@@ -230,7 +230,7 @@ def _backward(ctx: Any, grad_y_MD: Tensor, _grad_pre: Tensor | None) -> tuple[Te
     if ctx.needs_input_grad[1]:
         operands = ids_MP, factors_EMP, x_MD, grad_y_MD
         if (table := deferring_table(ctx.table, factors_EMP.dtype, sparse=ctx.sparse)) is not None:
-            leave_deferred(table, TableGradient(*operands))
+            defer_gradient(table, TableGradient(*operands))
         elif ctx.sparse:
             rows, grad_rows_RED = _gradient_rows(*operands, experts_NED)
             grad_experts = sparse_gradient(rows, grad_rows_RED, experts_NED.shape)

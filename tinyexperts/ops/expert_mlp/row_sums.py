@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu import huge_pages
 from tinyexperts.ops.cpu.compile import array_of, inlined, kernel
-from tinyexperts.ops.cpu.threads import in_parts
+from tinyexperts.ops.cpu.threads import parallel_for
 
 # Elements of rows that are worth a part of their own.
 _MIN_ELEMENTS = 1 << 16
@@ -39,7 +39,7 @@ def sum_touched_rows(order: Tensor, starts: Tensor, factors_EMP: Tensor, x_MD: T
     num_vectors, _, num_retrieved = factors_EMP.shape
     dtype = factors_EMP.dtype
     grad_rows = huge_pages.empty(len(starts) - 1, num_vectors, x_MD.shape[1], dtype=dtype)
-    in_parts(
+    parallel_for(
         _sum_touched_rows,
         len(grad_rows),
         array_of(order),

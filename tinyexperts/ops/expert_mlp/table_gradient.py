@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, kernel
-from tinyexperts.ops.cpu.threads import in_parts
+from tinyexperts.ops.cpu.threads import parallel_for
 from tinyexperts.ops.expert_mlp.row_sums import sum_row, sum_touched_rows, touched_rows
 
 # Parts of the rows whose squares are summed apart: so many always, that the sum doesn't depend on the threads.
@@ -56,7 +56,7 @@ class TableGradient:
         rows, _, _ = self.touched
         sums = torch.zeros(_NUM_PARTS, dtype=torch.float64, device="cpu")
         shape = (1, len(self.factors_EMP), self.x_MD.shape[1])
-        in_parts(_sum_squares, _NUM_PARTS, *self.kernel_arguments(), shape, len(rows), array_of(sums))
+        parallel_for(_sum_squares, _NUM_PARTS, *self.kernel_arguments(), shape, len(rows), array_of(sums))
         return sums.sum()
 
     def scale_(self, factor: float) -> None:

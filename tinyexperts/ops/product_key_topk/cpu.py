@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, array_of_weights, exact_inlined, exact_kernel, kernel
-from tinyexperts.ops.cpu.threads import in_parts
+from tinyexperts.ops.cpu.threads import parallel_for
 from tinyexperts.ops.product_key_topk.reference import candidate_ranks
 from tinyexperts.ops.product_key_topk.simd import (
     COLUMN_LANES,
@@ -72,10 +72,10 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
             torch.bmm(queries, group_keys, out=halves[:, : queries.shape[1], :num_sub_keys])
             ranks = scores, num_sub_keys, num_ranks, candidates, frontier
             out = first * len(groups) + group, len(groups), out_scores, out_ids
-            in_parts(_top_k_of_sums, queries.shape[1], *ranks, num_columns, *out, unsettled, min_items=_MIN_ROWS)
+            parallel_for(_top_k_of_sums, queries.shape[1], *ranks, num_columns, *out, unsettled, min_items=_MIN_ROWS)
             tied_rows = unsettled[: queries.shape[1]].nonzero()[0]
             if len(tied_rows):
-                in_parts(top_k_of_sums_with_ties, len(tied_rows), *ranks, tied_rows, *out, min_items=_MIN_ROWS)
+                parallel_for(top_k_of_sums_with_ties, len(tied_rows), *ranks, tied_rows, *out, min_items=_MIN_ROWS)
     return top_scores, ids
 
 
@@ -89,7 +89,7 @@ def product_key_topk_backward(
     grad_query = torch.empty(query_MHQ.shape, dtype=dtype, device="cpu")
     num_parts = max(1, min(_MAX_GRADIENT_PARTS, num_tokens // _MIN_TOKENS))
     grad_keys = torch.empty((num_parts, *keys.shape), dtype=dtype, device="cpu")
-    in_parts(
+    parallel_for(
         _backward,
         num_parts,
         array_of(grad_scores),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import CACHE_LINE_BYTES, array_of, inlined, kernel, prefetch
-from tinyexperts.ops.cpu.threads import in_parts
+from tinyexperts.ops.cpu.threads import parallel_for
 from tinyexperts.ops.row_adam import reference
 
 _AHEAD = 4
@@ -53,7 +53,7 @@ def row_adam_(
     # A row is V vectors of D elements, or W elements. A view: should it ever need a copy, it raises.
     shape = (exp_avg_sq[0].numel(), experts.shape[-1]) if one_a_vector else (experts[0].numel(),)
     values, first_moments = (array_of(table.view(-1, *shape)) for table in (experts, exp_avg))
-    in_parts(
+    parallel_for(
         _step_of_vectors if one_a_vector else _step_of_elements,
         len(rows),
         values,

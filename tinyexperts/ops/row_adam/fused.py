@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, kernel
-from tinyexperts.ops.cpu.threads import in_parts
+from tinyexperts.ops.cpu.threads import parallel_for
 from tinyexperts.ops.expert_mlp.row_sums import sum_row
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
 from tinyexperts.ops.row_adam.cpu import constants, update_elements, update_vectors
@@ -40,7 +40,7 @@ def row_adam_fused_(
     one_a_vector = exp_avg_sq.dim() < experts.dim()
     shape = (num_experts, num_vectors, dim) if one_a_vector else (num_experts, num_vectors * dim)
     values = array_of(experts.detach().view(shape))
-    in_parts(
+    parallel_for(
         _step_of_vectors if one_a_vector else _step_of_elements,
         len(rows),
         *gradient.kernel_arguments(),

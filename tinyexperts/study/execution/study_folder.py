@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tinyexperts.errors import InputError
 from tinyexperts.study.grids.grid import GridRun
-from tinyexperts.training.run_folder import last_metrics, write_whole
+from tinyexperts.training.run_folder import last_metrics, write_atomically
 
 State = Literal["waiting", "running", "begun", "done", "failed"]
 
@@ -131,7 +131,7 @@ class StudyFolder:
         if self.path.exists() and any(entry.name != "lock" for entry in self.path.iterdir()):
             raise InputError(f"{self.path} exists and is not the folder of a study: choose another --output")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(
+        write_atomically(
             path, json.dumps({field.name: getattr(settings, field.name) for field in fields(settings)}, indent=2)
         )
 
@@ -151,7 +151,7 @@ class StudyFolder:
             raise InputError(f"{path} can't be read: {type(error).__name__}: {error}") from None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def exclusive_lock(self) -> Iterator[None]:
         """Keep other processes from running the study meanwhile.
 
         Raises:
@@ -186,7 +186,7 @@ class StudyFolder:
                     continue
                 if self.status(before).state != "waiting":
                     raise InputError(f"{path} was planned with other settings: choose another --output")
-            write_whole(path, _PLANNED.dump_json(placed, indent=2).decode())
+            write_atomically(path, _PLANNED.dump_json(placed, indent=2).decode())
 
     def stages(self) -> list[PlannedStage]:
         """The stages that were planned so far.
@@ -224,7 +224,7 @@ class StudyFolder:
         runs = plan(self.losses())
         self.plan(runs)
         stages.append(PlannedStage(runs=[run.name for run in runs], without=failed))
-        write_whole(self.path / "stages.json", _STAGES.dump_json(stages, indent=2).decode())
+        write_atomically(self.path / "stages.json", _STAGES.dump_json(stages, indent=2).decode())
         return runs
 
     def planned_run(self, name: str) -> GridRun:
@@ -330,7 +330,7 @@ class StudyFolder:
             failure = _Failure(reason=reason, times=times, progress=progress, diverged=diverged)
             path = self._failure_path(name)
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, _FAILURE.dump_json(failure).decode())
+            write_atomically(path, _FAILURE.dump_json(failure).decode())
 
     def forget_failure(self, name: str) -> None:
         """The run is done."""

@@ -110,7 +110,7 @@ def _account_of_model(config: TransformerConfig) -> _ModelAccount:
     for number, block in enumerate(model.blocks):
         attention += block.attention.flops_per_token(config.context_length)
         layer, flops = block.feed_forward, block.feed_forward.flops_per_token()
-        if number not in config.sparse_blocks:
+        if number not in config.blocks_with_experts:
             dense += flops.total
             continue
         experts += flops.experts

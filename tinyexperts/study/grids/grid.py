@@ -48,7 +48,7 @@ class Study:
     stages: tuple[Stage, ...]
 
 
-def runs_if_all_end_alike(study: Study) -> list[GridRun]:
+def expected_runs(study: Study) -> list[GridRun]:
     """All runs of a study as if every run ended with the same loss: what it may cost, before anything is known."""
     losses: dict[str, float] = {}
     planned: list[GridRun] = []

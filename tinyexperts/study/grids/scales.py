@@ -15,7 +15,7 @@ from tinyexperts.model import (
     ProductKeyMemoryConfig,
     TransformerConfig,
 )
-from tinyexperts.model.config import SparseLayerConfig
+from tinyexperts.model.config import ExpertLayerConfig
 from tinyexperts.training.config import TrainConfig
 
 ScaleName = Literal["minute", "laptop", "gpu", "paper"]
@@ -40,7 +40,7 @@ class Scale:
     widths: Mapping[float, tuple[int, ...]]
     head_dim: int
     seeds: tuple[int, ...]
-    layers: Mapping[str, SparseLayerConfig]
+    layers: Mapping[str, ExpertLayerConfig]
     base: TrainConfig
     experts: tuple[int, ...]
     active: tuple[tuple[int, int], ...]
@@ -57,9 +57,9 @@ class Scale:
         every = sorted(set().union(*self.widths.values()))
         return every[len(every) // 2]
 
-    def config(self, layer: SparseLayerConfig, *, width: int, budget: float, seed: int, **changes: Any) -> TrainConfig:
+    def config(self, layer: ExpertLayerConfig, *, width: int, budget: float, seed: int, **changes: Any) -> TrainConfig:
         """A run of this scale; changes are settings of TrainConfig."""
-        model = replace(self.base.model, d_model=width, num_heads=width // self.head_dim, sparse_layer=layer)
+        model = replace(self.base.model, d_model=width, num_heads=width // self.head_dim, expert_layer=layer)
         return replace(self.base, **{"model": model, "training_flops": budget, "seed": seed, **changes})
 
 
@@ -84,7 +84,7 @@ def _base(
         num_layers=num_layers,
         num_heads=1,
         dense=DenseConfig(activation=activation),  # type: ignore[arg-type]
-        sparse_layer=DenseConfig(),
+        expert_layer=DenseConfig(),
     )
     return TrainConfig(run=Path(), data=data, model=model, training_flops=1.0, **settings)
 
@@ -95,7 +95,7 @@ def _layers(num_experts: int, heads: int, query_dim: int, moe_experts: int, acti
     return {
         "dense": DenseConfig(activation=activation),  # type: ignore[arg-type]
         "moe": ExpertChoiceMoEConfig(num_experts=moe_experts, activation=activation),  # type: ignore[arg-type]
-        "pkm": ProductKeyMemoryConfig(num_values=num_experts, values_per_head=32, **shared),
+        "pkm": ProductKeyMemoryConfig(num_values=num_experts, experts_per_head=32, **shared),
         "peer": PEERConfig(num_experts=num_experts, experts_per_head=16, **shared),
     }
 

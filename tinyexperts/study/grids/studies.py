@@ -121,7 +121,7 @@ def placement(scale: Scale) -> Study:
         for seed in scale.seeds:
             for block in range(num_layers):
                 run = _peer(scale, scale.budgets[0], seed, {}, block=block)
-                model = replace(run.config.model, layers_with_peer=(block,))
+                model = replace(run.config.model, expert_blocks=(block,))
                 runs.append(replace(run, config=replace(run.config, model=model)))
         return runs
 

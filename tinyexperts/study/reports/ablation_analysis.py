@@ -9,7 +9,7 @@ from dataclasses import replace
 from tinyexperts.study.fits.power_law_fit import WITH_GRANULARITY, fit_power_law
 from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
 from tinyexperts.study.grids.grid import GridRun
-from tinyexperts.study.reports.claim import Claim, interval_told, judged
+from tinyexperts.study.reports.claim import Claim, format_interval, verdict_on
 from tinyexperts.study.reports.comparison import signed
 from tinyexperts.study.reports.law_cells import LAW_NOTE, law_cells, law_columns, missing_law_cells
 from tinyexperts.study.reports.paper_results import PAPER_USAGE
@@ -85,11 +85,11 @@ class AblationAnalysis:
             where = ", ".join(f"{name.replace('_', ' ')} {_value(value)}" for name, value in key)
             is_finished = key not in {_key(run, self.axis) for run in self._open}
             difference = paired_difference(groups[-1].losses(), groups[0].losses())
-            claims.append(judged(f"{where}: {self.question} ({ends})", difference, is_finished=is_finished))
+            claims.append(verdict_on(f"{where}: {self.question} ({ends})", difference, is_finished=is_finished))
             if self.study == "usage":
                 difference = paired_difference(groups[-1].unevenness(), groups[0].unevenness())
                 question = f"{where}: it makes the experts' use more even ({ends})"
-                claims.append(judged(question, difference, is_finished=is_finished))
+                claims.append(verdict_on(question, difference, is_finished=is_finished))
         return claims
 
     def _groups(self) -> Table:
@@ -209,7 +209,7 @@ class AblationAnalysis:
 
 
 def _middle_block(run: GridRun) -> int:
-    (block,) = replace(run.config.model, layers_with_peer=None).sparse_blocks
+    (block,) = replace(run.config.model, expert_blocks=None).blocks_with_experts
     return block
 
 
@@ -235,7 +235,7 @@ def _papers_usage() -> Table:
 
 
 def _difference(found: SeedInterval | None) -> tuple[str, str]:
-    return (MISSING, MISSING) if found is None else (signed(found.mean), interval_told(found))
+    return (MISSING, MISSING) if found is None else (signed(found.mean), format_interval(found))
 
 
 def _value(value: object) -> str:

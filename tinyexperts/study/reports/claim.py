@@ -20,7 +20,7 @@ class Claim:
     evidence: str
 
 
-def judged(
+def verdict_on(
     claim: str, difference: SeedInterval | None, *, is_finished: bool = True, margins: Sequence[float] = ()
 ) -> Claim:
     """The verdict on a claim that a difference is below zero: only an interval that leaves out zero decides.
@@ -35,7 +35,7 @@ def judged(
     if not is_finished:
         verdict = "unfinished"
     seeds = "one seed" if len(difference.values) == 1 else f"{len(difference.values)} seeds"
-    interval = interval_told(difference)
+    interval = format_interval(difference)
     chance = "no interval" if interval == MISSING else f"95 % interval {interval}"
     evidence = f"{signed(difference.mean)} nats, {chance}, {seeds}"
     if margins and interval != MISSING:
@@ -46,7 +46,7 @@ def judged(
     return Claim(claim=claim, verdict=verdict, evidence=evidence)
 
 
-def interval_told(difference: SeedInterval) -> str:
+def format_interval(difference: SeedInterval) -> str:
     """The 95 % interval; a dash where nothing bounds it."""
     low, high = difference.bounds
     return f"{signed(low)} to {signed(high)}" if math.isfinite(low) else MISSING

@@ -13,7 +13,7 @@ from tinyexperts.study.fits.power_law_fit import SIZE_AND_TOKENS, PowerLawFit, f
 from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
 from tinyexperts.study.grids.grid import GridRun
 from tinyexperts.study.grids.scales import METHODS
-from tinyexperts.study.reports.claim import Claim, judged
+from tinyexperts.study.reports.claim import Claim, verdict_on
 from tinyexperts.study.reports.paper_results import paper_margins
 from tinyexperts.study.reports.run_results import method_label
 from tinyexperts.study.reports.study_points import HELD_OUT, Group, Point, flops_without_router, groups_of, losses_at
@@ -175,7 +175,7 @@ class IsoFlopAnalysis:
     def claims(self) -> list[Claim]:
         """A verdict for each baseline at each budget."""
         return [
-            judged(
+            verdict_on(
                 f"At {budget:.0e} FLOPs PEER reaches a lower loss than {method_label(baseline)}",
                 self.difference(baseline, budget),
                 is_finished=self.is_compared(baseline, budget),

@@ -8,7 +8,7 @@ from tinyexperts.study.fits.compute_multiplier import compute_multiplier
 from tinyexperts.study.fits.power_law_fit import SIZE_AND_TOKENS
 from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
 from tinyexperts.study.grids.scales import METHODS
-from tinyexperts.study.reports.claim import interval_told
+from tinyexperts.study.reports.claim import format_interval
 from tinyexperts.study.reports.comparison import signed
 from tinyexperts.study.reports.isoflop_analysis import AT_EQUAL_TIME, BASELINES, IsoFlopAnalysis, tuning_label
 from tinyexperts.study.reports.law_cells import LAW_NOTE, law_cells, law_columns, missing_law_cells
@@ -249,7 +249,7 @@ def _tuning(analysis: IsoFlopAnalysis) -> Table:
 
 def _interval(found: SeedInterval) -> tuple[str, str, str]:
     deviation = found.standard_deviation
-    return signed(found.mean), MISSING if deviation is None else f"{deviation:.3f}", interval_told(found)
+    return signed(found.mean), MISSING if deviation is None else f"{deviation:.3f}", format_interval(found)
 
 
 def _open(value: float) -> str:

@@ -23,7 +23,7 @@ from tinyexperts.study.reports.study_figures import (
     unevenness_curves,
 )
 from tinyexperts.study.reports.study_points import read_points
-from tinyexperts.training.run_folder import write_whole
+from tinyexperts.training.run_folder import write_atomically
 
 
 def write_study_report(folder: StudyFolder, *, command: str, created: datetime | None = None) -> Path:
@@ -81,7 +81,7 @@ def write_study_report(folder: StudyFolder, *, command: str, created: datetime |
         )
     )
     path = folder.path / "report.html"
-    write_whole(path, page)
+    write_atomically(path, page)
     (folder.path / "tables").mkdir(exist_ok=True)
     for table in tables:
         (folder.path / "tables" / f"{table.name}.csv").write_text(table.as_csv(), encoding="utf-8")
