@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import track
 
 from tinyexperts.model import PEERConfig
-from tinyexperts.training import Devices, MeshPlan, TrainConfig, plan, recipes
+from tinyexperts.planning import Devices, MeshPlan
+from tinyexperts.planning import mesh_plan as plan
+from tinyexperts.training import TrainConfig, recipes
 
 # Eight on a node, NVLink between them, a 400 Gb/s adapter each to the others.
 H100_SXM = {

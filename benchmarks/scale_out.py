@@ -31,7 +31,9 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyexperts.model import PEERConfig
-from tinyexperts.training import Devices, plan, recipes
+from tinyexperts.planning import Devices
+from tinyexperts.planning import mesh_plan as plan
+from tinyexperts.training import recipes
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.ranks import init_distributed
 from tinyexperts.training.run import make_run

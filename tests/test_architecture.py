@@ -17,6 +17,7 @@ FLOORS = [
     {"model", "data", "optim"},
     {"evaluation"},
     {"training"},
+    {"planning"},
     {"study", "lifecycle", "hub"},
     {"bench"},
     {"cli"},

@@ -25,6 +25,7 @@ from rich.console import Console
 from tinyexperts.data import PrepareConfig, TokenDataset, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
+from tinyexperts.planning.accounting import account
 from tinyexperts.study import study_runner
 from tinyexperts.study.execution import slurm
 from tinyexperts.study.execution.run_display import run_display
@@ -32,7 +33,6 @@ from tinyexperts.study.execution.study_folder import StudyFolder
 from tinyexperts.study.execution.study_run import run_of_study
 from tinyexperts.study.execution.study_status import print_status
 from tinyexperts.study.grids import grid, studies
-from tinyexperts.study.grids.accounting import account
 from tinyexperts.study.grids.scales import METHODS, scale_named
 from tinyexperts.study.study_runner import StudyConfig, run_study
 from tinyexperts.training import Interrupted

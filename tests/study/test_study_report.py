@@ -18,10 +18,10 @@ import tyro
 
 from tinyexperts.cli.parser import RECIPES
 from tinyexperts.errors import InputError
+from tinyexperts.planning.accounting import account
 from tinyexperts.study.execution.study_folder import StudyFolder, StudySettings
 from tinyexperts.study.fits.seed_interval import SeedInterval
 from tinyexperts.study.grids import studies
-from tinyexperts.study.grids.accounting import account
 from tinyexperts.study.grids.scales import scale_named
 from tinyexperts.study.grids.train_command import train_command
 from tinyexperts.study.reports.ablation_analysis import AblationAnalysis

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from tinyexperts import data, training
+from tinyexperts import data, planning, training
 
 _GIB = 2**30
 
@@ -25,7 +25,7 @@ def print_texts() -> None:
     Console().print(table)
 
 
-def print_plans(config: training.TrainConfig, devices: training.Devices, plans: list[training.MeshPlan]) -> None:
+def print_plans(config: training.TrainConfig, devices: planning.Devices, plans: list[planning.MeshPlan]) -> None:
     console = Console()
     _print_fitting_width(console, config, devices, plans)
     fitting = [mesh for mesh in plans if mesh.fits(devices)]
@@ -39,7 +39,7 @@ def print_plans(config: training.TrainConfig, devices: training.Devices, plans: 
         return
     console.print("No mesh fits, with a tenth of the memory left for what is not counted. One change alone would give:")
     table = Table("change", "mesh", "GiB a rank", "fits")
-    for options, mesh in training.smaller_plans(config, devices).items():
+    for options, mesh in planning.smaller_plans(config, devices).items():
         cells = f"{mesh.replicate} x {mesh.table}", f"{mesh.memory.total / _GIB:.2f}"
         table.add_row(options, *cells, "yes" if mesh.fits(devices) else "no")
     console.print(table if table.rows else "nothing that is counted here.")
@@ -50,7 +50,7 @@ def print_plans(config: training.TrainConfig, devices: training.Devices, plans: 
 
 
 def _print_fitting_width(
-    console: Console, config: training.TrainConfig, devices: training.Devices, plans: list[training.MeshPlan]
+    console: Console, config: training.TrainConfig, devices: planning.Devices, plans: list[planning.MeshPlan]
 ) -> None:
     """In several tables where one would be too wide: a number must not be cut off."""
     table = _table_of_plans(config, devices, plans)
@@ -62,7 +62,7 @@ def _print_fitting_width(
         console.print(table)
 
 
-def _table_of_plans(config: training.TrainConfig, devices: training.Devices, plans: list[training.MeshPlan]) -> Table:
+def _table_of_plans(config: training.TrainConfig, devices: planning.Devices, plans: list[planning.MeshPlan]) -> Table:
     table = Table(title=f"{devices.count} devices of {devices.memory_bytes / _GIB:.1f} GiB", title_justify="left")
     table.add_column("mesh (replicate x table)", no_wrap=True)
     for mesh in plans:

@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from tinyexperts import bench, data, evaluation, study, training
+from tinyexperts import bench, data, evaluation, planning, study, training
 from tinyexperts.cli.tables import print_evaluation, print_plans, print_texts
 from tinyexperts.errors import InputError
 from tinyexperts.model import generate as generate_tokens
@@ -109,7 +109,7 @@ def plan_recipe(recipe: Callable[[], training.TrainConfig]) -> Callable[..., Non
             node_link_gb_per_second: GB/s that a device sends to those of other nodes; an exchange that spans nodes
                 goes at this speed.
         """
-        parsed = training.Devices.parse(
+        parsed = planning.Devices.parse(
             devices,
             per_node=devices_per_node,
             tflops=tflops,
@@ -117,7 +117,7 @@ def plan_recipe(recipe: Callable[[], training.TrainConfig]) -> Callable[..., Non
             link_gb_per_second=link_gb_per_second,
             node_link_gb_per_second=node_link_gb_per_second,
         )
-        print_plans(config, parsed, training.plan(config, parsed))
+        print_plans(config, parsed, planning.plan(config, parsed))
 
     plan.__doc__ = f"{recipe.__doc__}\n{plan.__doc__}"
     return plan

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tinyexperts.errors import InputError
-from tinyexperts.study.grids.accounting import account
+from tinyexperts.planning.accounting import account
 from tinyexperts.training.config import TrainConfig
 
 # Data repeated more often than this is hardly better than none (arXiv 2305.16264 finds little left after 16 epochs).

@@ -1,6 +1,6 @@
 """What a run would take on several devices: memory, exchanges, FLOPs and time of a step, for every mesh of them.
 
-What a model holds is counted (model_sizes.py); speeds are assumed, and so are the estimates of time.
+What a model holds is counted (model_costs.py); speeds are assumed, and so are the estimates of time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers.product_key_layer import MIN_COLUMNS
+from tinyexperts.planning.model_costs import ModelSizes, count_sizes
 from tinyexperts.training.config import TrainConfig
-from tinyexperts.training.model_sizes import ModelSizes, count_sizes
 from tinyexperts.training.run import choose_table_gradients
 
 _BYTES = 4  # of fp32

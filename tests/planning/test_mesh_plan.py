@@ -16,8 +16,9 @@ from ranks import environment, free_port
 
 from tinyexperts.errors import InputError
 from tinyexperts.model import PEERConfig
-from tinyexperts.training import Devices, TrainConfig, plan, recipes, smaller_plans
-from tinyexperts.training.plan import column_bytes_of_token
+from tinyexperts.planning import Devices, plan, smaller_plans
+from tinyexperts.planning.mesh_plan import column_bytes_of_token
+from tinyexperts.training import TrainConfig, recipes
 
 SPEEDS = {
     "per_node": 8,
