@@ -12,6 +12,7 @@ PACKAGE = Path(tinyexperts.__file__).parent
 # A room may import from itself and from rooms on a lower floor.
 FLOORS = [
     {"errors"},
+    {"files"},
     {"ops"},
     {"layers"},
     {"model", "data", "optim"},

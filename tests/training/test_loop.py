@@ -240,10 +240,10 @@ def test_resume_with_other_tokens_of_the_same_tokenizer_is_told(make_config, tin
 
 def test_two_processes_do_not_train_in_one_folder(make_config):
     config = make_config(num_steps=3)
-    with run_folder.exclusive_lock(config.run), pytest.raises(InputError, match="another process is training in"):
+    with run_folder.lock(config.run), pytest.raises(InputError, match="another process is training in"):
         train(config, progress=False)
     train(config, progress=False)
-    with run_folder.exclusive_lock(config.run), pytest.raises(InputError, match="another process is training in"):
+    with run_folder.lock(config.run), pytest.raises(InputError, match="another process is training in"):
         train(config, resume=True, progress=False)
 
 

@@ -180,14 +180,14 @@ def test_what_fails_later_or_when_it_is_resumed_keeps_its_folder(make_config, mo
 
 
 def test_a_run_that_another_process_has_made_meanwhile_is_left_alone(make_config, monkeypatch):
-    config, held = make_config(num_steps=2), run_folder.exclusive_lock
+    config, held = make_config(num_steps=2), run_folder.lock
 
     def held_late(folder):
-        monkeypatch.setattr(run_folder, "held", held)
+        monkeypatch.setattr(run_folder, "lock", held)
         train(config, progress=False)
         return held(folder)
 
-    monkeypatch.setattr(run_folder, "held", held_late)
+    monkeypatch.setattr(run_folder, "lock", held_late)
     with pytest.raises(InputError, match="exists: add --resume"):
         train(config, progress=False)
     assert run_folder.is_run(config.run)

@@ -21,8 +21,8 @@ from tinyexperts.bench.measurement import measure_setting
 from tinyexperts.bench.rivals import RIVALS, RivalName
 from tinyexperts.bench.subjects import make_layer
 from tinyexperts.errors import InputError
+from tinyexperts.files import write_atomically
 from tinyexperts.training.config import path_of
-from tinyexperts.training.run_folder import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)

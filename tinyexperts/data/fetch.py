@@ -26,9 +26,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from tinyexperts.data.document import Document, printable
 from tinyexperts.data.hub import HubCorpus
-from tinyexperts.data.shards.index import sha256_of_file
 from tinyexperts.data.text_sources import TEXT_SOURCES, PackageFile, TextSource
 from tinyexperts.errors import InputError
+from tinyexperts.files import sha256_of_file
 
 _CHUNK_BYTES = 1 << 18
 _TIMEOUT_SECONDS = 60

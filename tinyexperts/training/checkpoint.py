@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tinyexperts.errors import InputError
+from tinyexperts.files import write_atomically
 from tinyexperts.model import Transformer
 from tinyexperts.optim import RowSparseAdam
 from tinyexperts.training.checkpoint_files import (
@@ -40,7 +41,7 @@ from tinyexperts.training.checkpoint_files import (
 from tinyexperts.training.config import path_of
 from tinyexperts.training.device import report_out_of_memory
 from tinyexperts.training.ranks import ALONE, Ranks
-from tinyexperts.training.run_folder import read_config, write_atomically
+from tinyexperts.training.run_folder import read_config
 from tinyexperts.training.sharding import as_part, local
 
 

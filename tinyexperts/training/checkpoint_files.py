@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tinyexperts.data.shards.index import sha256_of_file
 from tinyexperts.errors import InputError
+from tinyexperts.files import sha256_of_file
 from tinyexperts.training.ranks import Ranks
 from tinyexperts.training.sharding import local
 

@@ -14,20 +14,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from tinyexperts.data import TokenDataset, Tokenizer
 from tinyexperts.errors import InputError
+from tinyexperts.files import exclusive_lock, write_atomically
 from tinyexperts.training.config import TrainConfig
 
 _CONFIG = TypeAdapter(TrainConfig)
@@ -38,33 +37,14 @@ _TAIL_BYTES = 65536  # of metrics.jsonl, ample for its last lines
 _MAY_CHANGE = {"run", "data", "mesh", "backend", "timeout_seconds", "asynchronous_checkpoints"}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside and rename, so that a reader sees the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-@contextmanager
-def exclusive_lock(run: Path) -> Iterator[None]:
-    """Keep other processes from training in the folder meanwhile; makes it where it is missing.
+def lock(run: Path) -> AbstractContextManager[None]:
+    """Keep other processes from training in the folder meanwhile; make it where it is missing.
 
     Raises:
         InputError: another process trains in it.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"another process is training in {run}: let it end, or choose another --run") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    refusal = f"another process is training in {run}: let it end, or choose another --run"
+    return exclusive_lock(run / "lock", refusal)
 
 
 def check_free(run: Path) -> None:

@@ -62,7 +62,7 @@ def claim_folder(
     else:
         run_folder.check_free(folder)
     is_new = not folder.exists()
-    stack.enter_context(run_folder.exclusive_lock(folder))
+    stack.enter_context(run_folder.lock(folder))
     if resume:
         run_folder.check_data(folder, run.dataset)
     run.ranks.note_begun()  # a death from here on leaves a folder of ours

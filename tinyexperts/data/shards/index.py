@@ -109,12 +109,6 @@ def read_index(folder: Path) -> DatasetIndex:
     return index
 
 
-def sha256_of_file(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sha256_of_splits(index: DatasetIndex) -> str:
     """The sha256, in hexadecimal, of what the index says of the splits: their files' checksums and sizes."""
     # Without what follows from the text and the tokenizer, and older data sets don't say.

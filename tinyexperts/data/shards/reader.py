@@ -16,11 +16,11 @@ from tinyexperts.data.shards.index import (
     SplitName,
     SplitRecord,
     read_index,
-    sha256_of_file,
     sha256_of_splits,
 )
 from tinyexperts.data.tokenizer import Tokenizer, text_loss
 from tinyexperts.errors import InputError
+from tinyexperts.files import sha256_of_file
 
 
 class ShardedTokens:

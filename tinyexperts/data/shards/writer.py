@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from tinyexperts.data.document import printable
-from tinyexperts.data.shards.index import ShardRecord, SplitName, SplitRecord, sha256_of_file
+from tinyexperts.data.shards.index import ShardRecord, SplitName, SplitRecord
 from tinyexperts.errors import InputError
+from tinyexperts.files import exclusive_lock, sha256_of_file
 
 MAX_TOKENS_PER_SHARD = 2**28
 _UINT16_VOCABULARY = 2**16
@@ -42,22 +42,17 @@ def folder_written_whole(output: Path) -> Iterator[Path]:
     if partial.exists() and not lock_path.exists():
         raise InputError(f"{printable(partial)} is in the way and is not an unfinished data set; rename or delete it")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(lock_path).acquire(timeout=0)
-        except Timeout as error:
-            raise InputError(f"another process is writing {printable(output)}") from error
-        try:
-            with lock:
+        with exclusive_lock(lock_path, f"another process is writing {printable(output)}"):
+            try:
                 for left_over in partial.iterdir():
                     if left_over != lock_path:
                         left_over.unlink()
                 yield partial
                 lock_path.unlink(missing_ok=True)
                 partial.rename(output)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
         raise InputError(
             f"cannot write {printable(output)}, nothing of it is kept: {error.strerror or error}"

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +25,9 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from tinyexperts.errors import InputError
+from tinyexperts.files import exclusive_lock, write_atomically
 from tinyexperts.study.grids.grid import GridRun
-from tinyexperts.training.run_folder import last_metrics, write_atomically
+from tinyexperts.training.run_folder import last_metrics
 
 State = Literal["waiting", "running", "begun", "done", "failed"]
 
@@ -150,25 +151,14 @@ class StudyFolder:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} can't be read: {type(error).__name__}: {error}") from None
 
-    @contextmanager
-    def exclusive_lock(self) -> Iterator[None]:
+    def exclusive_lock(self) -> AbstractContextManager[None]:
         """Keep other processes from running the study meanwhile.
 
         Raises:
             InputError: another process runs it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"another process runs the study in {self.path}: let it end, or choose another --output"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
+        refusal = f"another process runs the study in {self.path}: let it end, or choose another --output"
+        return exclusive_lock(self.path / "lock", refusal)
 
     def plan(self, runs: list[GridRun]) -> None:
         """Keep the runs of a stage.

@@ -8,6 +8,7 @@ import shutil
 from typing import Any
 
 from tinyexperts import data, evaluation, training
+from tinyexperts.files import write_atomically
 from tinyexperts.study.execution.study_folder import StudyFolder
 from tinyexperts.training import run_folder
 from tinyexperts.training.checkpoint import checkpoints
@@ -56,7 +57,7 @@ def _do_what_is_left(study: StudyFolder, config: training.TrainConfig) -> None:
     for corpus, path in missing.items():
         text = data.EncodedText([path], data.Tokenizer.load(config.run / "tokenizer.json"))
         summary = evaluation.evaluate(model, text, **options).summary()
-        run_folder.write_atomically(config.run / f"evaluation-{corpus}.json", json.dumps(summary, indent=2))
+        write_atomically(config.run / f"evaluation-{corpus}.json", json.dumps(summary, indent=2))
     if held_out:
         result = evaluation.evaluate(model, data.TokenDataset.open(config.data).split("validation"), **options)
         shares = {layer: usage.share for layer, usage in result.expert_usage.items()}

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from tinyexperts.errors import InputError
+from tinyexperts.files import write_atomically
 from tinyexperts.study.execution.study_folder import StudyFolder
 from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
 from tinyexperts.study.reports.figures import Drawing
@@ -23,7 +24,6 @@ from tinyexperts.study.reports.study_figures import (
     unevenness_curves,
 )
 from tinyexperts.study.reports.study_points import read_points
-from tinyexperts.training.run_folder import write_atomically
 
 
 def write_study_report(folder: StudyFolder, *, command: str, created: datetime | None = None) -> Path:
