@@ -35,7 +35,7 @@ from tinyexperts.planning import Devices
 from tinyexperts.planning import mesh_plan as plan
 from tinyexperts.training import recipes
 from tinyexperts.training.config import TrainConfig
-from tinyexperts.training.ranks import init_distributed
+from tinyexperts.training.distributed.launch import init_distributed
 from tinyexperts.training.run import make_run
 from tinyexperts.training.step import optimizer_step
 

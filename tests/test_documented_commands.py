@@ -11,7 +11,7 @@ import torch
 
 from tinyexperts import training
 from tinyexperts.model import generate
-from tinyexperts.training.ranks import mesh_shape
+from tinyexperts.training.distributed.mesh import mesh_shape
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/how-to").glob("*.md"))]

@@ -22,7 +22,7 @@ from tinyexperts.data.shards import reader
 from tinyexperts.errors import InputError
 from tinyexperts.training import LostRank, TrainConfig, checkpoint_files, loop, train
 from tinyexperts.training.checkpoint import CheckpointWriter
-from tinyexperts.training.ranks import init_distributed
+from tinyexperts.training.distributed.launch import init_distributed
 from tinyexperts.training.run import make_run
 
 

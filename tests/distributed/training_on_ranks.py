@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from tinyexperts.training import TrainConfig, checkpoint_files
 from tinyexperts.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from tinyexperts.training.ranks import init_distributed
+from tinyexperts.training.distributed.launch import init_distributed
 from tinyexperts.training.run import make_run
 
 TABLE = "model.blocks.1.feed_forward.experts"

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from tinyexperts.training import TrainConfig
-from tinyexperts.training.ranks import init_distributed
+from tinyexperts.training.distributed.launch import init_distributed
 from tinyexperts.training.run import make_run
 from tinyexperts.training.step import optimizer_step
 

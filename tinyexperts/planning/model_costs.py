@@ -23,7 +23,7 @@ from tinyexperts.layers import ProductKeyLayer
 from tinyexperts.model import Transformer, TransformerConfig
 from tinyexperts.optim import expected_touched_share, split_parameters
 from tinyexperts.training.device import autocast
-from tinyexperts.training.sharding import sharded_dimension
+from tinyexperts.training.distributed.sharding import sharded_dimension
 
 
 @dataclass(frozen=True, kw_only=True)

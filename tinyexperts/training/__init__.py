@@ -3,8 +3,8 @@
 from tinyexperts.training.checkpoint import load_model
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.device import choose_device
+from tinyexperts.training.distributed.ranks import LostRank
 from tinyexperts.training.loop import Interrupted, train
-from tinyexperts.training.ranks import LostRank
 from tinyexperts.training.step import Diverged
 
 __all__ = [

@@ -40,9 +40,9 @@ from tinyexperts.training.checkpoint_files import (
 )
 from tinyexperts.training.config import path_of
 from tinyexperts.training.device import report_out_of_memory
-from tinyexperts.training.ranks import ALONE, Ranks
+from tinyexperts.training.distributed.ranks import ALONE, Ranks
+from tinyexperts.training.distributed.sharding import as_part, local
 from tinyexperts.training.run_folder import read_config
-from tinyexperts.training.sharding import as_part, local
 
 
 def checkpoints(run: str | os.PathLike[str]) -> list[Path]:

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.files import sha256_of_file
-from tinyexperts.training.ranks import Ranks
-from tinyexperts.training.sharding import local
+from tinyexperts.training.distributed.ranks import Ranks
+from tinyexperts.training.distributed.sharding import local
 
 # A table above this is cut into files of this size along its first dimension: a writer holds a file's bytes in memory.
 FILE_BYTES = 1 << 28

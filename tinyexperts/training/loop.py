@@ -28,11 +28,11 @@ from tinyexperts.training.checkpoint import (
 )
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.device import autocast
+from tinyexperts.training.distributed.launch import init_distributed
+from tinyexperts.training.distributed.sharding import reshard_after_eval
 from tinyexperts.training.progress import TrainingBar
-from tinyexperts.training.ranks import init_distributed
 from tinyexperts.training.run import Run, make_run
 from tinyexperts.training.run_start import agree_on_resume, check_same_data, claim_folder, resume_command
-from tinyexperts.training.sharding import reshard_after_eval
 from tinyexperts.training.step import optimizer_step
 
 

@@ -14,8 +14,8 @@ from tinyexperts.model import Transformer
 from tinyexperts.optim import build_optimizers, expected_touched_share
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.device import choose_device, choose_precision, report_out_of_memory
-from tinyexperts.training.ranks import ALONE, Ranks
-from tinyexperts.training.sharding import shard_dense_part
+from tinyexperts.training.distributed.ranks import ALONE, Ranks
+from tinyexperts.training.distributed.sharding import shard_dense_part
 
 # On devices without a fused step of their own: sparse table gradients where a step is expected to touch a smaller share
 # of the rows; above it the dense gradient with a fused AdamW wins. On the CPU the fused step wins at any share.

@@ -16,7 +16,7 @@ import tinyexperts
 from tinyexperts.errors import InputError
 from tinyexperts.training import run_folder
 from tinyexperts.training.config import TrainConfig
-from tinyexperts.training.ranks import Ranks
+from tinyexperts.training.distributed.ranks import Ranks
 from tinyexperts.training.run import Run
 
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from tinyexperts.model import Transformer
 from tinyexperts.ops.expert_mlp.columns import ColumnShard
 from tinyexperts.optim import split_parameters
-from tinyexperts.training.ranks import Ranks
+from tinyexperts.training.distributed.ranks import Ranks
 
 
 def shard_dense_part(model: Transformer, ranks: Ranks) -> None:
