@@ -16,7 +16,7 @@ import pytest
 from tinyexperts.errors import InputError
 from tinyexperts.study import demo
 from tinyexperts.study.demo import DemoConfig, run_demo
-from tinyexperts.study.execution import run_queue
+from tinyexperts.study.runner import local_queue as run_queue
 
 # Writes what the real commands write. `train` waits while the output folder has a file `hold`, and saves on SIGINT.
 # A shell's background job ignores Ctrl-C, and so would its children.
@@ -59,7 +59,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from tinyexperts.study import demo
-from tinyexperts.study.execution import run_queue
+from tinyexperts.study.runner import local_queue as run_queue
 output = Path(sys.argv[1])
 demo.PROGRAM = (sys.executable, str(output / "stand_in.py"))
 demo.prepare = lambda config: config.output.mkdir()

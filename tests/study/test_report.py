@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tinyexperts.errors import InputError
-from tinyexperts.study.reports.report import write_report
+from tinyexperts.study.analysis.report import write_report
 
 CREATED = datetime(2030, 1, 2, 3, 4, tzinfo=UTC)
 VOID = {"meta", "link", "br", "img"}

@@ -26,15 +26,16 @@ from tinyexperts.data import PrepareConfig, TokenDataset, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
 from tinyexperts.planning.accounting import account
-from tinyexperts.study import study_runner
-from tinyexperts.study.execution import slurm
-from tinyexperts.study.execution.run_display import run_display
-from tinyexperts.study.execution.study_folder import StudyFolder
-from tinyexperts.study.execution.study_run import run_of_study
-from tinyexperts.study.execution.study_status import print_status
-from tinyexperts.study.grids import grid, studies
-from tinyexperts.study.grids.scales import METHODS, scale_named
-from tinyexperts.study.study_runner import StudyConfig, run_study
+from tinyexperts.study import run_study as study_runner
+from tinyexperts.study import studies
+from tinyexperts.study import study as grid
+from tinyexperts.study.run_study import StudyConfig, run_study
+from tinyexperts.study.runner import slurm
+from tinyexperts.study.runner.run_display import run_display
+from tinyexperts.study.runner.run_status import print_status
+from tinyexperts.study.runner.study_folder import StudyFolder
+from tinyexperts.study.runner.study_run import run_of_study
+from tinyexperts.study.scales import METHODS, scale_named
 from tinyexperts.training import Interrupted
 from tinyexperts.training.checkpoint import checkpoints
 from tinyexperts.training.run_folder import last_metrics

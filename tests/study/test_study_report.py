@@ -19,20 +19,21 @@ import tyro
 from tinyexperts.cli.parser import RECIPES
 from tinyexperts.errors import InputError
 from tinyexperts.planning.accounting import account
-from tinyexperts.study.execution.study_folder import StudyFolder, StudySettings
-from tinyexperts.study.fits.seed_interval import SeedInterval
-from tinyexperts.study.grids import studies
-from tinyexperts.study.grids.scales import scale_named
-from tinyexperts.study.grids.train_command import train_command
-from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
-from tinyexperts.study.reports.claim import verdict_on
-from tinyexperts.study.reports.figures import loss_curves
-from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
-from tinyexperts.study.reports.isoflop_tables import isoflop_tables
-from tinyexperts.study.reports.study_figures import difference_trend, residuals
-from tinyexperts.study.reports.study_points import read_points
-from tinyexperts.study.reports.study_report import write_study_report
-from tinyexperts.study.reports.table import MISSING, Table
+from tinyexperts.report.numbers import MISSING
+from tinyexperts.report.table import Table
+from tinyexperts.study import studies
+from tinyexperts.study.analysis.ablation_analysis import AblationAnalysis
+from tinyexperts.study.analysis.claim import verdict_on
+from tinyexperts.study.analysis.figures import loss_curves
+from tinyexperts.study.analysis.fits.seed_interval import SeedInterval
+from tinyexperts.study.analysis.isoflop_analysis import IsoFlopAnalysis
+from tinyexperts.study.analysis.isoflop_tables import isoflop_tables
+from tinyexperts.study.analysis.study_figures import difference_trend, residuals
+from tinyexperts.study.analysis.study_points import read_points
+from tinyexperts.study.analysis.study_report import write_study_report
+from tinyexperts.study.runner.study_folder import StudyFolder, StudySettings
+from tinyexperts.study.scales import scale_named
+from tinyexperts.study.train_command import train_command
 from tinyexperts.training import TrainConfig, recipes
 
 # Per method: by how much it is better than dense at any budget, in nats, and how far its seeds lie apart.

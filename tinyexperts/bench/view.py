@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tinyexperts.bench.memory import GIB
 from tinyexperts.bench.rivals import RIVALS
-from tinyexperts.study.reports.figures import HEIGHT, WIDTH, house_style, svg_of
+from tinyexperts.report.style import HEIGHT, WIDTH, house_style, svg_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from tinyexperts import training
 from tinyexperts.cli import verbs
 from tinyexperts.errors import InputError
-from tinyexperts.study.grids import studies
+from tinyexperts.study import studies
 from tinyexperts.training import recipes, run_folder
 from tinyexperts.training.config import path_of
 

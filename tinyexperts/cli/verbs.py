@@ -15,7 +15,7 @@ from tinyexperts import bench, data, evaluation, planning, study, training
 from tinyexperts.cli.tables import print_evaluation, print_plans, print_texts
 from tinyexperts.errors import InputError
 from tinyexperts.model import generate as generate_tokens
-from tinyexperts.study.grids import scales
+from tinyexperts.study import scales
 from tinyexperts.training import run_folder
 
 

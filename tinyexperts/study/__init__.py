@@ -1,13 +1,13 @@
 """Sets of runs: the demo, the studies of the paper, and the report that compares runs."""
 
+from tinyexperts.study.analysis.report import write_report
+from tinyexperts.study.analysis.study_report import write_study_report
 from tinyexperts.study.demo import DemoConfig, run_demo
-from tinyexperts.study.execution.study_folder import StudyFolder
-from tinyexperts.study.execution.study_run import run_of_study
-from tinyexperts.study.execution.study_status import print_status
-from tinyexperts.study.grids.grid import GridRun, Study
-from tinyexperts.study.reports.report import write_report
-from tinyexperts.study.reports.study_report import write_study_report
-from tinyexperts.study.study_runner import StudyConfig, run_study
+from tinyexperts.study.run_study import StudyConfig, run_study
+from tinyexperts.study.runner.run_status import print_status
+from tinyexperts.study.runner.study_folder import StudyFolder
+from tinyexperts.study.runner.study_run import run_of_study
+from tinyexperts.study.study import GridRun, Study
 
 __all__ = [
     "DemoConfig",

@@ -16,23 +16,15 @@ from rich.table import Table
 from tinyexperts.data.prepare import PrepareConfig, prepare
 from tinyexperts.data.shards.reader import TokenDataset
 from tinyexperts.errors import InputError
-from tinyexperts.study.execution.run_queue import Job, Stage, run_jobs
-from tinyexperts.study.reports.comparison import compare_methods
-from tinyexperts.study.reports.report import format_count, write_report
-from tinyexperts.study.reports.run_results import RunResult, read_run
+from tinyexperts.report.numbers import format_count
+from tinyexperts.study.analysis.comparison import compare_methods
+from tinyexperts.study.analysis.report import write_report
+from tinyexperts.study.analysis.run_results import RunResult, read_run
+from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Job, Stage, run_jobs
 from tinyexperts.training import Interrupted
 from tinyexperts.training.config import path_of
 
-PROGRAM = (sys.executable, "-m", "tinyexperts")
 METHODS = ("peer", "dense")
-# One core a run: each run's seconds are then its own, whatever runs beside it. Huge pages spare both methods page
-# faults, on Linux: 10 % of a dense step and 20 % of a PEER step, measured.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "RAYON_NUM_THREADS": "1",
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
 TITLE = "PEER and its dense twin at equal training FLOPs"
 
 

@@ -87,7 +87,7 @@ class CheckpointWriter:
         self._run, self._keep, self._ranks, self._asynchronous = run, keep, ranks, asynchronous
         if asynchronous and ranks.groups is not None:
             own_group = dist.new_group(backend="gloo", timeout=ranks.timeout)
-            self._ranks = replace(ranks, groups=replace(ranks.groups, tokens=own_group))
+            self._ranks = replace(ranks, groups=replace(ranks.groups, all_ranks=own_group))
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 

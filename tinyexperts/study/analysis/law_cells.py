@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tinyexperts.study.fits.power_law_fit import PowerLawFit, Term
-from tinyexperts.study.reports.table import MISSING
+from tinyexperts.report.numbers import MISSING
+from tinyexperts.study.analysis.fits.power_law_fit import PowerLawFit, Term
 
 LAW_NOTE = (
     "The 95 % interval of a parameter holds the values with which the law, all else fitted anew, is no worse than "

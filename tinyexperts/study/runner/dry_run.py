@@ -9,11 +9,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tinyexperts.planning import Devices, MeshPlan
-from tinyexperts.planning import mesh_plan as plan
+from tinyexperts.planning import Devices, MeshPlan, plan
 from tinyexperts.planning.accounting import account
-from tinyexperts.study.grids.grid import Study, expected_runs
-from tinyexperts.study.reports.report import format_count
+from tinyexperts.report.numbers import format_count
+from tinyexperts.study.study import Study, expected_runs
 from tinyexperts.training import TrainConfig
 
 # What hours are told for: bf16 FLOPs a second without sparsity, and the share of them that a well-fed training reaches.

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 
-from tinyexperts.study.fits.compute_multiplier import compute_multiplier
-from tinyexperts.study.fits.power_law_fit import SIZE_AND_TOKENS
-from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
-from tinyexperts.study.grids.scales import METHODS
-from tinyexperts.study.reports.claim import format_interval
-from tinyexperts.study.reports.comparison import signed
-from tinyexperts.study.reports.isoflop_analysis import AT_EQUAL_TIME, BASELINES, IsoFlopAnalysis, tuning_label
-from tinyexperts.study.reports.law_cells import LAW_NOTE, law_cells, law_columns, missing_law_cells
-from tinyexperts.study.reports.paper_results import PAPER_PERPLEXITY, PAPER_TEXTS
-from tinyexperts.study.reports.report import format_count
-from tinyexperts.study.reports.run_results import method_label
-from tinyexperts.study.reports.run_tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
-from tinyexperts.study.reports.table import MISSING, Table
+from tinyexperts.report.numbers import MISSING, format_count, signed
+from tinyexperts.report.table import Table
+from tinyexperts.study.analysis.claim import format_interval
+from tinyexperts.study.analysis.fits.compute_multiplier import compute_multiplier
+from tinyexperts.study.analysis.fits.power_law_fit import SIZE_AND_TOKENS
+from tinyexperts.study.analysis.fits.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.analysis.isoflop_analysis import AT_EQUAL_TIME, BASELINES, IsoFlopAnalysis, tuning_label
+from tinyexperts.study.analysis.law_cells import LAW_NOTE, law_cells, law_columns, missing_law_cells
+from tinyexperts.study.analysis.paper_results import PAPER_PERPLEXITY, PAPER_TEXTS
+from tinyexperts.study.analysis.run_results import method_label
+from tinyexperts.study.analysis.run_tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
+from tinyexperts.study.scales import METHODS
 
 
 def isoflop_tables(analysis: IsoFlopAnalysis) -> list[Table]:

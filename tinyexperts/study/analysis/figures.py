@@ -9,27 +9,20 @@ through the command line, draw nothing.
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from markupsafe import Markup
 
-from tinyexperts.study.reports.comparison import Comparison, interpolate, signed
-from tinyexperts.study.reports.run_results import ExpertUsage, RunResult, method_label
+from tinyexperts.report.numbers import power_of_ten, signed
+from tinyexperts.report.style import GREY, INK, Drawing, house_style, label_ends, new_axes, svg_of
+from tinyexperts.study.analysis.comparison import Comparison, interpolate
+from tinyexperts.study.analysis.run_results import ExpertUsage, RunResult, method_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 470, 320  # of the drawing, in its own units; the page scales it
-GREY, INK = "#8a8f98", "#30343b"
 METHOD_STYLES = {  # Okabe and Ito, https://jfly.uni-koeln.de/color/
     "dense": ("#D55E00", "s"),
     "peer": ("#0072B2", "o"),
@@ -41,37 +34,6 @@ METHOD_STYLES = {  # Okabe and Ito, https://jfly.uni-koeln.de/color/
 OTHER_STYLE = ("#5b5f66", "v")
 # A curve begins with its fall from chance; a frame that held it would flatten what the figure is for.
 LEFT_OUT = 0.3
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "tinyexperts",
-    "font.size": 11.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": GREY,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.unicode_minus": True,
-    "axes.axisbelow": True,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """A drawn figure: its caption for readers, and its SVG with a text alternative."""
-
-    caption: str
-    svg: Markup
-
-
-@contextmanager
-def house_style() -> Iterator[None]:
-    """Figures drawn inside look like all others."""
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
-        yield
 
 
 def method_color(method: str) -> str:
@@ -169,27 +131,13 @@ def usage_histogram(run: RunResult, layer: ExpertUsage) -> Drawing | None:
         axes.annotate(f"{height:.1f} %", (apart, height), (0, 3), textcoords="offset points", ha="center")
         step = max(1, math.ceil(span / 6))
         powers = range(int(bins[0]), int(bins[-1]) + 1, step)
-        axes.set_xticks([apart, *powers], ["unused", *(_power_of_ten(power) for power in powers)])
+        axes.set_xticks([apart, *powers], ["unused", *(power_of_ten(power) for power in powers)])
         text = (
             f"Histogram of {relative_N.size:,} experts by router weight: {height:.1f} percent unused, "
             f"the rest from {relative_N[relative_N > 0].min():.2g} to {relative_N.max():.3g} even shares."
         )
         svg = svg_of(figure, f"usage-{run.name}-layer{layer.layer}", text)
     return Drawing(caption=f"{run.label}, seed {run.seed}, layer {layer.layer}", svg=svg)
-
-
-def new_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    """A figure of the report's size with one frame."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
-    axes.tick_params(length=3)
-    return figure, axes
 
 
 def _points(run: RunResult, x: str) -> np.ndarray:
@@ -226,14 +174,10 @@ def _axis_scale(x: str, largest: float) -> tuple[float, str]:
     """What to divide an axis by so that its ticks are short numbers, and its label."""
     if x == "training_flops":
         power = math.floor(math.log10(largest)) if largest > 0 else 0
-        return 10.0**power, f"training FLOPs, {_power_of_ten(power)}"
+        return 10.0**power, f"training FLOPs, {power_of_ten(power)}"
     if x == "num_tokens":
         return (1e6, "training tokens, millions") if largest >= 1e6 else (1e3, "training tokens, thousands")
     return (60.0, "training time, minutes") if largest >= 600 else (1.0, "training time, seconds")
-
-
-def _power_of_ten(power: int) -> str:
-    return "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _frame(axes: Axes, curves: Sequence[np.ndarray], *, room: float) -> None:
@@ -248,47 +192,3 @@ def _frame(axes: Axes, curves: Sequence[np.ndarray], *, room: float) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 1.001 * end])
     axes.spines["bottom"].set_bounds(0, end)
-
-
-def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """A label at the end of each curve, moved apart where they would overlap, and back as a group into the frame."""
-    bottom, top = axes.get_ylim()
-    gap = 0.065 * (top - bottom)
-    ordered = sorted(ends, key=lambda end: end[1])
-    heights: list[float] = []
-    for _, y, _, _ in ordered:
-        heights.append(y if not heights else max(y, heights[-1] + gap))
-    shift = (heights[-1] - ordered[-1][1]) / 2
-    shift = min(shift, heights[0] - bottom)
-    shift = max(shift, heights[-1] - top)
-    right = max(x for x, *_ in ends)
-    for (_, _, text, color), height in zip(ordered, heights, strict=True):
-        axes.annotate(text, (right, height - shift), (9, 0), textcoords="offset points", va="center", color=color)
-
-
-def svg_of(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an SVG element that scales with the page, its ids its own among other figures on the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    ET.register_namespace("", "http://www.w3.org/2000/svg")
-    ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    root = ET.fromstring(buffer.getvalue())
-    svg = "{http://www.w3.org/2000/svg}"
-    prefix = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            # matplotlib's style element would apply to the whole page, and its metadata says nothing to a reader.
-            if child.tag in (f"{svg}metadata", f"{svg}style"):
-                parent.remove(child)
-        for key, value in parent.attrib.items():
-            if key == "id":
-                parent.set(key, f"{prefix}-{value}")
-            elif key.endswith("href"):
-                parent.set(key, value.replace("#", f"#{prefix}-"))
-            elif "url(#" in value:
-                parent.set(key, value.replace("url(#", f"url(#{prefix}-"))
-    for size in ("width", "height"):
-        root.attrib.pop(size, None)
-    root.set("role", "img")
-    root.set("aria-label", description)
-    return Markup(ET.tostring(root, encoding="unicode"))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tinyexperts.study.grids.grid import GridRun, Study
-from tinyexperts.study.grids.scales import Scale
+from tinyexperts.study.scales import Scale
+from tinyexperts.study.study import GridRun, Study
 from tinyexperts.training.config import TrainConfig
 
 # What a method's tuning changes, one at a time, by which factors; dense is tuned as hard as the others. Where a factor

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tinyexperts.study.fits.seed_interval import SeedInterval
-from tinyexperts.study.reports.run_results import RunResult, method_label
+from tinyexperts.report.numbers import signed
+from tinyexperts.study.analysis.fits.seed_interval import SeedInterval
+from tinyexperts.study.analysis.run_results import RunResult, method_label
 
 EQUAL_FLOPS_TOLERANCE = 0.01  # a run ends on a whole step, so budgets agree only to about a step
 Outcome = Literal["lower", "higher", "undecided", "one seed", "no pair"]
@@ -156,11 +157,6 @@ def interpolate(lines: Sequence[dict[str, Any]], x: str, at: float) -> float | N
     if not points or not points[0][0] <= at <= points[-1][0]:
         return None
     return float(np.interp(at, *zip(*points, strict=True)))
-
-
-def signed(value: float) -> str:
-    """A difference with its sign, three decimals and a true minus."""
-    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _compare(run: RunResult, twin: RunResult) -> SeedComparison:

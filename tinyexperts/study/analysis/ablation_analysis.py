@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tinyexperts.study.fits.power_law_fit import WITH_GRANULARITY, fit_power_law
-from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
-from tinyexperts.study.grids.grid import GridRun
-from tinyexperts.study.reports.claim import Claim, format_interval, verdict_on
-from tinyexperts.study.reports.comparison import signed
-from tinyexperts.study.reports.law_cells import LAW_NOTE, law_cells, law_columns, missing_law_cells
-from tinyexperts.study.reports.paper_results import PAPER_USAGE
-from tinyexperts.study.reports.run_tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
-from tinyexperts.study.reports.study_points import Group, Point, flops_without_router, groups_of, losses_at
-from tinyexperts.study.reports.table import MISSING, Table
+from tinyexperts.report.numbers import MISSING, signed
+from tinyexperts.report.table import Table
+from tinyexperts.study.analysis.claim import Claim, format_interval, verdict_on
+from tinyexperts.study.analysis.fits.power_law_fit import WITH_GRANULARITY, fit_power_law
+from tinyexperts.study.analysis.fits.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.analysis.law_cells import LAW_NOTE, law_cells, law_columns, missing_law_cells
+from tinyexperts.study.analysis.paper_results import PAPER_USAGE
+from tinyexperts.study.analysis.run_tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
+from tinyexperts.study.analysis.study_points import Group, Point, flops_without_router, groups_of, losses_at
+from tinyexperts.study.study import GridRun
 
 # Study -> the axis that is varied, and what the paper says of going from its first value to its last.
 QUESTIONS = {

@@ -18,15 +18,14 @@ from rich.console import Console
 from tinyexperts.data import FileCorpus, TokenDataset
 from tinyexperts.data.files import skipped_note
 from tinyexperts.errors import InputError
-from tinyexperts.study.demo import ENVIRONMENT, PROGRAM
-from tinyexperts.study.execution.run_queue import Job, Stage, run_jobs
-from tinyexperts.study.execution.study_folder import StudyFolder, StudySettings
-from tinyexperts.study.execution.study_status import print_status
-from tinyexperts.study.grids.grid import GridRun, Study, check_grid, expected_runs
-from tinyexperts.study.grids.grid import Stage as GridStage
-from tinyexperts.study.grids.scales import Scale, ScaleName, scale_named
-from tinyexperts.study.reports.study_report import write_study_report
-from tinyexperts.study.study_plan import print_plan
+from tinyexperts.study.analysis.study_report import write_study_report
+from tinyexperts.study.runner.dry_run import print_plan
+from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Job, Stage, run_jobs
+from tinyexperts.study.runner.run_status import print_status
+from tinyexperts.study.runner.study_folder import StudyFolder, StudySettings
+from tinyexperts.study.scales import Scale, ScaleName, scale_named
+from tinyexperts.study.study import GridRun, Study, check_grid, expected_runs
+from tinyexperts.study.study import Stage as GridStage
 from tinyexperts.training import Interrupted
 from tinyexperts.training.config import path_of
 
@@ -205,7 +204,7 @@ def _run_all(
         "num_done": len(runs) - len(open_runs),
     }
     if config.executor == "slurm":
-        from tinyexperts.study.execution.slurm import run_array  # its package is an optional extra
+        from tinyexperts.study.runner.slurm import run_array  # its package is an optional extra
 
         parameters: dict[str, Any] = {"timeout_min": math.ceil(60 * (config.slurm_hours or _SLURM_HOURS))}
         if config.slurm_partition is not None:

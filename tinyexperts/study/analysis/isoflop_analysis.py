@@ -8,15 +8,15 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-from tinyexperts.study.fits.isoflop_fit import IsoFlopFit, fit_isoflop
-from tinyexperts.study.fits.power_law_fit import SIZE_AND_TOKENS, PowerLawFit, fit_power_law
-from tinyexperts.study.fits.seed_interval import SeedInterval, paired_difference
-from tinyexperts.study.grids.grid import GridRun
-from tinyexperts.study.grids.scales import METHODS
-from tinyexperts.study.reports.claim import Claim, verdict_on
-from tinyexperts.study.reports.paper_results import paper_margins
-from tinyexperts.study.reports.run_results import method_label
-from tinyexperts.study.reports.study_points import HELD_OUT, Group, Point, flops_without_router, groups_of, losses_at
+from tinyexperts.study.analysis.claim import Claim, verdict_on
+from tinyexperts.study.analysis.fits.isoflop_fit import IsoFlopFit, fit_isoflop
+from tinyexperts.study.analysis.fits.power_law_fit import SIZE_AND_TOKENS, PowerLawFit, fit_power_law
+from tinyexperts.study.analysis.fits.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.analysis.paper_results import paper_margins
+from tinyexperts.study.analysis.run_results import method_label
+from tinyexperts.study.analysis.study_points import HELD_OUT, Group, Point, flops_without_router, groups_of, losses_at
+from tinyexperts.study.scales import METHODS
+from tinyexperts.study.study import GridRun
 
 WITHOUT_ROUTER = "held out, router not counted"
 AT_EQUAL_TIME = "held out, at equal time"

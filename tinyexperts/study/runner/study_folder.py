@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tinyexperts.errors import InputError
 from tinyexperts.files import exclusive_lock, write_atomically
-from tinyexperts.study.grids.grid import GridRun
+from tinyexperts.study.study import GridRun
 from tinyexperts.training.run_folder import last_metrics
 
 State = Literal["waiting", "running", "begun", "done", "failed"]

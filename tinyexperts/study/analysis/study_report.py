@@ -8,14 +8,13 @@ from pathlib import Path
 
 from tinyexperts.errors import InputError
 from tinyexperts.files import write_atomically
-from tinyexperts.study.execution.study_folder import StudyFolder
-from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
-from tinyexperts.study.reports.figures import Drawing
-from tinyexperts.study.reports.isoflop_analysis import IsoFlopAnalysis
-from tinyexperts.study.reports.isoflop_tables import isoflop_tables
-from tinyexperts.study.reports.report import template_environment
-from tinyexperts.study.reports.run_tables import commands_table, runs_table
-from tinyexperts.study.reports.study_figures import (
+from tinyexperts.report.style import Drawing
+from tinyexperts.study.analysis.ablation_analysis import AblationAnalysis
+from tinyexperts.study.analysis.isoflop_analysis import IsoFlopAnalysis
+from tinyexperts.study.analysis.isoflop_tables import isoflop_tables
+from tinyexperts.study.analysis.report import template_environment
+from tinyexperts.study.analysis.run_tables import commands_table, runs_table
+from tinyexperts.study.analysis.study_figures import (
     ablation_curves,
     difference_trend,
     isoflop_curves,
@@ -23,7 +22,8 @@ from tinyexperts.study.reports.study_figures import (
     residuals,
     unevenness_curves,
 )
-from tinyexperts.study.reports.study_points import read_points
+from tinyexperts.study.analysis.study_points import read_points
+from tinyexperts.study.runner.study_folder import StudyFolder
 
 
 def write_study_report(folder: StudyFolder, *, command: str, created: datetime | None = None) -> Path:

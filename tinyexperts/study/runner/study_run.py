@@ -9,7 +9,7 @@ from typing import Any
 
 from tinyexperts import data, evaluation, training
 from tinyexperts.files import write_atomically
-from tinyexperts.study.execution.study_folder import StudyFolder
+from tinyexperts.study.runner.study_folder import StudyFolder
 from tinyexperts.training import run_folder
 from tinyexperts.training.checkpoint import checkpoints
 

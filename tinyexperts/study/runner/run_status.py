@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tinyexperts.study.execution.study_folder import StudyFolder
+from tinyexperts.study.runner.study_folder import StudyFolder
 
 
 def print_status(folder: StudyFolder) -> None:

@@ -9,23 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinyexperts.study.grids.scales import METHODS
-from tinyexperts.study.reports.ablation_analysis import AblationAnalysis
-from tinyexperts.study.reports.comparison import signed
-from tinyexperts.study.reports.figures import (
-    GREY,
-    INK,
-    METHOD_STYLES,
-    Drawing,
-    house_style,
-    label_ends,
-    new_axes,
-    svg_of,
-)
-from tinyexperts.study.reports.isoflop_analysis import BASELINES, IsoFlopAnalysis
-from tinyexperts.study.reports.report import format_count
-from tinyexperts.study.reports.run_results import method_label
-from tinyexperts.study.reports.study_points import Group
+from tinyexperts.report.numbers import format_count, signed
+from tinyexperts.report.style import GREY, INK, Drawing, house_style, label_ends, new_axes, svg_of
+from tinyexperts.study.analysis.ablation_analysis import AblationAnalysis
+from tinyexperts.study.analysis.figures import METHOD_STYLES
+from tinyexperts.study.analysis.isoflop_analysis import BASELINES, IsoFlopAnalysis
+from tinyexperts.study.analysis.run_results import method_label
+from tinyexperts.study.analysis.study_points import Group
+from tinyexperts.study.scales import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

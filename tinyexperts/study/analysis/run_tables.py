@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tinyexperts.study.grids.grid import GridRun
-from tinyexperts.study.grids.train_command import train_command
-from tinyexperts.study.reports.report import format_count
-from tinyexperts.study.reports.study_points import Group, Point
-from tinyexperts.study.reports.table import MISSING, Table
+from tinyexperts.report.numbers import MISSING, format_count
+from tinyexperts.report.table import Table
+from tinyexperts.study.analysis.study_points import Group, Point
+from tinyexperts.study.study import GridRun
+from tinyexperts.study.train_command import train_command
 
 COST_COLUMNS = (
     *("active", "total", "matmul parameters", "tokens", "training FLOPs", "without router"),

@@ -13,10 +13,10 @@ from pathlib import Path
 from tinyexperts.data import TokenDataset
 from tinyexperts.errors import InputError
 from tinyexperts.planning.accounting import Account, account
-from tinyexperts.study.execution.study_folder import StudyFolder
-from tinyexperts.study.grids.grid import GOOD_EPOCHS, GridRun
-from tinyexperts.study.reports.run_results import RunResult, read_run
-from tinyexperts.study.reports.table import MISSING
+from tinyexperts.report.numbers import MISSING
+from tinyexperts.study.analysis.run_results import RunResult, read_run
+from tinyexperts.study.runner.study_folder import StudyFolder
+from tinyexperts.study.study import GOOD_EPOCHS, GridRun
 
 HELD_OUT = "held out"
 

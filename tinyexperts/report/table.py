@@ -7,7 +7,8 @@ import io
 import re
 from dataclasses import dataclass
 
-MISSING = "\N{EN DASH}"
+from tinyexperts.report.numbers import MISSING
+
 # With its unit; two of them are an interval.
 _ONE = r"[-+\N{MINUS SIGN}]?[\d.,]+(?:e[-+]?\d+)?(?: ?[kMGTB%])?"
 _END = "(?:" + _ONE + "|open)"

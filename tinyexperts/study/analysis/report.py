@@ -5,32 +5,25 @@ Everything in it is computed from the run folders (see run_results.py); what the
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from tinyexperts.errors import InputError
-from tinyexperts.study.reports.comparison import compare_methods, signed
-from tinyexperts.study.reports.figures import (
+from tinyexperts.report.page import environment_of
+from tinyexperts.report.style import Drawing
+from tinyexperts.study.analysis.comparison import compare_methods
+from tinyexperts.study.analysis.figures import (
     LEFT_OUT,
-    Drawing,
     difference_curves,
     loss_curves,
     method_color,
     usage_histogram,
 )
-from tinyexperts.study.reports.run_results import RunResult, method_label, read_run
-
-MISSING = "\N{EN DASH}"
-# What HTML forbids even when escaped: lone surrogates, noncharacters, control characters but tab and line feed.
-FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+from tinyexperts.study.analysis.run_results import RunResult, method_label, read_run
 
 
 def write_report(
@@ -82,70 +75,15 @@ def write_report(
     output.write_text(page, encoding="utf-8")
 
 
-def _drawn(*drawings: Drawing | None) -> list[Drawing]:
-    return [drawing for drawing in drawings if drawing is not None]
-
-
 def template_environment() -> jinja2.Environment:
-    """Templates of this folder: everything is escaped, and what HTML forbids replaced."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tinyexperts.study.reports", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_printable,
-    )
-    environment.filters.update(
-        fixed=_fixed, count=format_count, scientific=_scientific, percent=_percent, signed=_signed, pretty=_pretty
-    )
-    environment.globals.update(method_label=method_label, method_color=method_color, MISSING=MISSING)
+    """Return the environment of the reports' templates."""
+    environment = environment_of("tinyexperts.study.analysis")
+    environment.globals.update(method_label=method_label, method_color=method_color)
     return environment
 
 
-def _printable(value: Any) -> Any:
-    """Replace characters that HTML forbids; a model's sample may hold any byte."""
-    return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
-
-
-def _fixed(value: float | None, digits: int) -> str:
-    """A number with thousands separated and a fixed count of decimals; what isn't finite is named."""
-    if value is None:
-        return MISSING
-    return f"{value:,.{digits}f}" if math.isfinite(value) else "not finite"
-
-
-def format_count(value: float | None) -> str:
-    """A count in short form: 512, 65.5 k, 8.39 M, 1.20 B."""
-    if value is None:
-        return MISSING
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        # The next unit begins where rounding to three digits would show 1,000 of this one.
-        if value >= 0.9995 * unit:
-            return f"{value / unit:.{max(0, 2 - math.floor(math.log10(value / unit)))}f} {letter}"
-    return f"{value:,.0f}"
-
-
-def _scientific(value: float | None) -> str:
-    """Three digits times a power of ten, as in 3.20 × 10¹²."""
-    if value is None:
-        return MISSING
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa} \N{MULTIPLICATION SIGN} 10" + str(int(exponent)).translate(
-        str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    )
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return MISSING if value is None else f"{100 * value:.{digits}f} %"
-
-
-def _signed(value: float | None) -> str:
-    return MISSING if value is None else signed(value)
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
+def _drawn(*drawings: Drawing | None) -> list[Drawing]:
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def _incomparable(runs: Sequence[RunResult]) -> list[str]:

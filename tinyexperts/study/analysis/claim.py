@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinyexperts.study.fits.seed_interval import SeedInterval
-from tinyexperts.study.reports.comparison import signed
-from tinyexperts.study.reports.table import MISSING
+from tinyexperts.report.numbers import MISSING, signed
+from tinyexperts.study.analysis.fits.seed_interval import SeedInterval
 
 
 @dataclass(frozen=True, kw_only=True)

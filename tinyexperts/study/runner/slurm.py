@@ -13,11 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from tinyexperts.errors import InputError
-from tinyexperts.study.execution.run_display import run_display
-from tinyexperts.study.execution.run_queue import signals_as_interrupts
-from tinyexperts.study.execution.study_folder import StudyFolder
-from tinyexperts.study.execution.study_run import run_of_study
-from tinyexperts.study.grids.grid import GridRun
+from tinyexperts.study.runner.local_queue import signals_as_interrupts
+from tinyexperts.study.runner.run_display import run_display
+from tinyexperts.study.runner.study_folder import StudyFolder
+from tinyexperts.study.runner.study_run import run_of_study
+from tinyexperts.study.study import GridRun
 from tinyexperts.training import Interrupted
 
 _POLL_SECONDS = 5.0
