@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ import torch
 
 from tinyexperts import cli
 from tinyexperts.data import PrepareConfig, prepare
-from tinyexperts.layers import PEER
-from tinyexperts.model import DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig, TransformerConfig
+from tinyexperts.layers import PEER, DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig
+from tinyexperts.model import TransformerConfig
+from tinyexperts.ops.without_kernels import without_kernels
 from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_, deferred_gradients
 from tinyexperts.training import TrainConfig
+from tinyexperts.training.config import CheckpointConfig, with_settings
 
 torch.set_num_threads(1)
 
@@ -38,7 +42,7 @@ def pytest_collection_modifyitems(items):
 SPARSE_LAYERS = {
     "dense": DenseConfig(),
     "moe": ExpertChoiceMoEConfig(num_experts=4, hidden_dim=16),
-    "pkm": ProductKeyMemoryConfig(num_values=64, num_heads=2, experts_per_head=3, query_dim=6),
+    "pkm": ProductKeyMemoryConfig(num_experts=64, num_heads=2, experts_per_head=3, query_dim=6),
     "peer": PEERConfig(num_experts=64, num_heads=2, experts_per_head=3, query_dim=6),
 }
 
@@ -75,7 +79,10 @@ def tiny_data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_config(tiny_data, tmp_path):
-    """A function that makes the configuration of a run of a few small steps."""
+    """A function that makes the configuration of a run of a few small steps.
+
+    Its arguments are settings, those of a part as a dictionary: checkpoint={"every": 2}.
+    """
 
     def make(kind: str = "peer", model: dict | None = None, **changes) -> TrainConfig:
         options = {
@@ -86,17 +93,46 @@ def make_config(tiny_data, tmp_path):
             "num_heads": 2,
             "expert_layer": SPARSE_LAYERS[kind],
         }
-        defaults = {
-            "run": tmp_path / "run",
-            "data": tiny_data,
-            "model": TransformerConfig(**(options | (model or {}))),
-            "num_steps": 8,
-            "threads": 1,
-            "validation_tokens": 64,
-            "validation_every": 4,
-            "log_every": 2,
-            "checkpoint_every": 3,
-        }
-        return TrainConfig(**(defaults | changes))
+        config = TrainConfig(
+            run=tmp_path / "run",
+            data=tiny_data,
+            model=TransformerConfig(**(options | (model or {}))),
+            num_steps=8,
+            threads=1,
+            validation_tokens=64,
+            validation_every=4,
+            log_every=2,
+            checkpoint=CheckpointConfig(every=3),
+        )
+        settings = {}
+        for name, value in changes.items():
+            settings |= (
+                {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+            )
+        return with_settings(config, settings)
 
     return make
+
+
+@pytest.fixture(params=["cpu", "portable"])
+def kernels(request):
+    """Run a test with the CPU's kernels, and with what devices without kernels run."""
+    with without_kernels() if request.param == "portable" else nullcontext():
+        yield request.param
+
+
+@pytest.fixture
+def wait_for_lines():
+    """A function that waits until a run's metrics have so many lines, and fails where its process has ended."""
+
+    def wait(run: Path, num_lines: int, process) -> None:
+        path = run / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if path.exists() and len(path.read_text().splitlines()) >= num_lines:
+                return
+            time.sleep(0.005)
+        process.kill()
+        pytest.fail(f"the run did not start: {process.communicate()[1]}")
+
+    return wait

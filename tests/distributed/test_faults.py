@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from tinyexperts.errors import InputError
 from tinyexperts.training import LostRank, checkpoint_files, load_model, train
 from tinyexperts.training.checkpoint import checkpoints
+from tinyexperts.training.config import with_settings
 from tinyexperts.training.run_folder import read_config
 
 CLOCK = {"seconds", "tokens_per_second", "flops_per_second"}
@@ -52,7 +53,7 @@ def command(tiny_data):
             "training-flops": None,
             "num-steps": 80,
             "log-every": 3,
-            "checkpoint-every": 7,
+            "checkpoint.every": 7,
             "validation-every": 50,
             "validation-tokens": 64,
             "model.vocab-size": 300,
@@ -84,16 +85,6 @@ def started(module, more_environment=()):
             process.kill()
 
 
-def wait_for_lines(run, num_lines, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= num_lines:
-            return
-        time.sleep(0.01)
-    process.kill()
-    pytest.fail(f"the run did not start: {process.communicate()[1]}")
-
-
 def worker(launchers, rank):
     """The process of a rank that one of the launchers has started."""
     parents = {str(launcher.pid) for launcher in launchers}
@@ -116,7 +107,9 @@ def outcome(run):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.parametrize("num_nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(command, tmp_path, num_nodes):
+def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(
+    wait_for_lines, command, tmp_path, num_nodes
+):
     """Each node has its own torchrun, and shares no table with the other."""
     hurt = tmp_path / "hurt"
     torchrun = ["torch.distributed.run", "--nnodes", str(num_nodes), "--nproc-per-node", str(2 // num_nodes)]
@@ -130,7 +123,9 @@ def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(com
         said = [launcher.communicate(timeout=180)[1] for launcher in launchers]
     ended = [launcher.returncode for launcher in launchers]
     assert not any(ended), f"rank {victim} was killed at line {kill_at}: {said}"
-    whole = dataclasses.replace(read_config(hurt), run=tmp_path / "whole", mesh=(num_nodes, 2 // num_nodes))
+    whole = with_settings(
+        read_config(hurt), {"run": tmp_path / "whole", "distributed.mesh": (num_nodes, 2 // num_nodes)}
+    )
     train_on_ranks([whole], 2)
     (metrics, tensors), (expected_metrics, expected) = outcome(hurt), outcome(whole.run)
     assert metrics == expected_metrics
@@ -142,7 +137,7 @@ def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(com
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_job_that_is_stopped_saves_and_says_how_to_go_on(command, tmp_path, number):
+def test_a_job_that_is_stopped_saves_and_says_how_to_go_on(wait_for_lines, command, tmp_path, number):
     """Though torchrun takes the signal, and the ranks have it from there."""
     run = tmp_path / "run"
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone"]
@@ -167,9 +162,9 @@ def test_a_job_that_is_stopped_saves_and_says_how_to_go_on(command, tmp_path, nu
 
 
 @pytest.mark.slow
-def test_the_command_names_a_rank_that_hangs(command, tmp_path):
+def test_the_command_names_a_rank_that_hangs(wait_for_lines, command, tmp_path):
     port, run = free_port(), tmp_path / "run"
-    arguments = ["tinyexperts", *command(run, "--timeout-seconds", 5)]
+    arguments = ["tinyexperts", *command(run, "--distributed.timeout-seconds", 5)]
     with (
         started(arguments, environment(0, 2, port)) as first,
         started(arguments, environment(1, 2, port)) as second,
@@ -183,14 +178,14 @@ def test_the_command_names_a_rank_that_hangs(command, tmp_path):
 
 
 def test_a_rank_that_hangs_in_a_mesh_is_named_by_all_others(make_config):
-    config = make_config(model={"d_model": 128}, mesh=(2, 2), num_steps=6, timeout_seconds=10.0)
+    config = make_config(model={"d_model": 128}, num_steps=6, distributed={"mesh": (2, 2), "timeout_seconds": 10.0})
     on_ranks(hang_at, 4, 4, free_port(), config, 2, 3)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_checkpoint_cut_short_on_one_rank_is_not_taken_for_good(make_config, tmp_path, asynchronous):
-    options = {"model": {"d_model": 128}, "num_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 5}
-    options["asynchronous_checkpoints"] = asynchronous
+    options = {"model": {"d_model": 128}, "num_steps": 6, "checkpoint.every": 2, "checkpoint.keep": 5}
+    options["checkpoint.asynchronous"] = asynchronous
     config = make_config(**options)
     with pytest.raises(mp.ProcessExitedException):
         mp.start_processes(die_while_writing, args=(2, free_port(), config, 4), nprocs=2, start_method="forkserver")
@@ -208,8 +203,8 @@ def test_a_checkpoint_cut_short_on_one_rank_is_not_taken_for_good(make_config, t
     ("file_bytes", "asynchronous"), [(checkpoint_files.FILE_BYTES, False), (5_000, False), (5_000, True)]
 )
 def test_a_full_disk_on_one_rank_is_told_by_all(make_config, file_bytes, asynchronous):
-    options = {"model": {"d_model": 128}, "num_steps": 4, "checkpoint_every": 2}
-    options["asynchronous_checkpoints"] = asynchronous
+    options = {"model": {"d_model": 128}, "num_steps": 4, "checkpoint.every": 2}
+    options["checkpoint.asynchronous"] = asynchronous
     config = make_config(**options)
     train_on_ranks([config], 2)
     last = checkpoints(config.run)[-1]
@@ -222,7 +217,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all(make_config, file_bytes, asynchr
 
 
 def test_a_full_disk_for_metrics_is_told_by_all(make_config):
-    config = make_config(model={"d_model": 128}, num_steps=4, log_every=1, checkpoint_every=100)
+    config = make_config(model={"d_model": 128}, num_steps=4, log_every=1, checkpoint={"every": 100})
     on_ranks(have_no_room_for_metrics, 2, 2, free_port(), config, 2)
     train_on_ranks([config], 2, resume=True)
     rows = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
@@ -241,11 +236,11 @@ def test_bad_input_is_told_by_every_rank(make_config, tmp_path):
     message = r"all ranks must be started with --resume, or none; got it on 1 of 2 alone"
     refused([config], message, resume=(False, True))
     on_ranks(have_other_data, 2, 2, free_port(), config)
-    narrow = make_config(mesh=(1, 2), model={"d_model": 64})
+    narrow = make_config(distributed={"mesh": (1, 2)}, model={"d_model": 64})
     refused([narrow], "a table of 64 columns can't be shared by 2 ranks")
     assert not config.run.exists()
     wide = make_config(model={"d_model": 256})
-    meshes = [dataclasses.replace(wide, mesh=mesh) for mesh in ((2, 2), (1, 4))]
+    meshes = [with_settings(wide, {"distributed.mesh": mesh}) for mesh in ((2, 2), (1, 4))]
     on_ranks(be_refused, 4, 4, free_port(), meshes, "started with one configuration", (False,))
     train_on_ranks([config], 2)
     refused([config], "exists: add --resume to go on with it")
@@ -268,7 +263,7 @@ def test_ranks_started_again_go_on_with_their_own_run_only(make_config, num_rank
 
 
 def test_every_group_of_ranks_gives_up_after_the_time_out(make_config):
-    config = make_config(model={"d_model": 128}, mesh=(2, 2), timeout_seconds=7.0, device="cpu")
+    config = make_config(model={"d_model": 128}, distributed={"mesh": (2, 2), "timeout_seconds": 7.0}, device="cpu")
     on_ranks(see_time_outs, 4, 4, free_port(), config)
 
 
@@ -280,39 +275,39 @@ def test_what_one_rank_cannot_write_all_are_told(make_config, tmp_path):
 
 def test_a_mesh_and_a_backend_that_cannot_be_had_are_told(make_config, monkeypatch):
     with pytest.raises(InputError, match="mesh must multiply up to the number of ranks, 1, got 1 x 2"):
-        train(make_config(mesh=(1, 2)), progress=False)
+        train(make_config(distributed={"mesh": (1, 2)}), progress=False)
     with pytest.raises(InputError, match="mesh must be two numbers of at least 1, got 0 x 2"):
-        make_config(mesh=(0, 2))
+        make_config(distributed={"mesh": (0, 2)})
     with pytest.raises(InputError, match="timeout_seconds must be positive, got 0"):
-        make_config(timeout_seconds=0.0)
+        make_config(distributed={"timeout_seconds": 0.0})
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="backend nccl needs GPUs, and there is none"):
-            train(make_config(backend="nccl"), progress=False)
+            train(make_config(distributed={"backend": "nccl"}), progress=False)
     with pytest.raises(InputError, match="backend nccl is for --device cuda, got cpu"):
-        train(make_config(backend="nccl", device="cpu"), progress=False)
+        train(make_config(distributed={"backend": "nccl"}, device="cpu"), progress=False)
     monkeypatch.setenv("WORLD_SIZE", "6")
     for device in ("cuda:0", "mps", "xpu", "tpu"):
         with pytest.raises(InputError, match=rf"several ranks need --device auto, cpu or cuda .*, got {device}"):
             train(make_config(device=device), progress=False)
     with pytest.raises(InputError, match="backend gloo is for --device cpu, got cuda"):
-        train(make_config(backend="gloo", device="cuda"), progress=False)
+        train(make_config(distributed={"backend": "gloo"}, device="cuda"), progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 4)
         patch.setattr(dist, "is_nccl_available", lambda: True)
         with pytest.raises(InputError, match="backend gloo is for --device cpu, got auto on a machine with GPUs"):
-            train(make_config(backend="gloo", device="auto"), progress=False)
+            train(make_config(distributed={"backend": "gloo"}, device="auto"), progress=False)
         for local_rank in ("", "4"):
             patch.setenv("LOCAL_RANK", local_rank)
-            for options in ({"device": "cuda"}, {"backend": "nccl", "device": "auto"}):
+            for options in ({"device": "cuda"}, {"distributed.backend": "nccl", "device": "auto"}):
                 with pytest.raises(InputError, match=f"needs a GPU of its own, .*: LOCAL_RANK is '{local_rank}', of 4"):
                     train(make_config(**options), progress=False)
     with pytest.raises(InputError, match="number of ranks, 6, got 2 x 2"):
-        train(make_config(mesh=(2, 2)), progress=False)
+        train(make_config(distributed={"mesh": (2, 2)}), progress=False)
 
 
 def test_ranks_that_do_not_come_are_told(make_config, monkeypatch):
-    config = make_config(timeout_seconds=1.0)
+    config = make_config(distributed={"timeout_seconds": 1.0})
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

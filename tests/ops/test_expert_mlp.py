@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operands import problem
 
+from tinyexperts.bench.measurement import torch_threads
 from tinyexperts.errors import InputError
 from tinyexperts.ops import expert_mlp, quantize_vectors
 from tinyexperts.ops.expert_mlp import cpu, int8, portable, reference
-from tinyexperts.ops.expert_mlp.operator import _KERNELS
 
 CASES = [
     (1, None),
@@ -17,24 +18,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True, params=["cpu", "portable"])
-def kernels(request, monkeypatch):
-    """Every test runs the CPU's kernel, and what other devices run."""
-    if request.param == "portable":
-        monkeypatch.delitem(_KERNELS, "cpu")
-    return request.param
-
+pytestmark = pytest.mark.usefixtures("kernels")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
-
-def problem(num_vectors, *, num_tokens=5, num_experts=23, model_dim=7, retrieved=6, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_tokens, model_dim, generator=generator, dtype=torch.float64)
-    experts = torch.randn(num_experts, num_vectors, model_dim, generator=generator, dtype=torch.float64)
-    ids = torch.randint(num_experts, (num_tokens, retrieved), generator=generator)
-    weights = torch.rand(num_tokens, retrieved, generator=generator, dtype=torch.float64)
-    return x.to(dtype), experts.to(dtype), ids, weights.to(dtype)
 
 
 def by_hand(x, experts, ids, weights, activation):
@@ -141,16 +127,13 @@ def test_extreme_inputs_stay_finite_where_the_formula_is():
 
 def test_bit_equal_for_any_number_of_threads_and_chunks(monkeypatch):
     inputs = problem(2, num_tokens=300, num_experts=50, model_dim=64, retrieved=16)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads, chunk in ((1, 1 << 24), (2, 1 << 24), (2, 10_000)):
-            torch.set_num_threads(threads)
-            monkeypatch.setattr(portable, "_CHUNK_ELEMENTS", chunk)
-            experts = inputs[1].clone().requires_grad_()
+    results = []
+    for threads, chunk in ((1, 1 << 24), (2, 1 << 24), (2, 10_000)):
+        monkeypatch.setattr(portable, "_CHUNK_ELEMENTS", chunk)
+        experts = inputs[1].clone().requires_grad_()
+        with torch_threads(threads):
             expert_mlp(inputs[0], experts, *inputs[2:], "gelu").sum().backward()
-            results.append(experts.grad)
-    finally:
-        torch.set_num_threads(before)
+        results.append(experts.grad)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -197,7 +180,7 @@ def test_saves_no_gathered_rows():
         ({"experts": torch.zeros(23, 4, 7)}, r"got \[23, 4, 7\]"),
     ],
 )
-def test_bad_input_is_told(change, message):
+def test_bad_input_is_refused(change, message):
     x, experts, ids, weights = problem(2)
     arguments = {"x": x, "experts": experts, "ids": ids, "weights": weights, "activation": "gelu"} | change
     with pytest.raises(InputError, match=message):
@@ -283,8 +266,8 @@ def test_a_frozen_table_costs_no_gradient(sparse, monkeypatch):
         leaves = [x.clone().requires_grad_(), experts.clone().requires_grad_(not frozen), weights.clone()]
         leaves[2].requires_grad_()
         if frozen:
-            monkeypatch.setattr(portable, "sum_by_expert", None)
-            monkeypatch.setattr(cpu, "touched_rows", None)
+            monkeypatch.setattr(portable, "gradient_rows", None)
+            monkeypatch.setattr(cpu, "find_touched_rows", None)
         expert_mlp(leaves[0], leaves[1], ids, leaves[2], "gelu", sparse=sparse).square().sum().backward()
         expected.append((leaves[0].grad, leaves[2].grad))
         assert (leaves[1].grad is None) == frozen

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tinyexperts import PEER, DenseFFN
 from tinyexperts.errors import InputError
-from tinyexperts.model import DenseConfig, Transformer
+from tinyexperts.layers import DenseConfig
+from tinyexperts.model import Transformer
 from tinyexperts.optim import build_optimizers, split_parameters
 
 RATES = {"matrix_lr": 1.0, "embedding_lr": 2.0, "head_lr": 3.0, "vector_lr": 4.0, "table_lr": 5.0}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tinyexperts import PEER, ProductKeyMemory
+from tinyexperts.bench.measurement import torch_threads
 from tinyexperts.errors import InputError
 from tinyexperts.ops.expert_mlp.deferred import pending_gradient
 from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_, deferred_gradients
@@ -22,7 +23,6 @@ def run(layer, *, fused, steps=5, passes=1, max_norm=None, second_moment="row", 
     optimizer = RowSparseAdam([layer.experts], lr=1e-2, weight_decay=0.1, second_moment=second_moment, fused=fused)
     rest = torch.optim.SGD(layer.router.parameters(), lr=1e-2)
     norms, generator = [], torch.Generator().manual_seed(1)
-    before = torch.get_num_threads()
     for _ in range(steps):
         optimizer.zero_grad()
         rest.zero_grad()
@@ -31,13 +31,12 @@ def run(layer, *, fused, steps=5, passes=1, max_norm=None, second_moment="row", 
             with deferred_gradients([optimizer, rest]):
                 layer(x).square().sum().backward()
         assert (pending_gradient(layer.experts.grad) is not None) == (fused and passes == 1)
-        torch.set_num_threads(threads)  # for what is tested; torch's own sums in the router may differ
-        norms.append(clip_gradient_norm_(layer.parameters(), max_norm) if max_norm else torch.zeros(()))
-        optimizer.step()
+        with torch_threads(threads):  # for what is tested; torch's own sums in the router may differ
+            norms.append(clip_gradient_norm_(layer.parameters(), max_norm) if max_norm else torch.zeros(()))
+            optimizer.step()
         assert (pending_gradient(layer.experts.grad) is not None) == (fused and passes == 1), (
             "the step has written nothing out"
         )
-        torch.set_num_threads(before)
         rest.step()
     return [*layer.state_dict().values(), *optimizer.state[layer.experts].values()], torch.stack(norms)
 

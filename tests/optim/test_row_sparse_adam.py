@@ -14,15 +14,9 @@ import torch
 
 from tinyexperts import PEER
 from tinyexperts.errors import InputError
-from tinyexperts.ops.row_adam.operator import _KERNELS
 from tinyexperts.optim import RowSparseAdam
 
-
-@pytest.fixture(autouse=True, params=["cpu", "reference"])
-def kernels(request, monkeypatch):
-    """Every test runs the CPU's kernel, and what other devices run."""
-    if request.param == "reference":
-        monkeypatch.delitem(_KERNELS, "cpu")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def sparse_gradient(shape, seed, *, num_rows=5, repeated=False):

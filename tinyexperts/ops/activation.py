@@ -40,10 +40,10 @@ def check_activation(activation: str) -> None:
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
-    """act(h), element by element."""
+    """Return act(h), element by element."""
     return _FUNCTIONS[activation](h)
 
 
 def activation_derivative(h: Tensor, activation: str) -> Tensor:
-    """act'(h), element by element (0 at the kink of ReLU, as in torch)."""
+    """Return act'(h), element by element (0 at the kink of ReLU, as in torch)."""
     return _DERIVATIVES[activation](h)

@@ -1,12 +1,26 @@
-"""The operators keep fp32 sums whatever the storage, so they run outside autocast."""
+"""The operators keep fp32 sums whatever the storage: PyTorch's dispatcher switches autocast off for them."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch._library.custom_ops import CustomOpDef
+
+_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
 
 
-def outside_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A context in which autocast rounds nothing; entered only where it is on, since that takes a while."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+def outside_autocast(operator: CustomOpDef) -> CustomOpDef:
+    """Make autocast round nothing in an operator, whichever kernel runs; without autocast this costs nothing."""
+
+    def call_outside(device_type: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with torch.autocast(device_type, enabled=False):
+                return operator(*arguments)
+
+        return call
+
+    for device_type, key in _KEYS.items():
+        torch.library.impl(operator._qualname, key, call_outside(device_type))
+    return operator

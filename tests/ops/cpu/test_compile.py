@@ -36,7 +36,7 @@ def make_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "added.py"
     path.write_text(SOURCE)
-    kernel_cache._tell.cache_clear()
+    kernel_cache._warn_once.cache_clear()
 
     def make():
         spec = importlib.util.spec_from_file_location("added", path)
@@ -186,7 +186,7 @@ def run(script, *, before="", **environment):
 ONE_KERNEL = """
 import json, torch
 from tinyexperts.ops.expert_mlp import row_sums
-starts = row_sums.touched_rows(torch.tensor([[3, 1, 3]]))[2].tolist()
+starts = row_sums.find_touched_rows(torch.tensor([[3, 1, 3]]))[2].tolist()
 print(json.dumps([starts, sum(row_sums._find_starts.stats.cache_hits.values())]))
 """
 

@@ -1,1 +1,1 @@
-"""What the CPU's kernels stand on: how they are compiled, kept, run in parts and given memory."""
+"""The base of the CPU's kernels: how they are compiled, kept on disk, run in parts and given memory."""

@@ -1,4 +1,4 @@
-"""How the CPU kernels are compiled, and prefetching, which numba lacks.
+"""The compilation of the CPU's kernels, and prefetching, which numba lacks.
 
 A kernel is serial and releases the GIL: threads.py runs it in parts. Fast-math is limited to what leaves NaN and
 infinities alone: sums may be taken in another order (so that they vectorise), products may be fused into them; an exact
@@ -33,7 +33,7 @@ _EXACT: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # that is, no 
 _FAST: dict[str, Any] = {**_EXACT, "fastmath": {"reassoc", "contract", "nsz"}}
 CACHE_LINE_BYTES = 64
 
-# Whether kernels can't be had, since NUMBA_DISABLE_JIT is set: Python can't run the processor's own instructions.
+# True if NUMBA_DISABLE_JIT is set: Python itself can't run the instructions that the kernels are made of.
 JIT_IS_DISABLED = bool(numba.config.DISABLE_JIT)  # type: ignore[attr-defined]
 if JIT_IS_DISABLED:
     warnings.warn(
@@ -43,18 +43,18 @@ if JIT_IS_DISABLED:
 
 
 def kernel(function: _Function) -> _Function:
-    """Compile a function with numba at its first call; kept on disk, where any folder for that can be written."""
+    """Compile a function with numba at its first call, and keep it on disk if a folder for that can be written."""
     return _compiled(function, _FAST)
 
 
 def exact_kernel(function: _Function) -> _Function:
-    """As `kernel`, but every sum is rounded as it is written."""
+    """Compile a function as `kernel` does, but round every sum as it is written."""
     return _compiled(function, _EXACT)
 
 
 @functools.cache
 def _digest_of_operators() -> str:
-    """Of the sources of tinyexperts.ops, where the functions are that kernels take in."""
+    """Return the digest of the sources of tinyexperts.ops, which hold all functions that kernels take in."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
@@ -65,7 +65,7 @@ def _compiled(function: _Function, options: dict[str, Any]) -> _Function:
     if JIT_IS_DISABLED:
         return _refusing(function)
     # numba names what it keeps by the function and compiles again when that function's own file changes, not when a
-    # function that it takes in from another file does: so the name tells the state of all of them.
+    # function that it takes in from another file does: so the name holds a digest of all files.
     function.__qualname__ += f"_{_digest_of_operators()}"
     try:
         compiled = numba.njit(cache=True, **options)(function)
@@ -77,7 +77,7 @@ def _compiled(function: _Function, options: dict[str, Any]) -> _Function:
 
 
 def _refusing(function: _Function) -> _Function:
-    """Return what stands for a kernel that can't be compiled; the operators don't call it."""
+    """Return a function in place of a kernel that can't be compiled; the operators don't call it."""
 
     @functools.wraps(function)
     def refuse(*_: Any) -> Any:
@@ -87,7 +87,7 @@ def _refusing(function: _Function) -> _Function:
 
 
 def _without_collection(compile_: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, without collections of garbage: going through all that torch has made is half the time of a load.
+    """Compile without collections of garbage: going through all that torch has made is half the time of a load.
 
     Of two threads at once the first to begin turns them on again, perhaps before the other has ended.
     """
@@ -106,17 +106,17 @@ def _without_collection(compile_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def inlined(function: _Function) -> _Function:
-    """A function of kernels' own, compiled into each of them: called, it would cost more than what it does."""
+    """Compile a function into each kernel that uses it: a call would cost more than what it does."""
     return cast(_Function, numba.njit(forceinline=True, **_FAST)(function))
 
 
 def exact_inlined(function: _Function) -> _Function:
-    """As `inlined`, for exact kernels."""
+    """Compile a function as `inlined` does, for exact kernels."""
     return cast(_Function, numba.njit(forceinline=True, **_EXACT)(function))
 
 
 def array_of(tensor: Tensor) -> Any:
-    """A numpy view for a kernel, C-contiguous; bf16 comes as uint16 and fp16 as int16 (simd.widened)."""
+    """Return a C-contiguous numpy view for a kernel; bf16 comes as uint16 and fp16 as int16 (simd.widen)."""
     tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy()
@@ -126,9 +126,9 @@ def array_of(tensor: Tensor) -> Any:
 
 
 def array_of_weights(tensor: Tensor) -> Any:
-    """As `array_of`, for parameters: their memory stays the owner's to shrink (FSDP2), which numpy() ends for good.
+    """Return what `array_of` does, for parameters: FSDP2 may still shrink their memory, which numpy() ends for good.
 
-    It costs 6 us more.
+    It takes 6 us more.
     """
     tensor = tensor.detach().contiguous()
     if tensor.dtype in (torch.bfloat16, torch.float16):

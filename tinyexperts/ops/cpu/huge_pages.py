@@ -14,7 +14,7 @@ _LEAST_BYTES = 1 << 24
 
 
 def prefer_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask for huge pages behind a tensor that has not been written yet; returns it. Elsewhere it does nothing."""
+    """Ask Linux for huge pages behind a tensor that has not been written yet; return the tensor."""
     num_bytes = tensor.numel() * tensor.element_size()
     has_memory = type(tensor) is Tensor and tensor.device.type == "cpu"  # a fake one has none
     if sys.platform == "linux" and has_memory and num_bytes >= _LEAST_BYTES:
@@ -26,5 +26,5 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """torch.empty on the CPU, with huge pages where it is large."""
+    """Make an uninitialized tensor on the CPU, with huge pages where it is large."""
     return prefer_huge_pages(torch.empty(shape, dtype=dtype, device="cpu"))

@@ -18,7 +18,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class KernelCache:
-    """The cache of one kernel: what can't be read is compiled and written anew, what can't be written is told once."""
+    """The cache of one kernel: what can't be read is compiled again, and what can't be written gives one warning."""
 
     def __init__(self, cache: Any) -> None:
         file = cache._cache_file
@@ -32,17 +32,17 @@ class KernelCache:
         return str(self._cache.cache_path)
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
-        """What was compiled for a signature; None where nothing was that can be read."""
+        """Return what was compiled for a signature; None if nothing was, or it can't be read."""
         try:
             return self._cache.load_overload(signature, target_context)
         except OSError as error:
-            _tell(f"compiled kernels in {self.cache_path} can't be read ({error.strerror}) and are compiled anew")
+            _warn_once(f"compiled kernels in {self.cache_path} can't be read ({error.strerror}) and are compiled anew")
         except Exception:  # of whatever kind a damaged pickle leads to
-            _tell(f"a compiled kernel in {self.cache_path} is damaged and is compiled anew")
+            _warn_once(f"a compiled kernel in {self.cache_path} is damaged and is compiled anew")
         return None
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
-        """Keep what was compiled, where that is possible."""
+        """Keep what was compiled, if that is possible."""
         try:
             try:
                 self._cache.save_overload(signature, compiled)
@@ -53,24 +53,24 @@ class KernelCache:
                 self._cache.save_overload(signature, compiled)
         except Exception as error:
             why = getattr(error, "strerror", None) or type(error).__name__
-            _tell(f"compiled kernels can't be kept in {self.cache_path} ({why}): each process compiles them anew")
+            _warn_once(f"compiled kernels can't be kept in {self.cache_path} ({why}): each process compiles them anew")
 
     def enable(self) -> None:
-        """Use it."""
+        """Use the cache."""
         self._cache.enable()
 
     def disable(self) -> None:
-        """Leave it alone."""
+        """Don't use the cache."""
         self._cache.disable()
 
     def flush(self) -> None:
-        """Forget all."""
+        """Remove all entries."""
         self._cache.flush()
 
 
 @functools.cache
-def _tell(sentence: str) -> None:
-    """Warn, of the same thing once, however many kernels meet it."""
+def _warn_once(sentence: str) -> None:
+    """Warn of the same thing once, however many kernels meet it."""
     warnings.warn(sentence, stacklevel=2)
 
 

@@ -1,4 +1,4 @@
-"""Runs a kernel in parts on as many threads as torch uses.
+"""A pool of threads that runs a kernel in parts, on as many threads as torch uses.
 
 numba's own threads can't be used: its OpenMP layer is killed in a process that was forked after use (DataLoader
 workers), its work queue aborts when two Python threads call it at once. Kernels release the GIL, so plain threads do.
@@ -26,8 +26,13 @@ _lock = Lock()
 def parallel_for(kernel: Callable[..., Any], num_items: int, *arguments: Any, min_items: int = 1) -> None:
     """Call kernel(*arguments, start, stop) until the parts start..stop have covered 0..num_items.
 
-    min_items: items that are worth a part of their own; fewer than two such parts are run by the caller alone. A
-        kernel whose result for an item does not depend on the part gives the same bits for any number of threads.
+    A kernel whose result for an item does not depend on the part gives the same bits for any number of threads.
+
+    Args:
+        kernel (callable): takes the arguments, then start and stop.
+        num_items (int): items in all.
+        arguments: what the kernel takes before start and stop.
+        min_items (int): items that are worth a part of their own; fewer than two such parts the caller runs alone.
     """
     num_threads = torch.get_num_threads()
     num_parts = min(num_threads * _PARTS_PER_THREAD, num_items // min_items)
@@ -57,7 +62,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _forget_threads() -> None:
-    """A forked child has none of its parent's threads, and perhaps its lock."""
+    """Start afresh in a forked child, which has none of its parent's threads and perhaps its lock."""
     global _pool, _pool_size, _lock
     _pool, _pool_size, _lock = None, 0, Lock()
 

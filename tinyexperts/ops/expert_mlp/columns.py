@@ -1,4 +1,4 @@
-"""The sum of a token's experts from a table whose columns lie on several ranks; must match reference.py on the whole.
+"""The sum of a token's experts from a table whose columns are on several ranks; must match reference.py on the whole.
 
 Rank r of a group of T has the columns experts[:, :, r*D/T : (r+1)*D/T] and M tokens of its own. A token sends, as
 elements (P retrieved experts, E = 2):
@@ -10,7 +10,7 @@ elements (P retrieved experts, E = 2):
                from each rank the columns of y                                 D (T-1)/T     all-to-all
     backward   grad_y, the products of grad_y with v, the factors, grad_x: the same without the ids
 
-Without an activation (E = 1) no expert reads x, and x, the products, the factors and grad_x stay at home.
+Without an activation (E = 1) no expert reads x, and x, the products, the factors and grad_x are not sent.
 
 All shapes are static, whatever the router does. Groups may be replicated: a rank's columns are then those of the rank
 at its place in every other group, and the table's gradient is summed over all of them, from the pairs that it is made
@@ -23,16 +23,16 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinyexperts.ops.activation import activate, activation_derivative
+from tinyexperts.ops.autocast import outside_autocast
 from tinyexperts.ops.collectives import all_gather_tokens, gather_columns, reduce_scatter_products, scatter_columns
 from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
-from tinyexperts.ops.expert_mlp import columns_cpu, cpu, portable
-from tinyexperts.ops.expert_mlp.deferred import defer_gradient, deferring_table
-from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
-from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
-from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.expert_mlp import columns_cpu, portable
+from tinyexperts.ops.expert_mlp.operator import make_table_gradient
+from tinyexperts.ops.expert_mlp.portable import accumulation_dtype, coefficients
 from tinyexperts.ops.rank_groups import RankGroups
 
 
@@ -46,13 +46,16 @@ def expert_mlp_in_columns(
     *,
     sparse: bool,
 ) -> Tensor:
-    """As `expert_mlp`, called by all ranks of the group together, each with as many tokens M.
+    """Compute `expert_mlp` of a table in columns. All ranks of the group call it together, with equally many tokens M.
 
     Args:
         x_MD (float, [M, D]): this rank's tokens.
         experts_NEC (float, [N, E, C]): this rank's C = D/T columns of the table.
-        ids_MP (int64, [M, P]), weights_MP (float, [M, P]): of this rank's tokens; ids are those of the whole table.
-        sparse: as in `expert_mlp`.
+        ids_MP (int64, [M, P]): the experts of this rank's tokens, by their ids in the whole table.
+        weights_MP (float, [M, P]): their router weights.
+        activation (str or None): as in `expert_mlp`.
+        groups (RankGroups): the ranks that hold the other columns, and the replicas.
+        sparse (bool): as in `expert_mlp`.
 
     Returns:
         y_MD (dtype of x, [M, D]).
@@ -67,8 +70,21 @@ class ColumnShard(nn.Parameter):
     """A part of the columns of a table: a mean over D can't be taken of it. A copy is one, too."""
 
 
-def _has_kernels(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not JIT_IS_DISABLED
+@outside_autocast
+@torch.library.custom_op("tinyexperts::expert_mlp_products", mutates_args=())
+def _products(x_MC: Tensor, experts_NEC: Tensor, ids_MP: Tensor, first: int, count: int) -> Tensor:
+    return portable.products(x_MC, experts_NEC, ids_MP, first, count)
+
+
+@outside_autocast
+@torch.library.custom_op("tinyexperts::expert_mlp_weighted_sum", mutates_args=())
+def _weighted_sum(factors_FMP: Tensor, experts_NEC: Tensor, ids_MP: Tensor, first: int) -> Tensor:
+    return portable.weighted_sum(factors_FMP, experts_NEC, ids_MP, first)
+
+
+if not JIT_IS_DISABLED:
+    _products.register_kernel("cpu", columns_cpu.products)
+    _weighted_sum.register_kernel("cpu", columns_cpu.weighted_sum)
 
 
 class _ExpertsInColumns(torch.autograd.Function):
@@ -84,7 +100,6 @@ class _ExpertsInColumns(torch.autograd.Function):
         sparse: bool,
     ) -> Tensor:
         dtype = accumulation_dtype(x_MD, experts_NEC)
-        steps = columns_cpu if _has_kernels(x_MD) else portable
         last = experts_NEC.shape[1] - 1
         group = groups.column_ranks
         ids_of_all = all_gather_tokens(ids_MP, group)
@@ -92,22 +107,22 @@ class _ExpertsInColumns(torch.autograd.Function):
         pre, coefficient = weights_MP.new_empty((0, *weights_MP.shape), dtype=dtype), weights_MP.to(dtype)
         if activation is not None:
             x_of_all = scatter_columns(x_MD.to(dtype), group)
-            pre = reduce_scatter_products(steps.products(x_of_all, experts_NEC, ids_of_all, 0, last), group)
+            pre = reduce_scatter_products(_products(x_of_all, experts_NEC, ids_of_all, 0, last), group)
             coefficient = coefficient * coefficients(pre, activation)
         coefficient_of_all = all_gather_tokens(coefficient, group)
-        y_of_all = steps.weighted_sum(coefficient_of_all.unsqueeze(0), experts_NEC, ids_of_all, last)
+        y_of_all = _weighted_sum(coefficient_of_all.unsqueeze(0), experts_NEC, ids_of_all, last)
         ctx.save_for_backward(x_of_all, experts_NEC, ids_of_all, weights_MP, pre, coefficient_of_all)
-        ctx.activation, ctx.groups, ctx.sparse, ctx.steps = activation, groups, sparse, steps
+        ctx.activation, ctx.groups, ctx.sparse = activation, groups, sparse
         ctx.table = weakref.ref(experts_NEC)
         return gather_columns(y_of_all, group).to(x_MD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_of_all, experts_NEC, ids_of_all, weights_MP, pre, coefficient_of_all = ctx.saved_tensors
-        steps, group, activation = ctx.steps, ctx.groups.column_ranks, ctx.activation
+        group, activation = ctx.groups.column_ranks, ctx.activation
         last = experts_NEC.shape[1] - 1
         grad_y_of_all = scatter_columns(grads[0].to(x_of_all.dtype), group)
-        products = steps.products(grad_y_of_all, experts_NEC, ids_of_all, last, 1)
+        products = _products(grad_y_of_all, experts_NEC, ids_of_all, last, 1)
         grad_coefficient = reduce_scatter_products(products, group)[0]
         grad_weights, grad_x = grad_coefficient, torch.zeros_like(grads[0])
         factors_of_all = coefficient_of_all.unsqueeze(0)
@@ -115,37 +130,29 @@ class _ExpertsInColumns(torch.autograd.Function):
             grad_weights = grad_coefficient * coefficients(pre, activation)
             grad_pre = torch.stack([grad_coefficient * weights_MP * part for part in _derivatives(pre, activation)])
             grad_pre_of_all = torch.stack([all_gather_tokens(part, group) for part in grad_pre])
-            grad_x = gather_columns(steps.weighted_sum(grad_pre_of_all, experts_NEC, ids_of_all, 0), group)
+            grad_x = gather_columns(_weighted_sum(grad_pre_of_all, experts_NEC, ids_of_all, 0), group)
             factors_of_all = torch.cat([grad_pre_of_all, factors_of_all])
         grad_experts = None
         if ctx.needs_input_grad[1]:
-            grad_experts = _table_gradient(ctx, experts_NEC, ids_of_all, factors_of_all, x_of_all, grad_y_of_all)
+            operands = _gather_replicas(ids_of_all, factors_of_all, x_of_all, grad_y_of_all, ctx.groups.replica_ranks)
+            grad_experts = make_table_gradient(ctx, *operands, experts_NEC)
         return grad_x.to(grads[0].dtype), grad_experts, None, grad_weights.to(weights_MP.dtype), None, None, None
 
 
 def _derivatives(pre_FMP: Tensor, activation: str) -> list[Tensor]:
-    """Of what multiplies v, by each product."""
+    """Return the derivatives of v's factor by each product."""
     derivative = activation_derivative(pre_FMP[0], activation)
     if len(pre_FMP) == 1:
         return [derivative]
     return [derivative * pre_FMP[1], activate(pre_FMP[0], activation)]
 
 
-def _table_gradient(
-    ctx: Any, experts_NEC: Tensor, ids_MP: Tensor, factors_EMP: Tensor, x_MC: Tensor, grad_y_MC: Tensor
-) -> Tensor | None:
-    """Of the tokens of all replicas; None where it has been left in deferred form."""
-    if ctx.groups.replica_ranks is not None:
-        ids_MP, grad_y_MC = (all_gather_tokens(t, ctx.groups.replica_ranks) for t in (ids_MP, grad_y_MC))
-        factors_EMP = torch.stack([all_gather_tokens(factors, ctx.groups.replica_ranks) for factors in factors_EMP])
-        if len(x_MC):
-            x_MC = all_gather_tokens(x_MC, ctx.groups.replica_ranks)
-    if (table := deferring_table(ctx.table, factors_EMP.dtype, sparse=ctx.sparse)) is not None:
-        defer_gradient(table, TableGradient(ids_MP, factors_EMP, x_MC, grad_y_MC))
-        return None
-    summed = cpu.sum_by_expert if _has_kernels(x_MC) else portable.sum_by_expert
-    rows, grad_rows = summed(ids_MP, factors_EMP, x_MC, grad_y_MC)
-    grad_rows = grad_rows.to(experts_NEC.dtype)
-    if ctx.sparse:
-        return sparse_gradient(rows, grad_rows, experts_NEC.shape)
-    return grad_rows.new_zeros(experts_NEC.shape).index_copy_(0, rows, grad_rows)
+def _gather_replicas(
+    ids_MP: Tensor, factors_EMP: Tensor, x_MC: Tensor, grad_y_MC: Tensor, replica_ranks: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the table's gradient is made of, for the tokens of all replicas."""
+    if replica_ranks is None:
+        return ids_MP, factors_EMP, x_MC, grad_y_MC
+    factors_EMP = torch.stack([all_gather_tokens(factors, replica_ranks) for factors in factors_EMP])
+    x_MC = all_gather_tokens(x_MC, replica_ranks) if len(x_MC) else x_MC
+    return all_gather_tokens(ids_MP, replica_ranks), factors_EMP, x_MC, all_gather_tokens(grad_y_MC, replica_ranks)

@@ -1,7 +1,7 @@
-"""The two steps of expert_mlp by themselves on the CPU: products with the experts' vectors, and weighted sums of them.
+"""The two steps of expert_mlp apart on the CPU: products with the experts' vectors, and weighted sums of them.
 
-With the loop order of cpu.py; for tables whose columns lie on several ranks, where a product is whole only after its
-parts have been summed.
+They take the loop order of cpu.py, and are for tables whose columns are on several ranks, where a product is whole only
+after its parts have been summed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinyexperts.ops.expert_mlp.simd import add_1, add_4, pairs_ahead, products_
 
 
 def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, count: int) -> Tensor:
-    """x . vector of each of a token's experts, for `count` vectors from `first` on, in the type of x: [count, M, P]."""
+    """Return the products of x with `count` vectors from `first` on of each token's experts, [count, M, P]."""
     out = torch.empty((count, *ids_MP.shape), dtype=x_MD.dtype, device="cpu")
     parallel_for(
         _products,
@@ -34,7 +34,7 @@ def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, coun
 
 
 def weighted_sum(factors_FMP: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int) -> Tensor:
-    """The sum over a token's experts and F vectors from `first` on of factor * vector, in the factors' type: [M, D]."""
+    """Return the sum over a token's experts and F vectors from `first` on of factor * vector, [M, D]."""
     y = torch.empty((len(ids_MP), experts_NED.shape[2]), dtype=factors_FMP.dtype, device="cpu")
     parallel_for(
         _weighted_sum,

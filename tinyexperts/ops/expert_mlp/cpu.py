@@ -1,8 +1,8 @@
 """The sum of a token's retrieved experts on the CPU; must match reference.py.
 
 A token's experts are visited in groups of four: their products with the token, the activation, then one pass that adds
-all four to the output (simd.py). The backward pass is the same with other vectors; it leaves a factor for each pair
-and vector, from which row_sums.py sums the gradient of each touched row.
+all four to the output (simd.py). The backward pass is the same with other vectors; it also writes a factor for each
+pair (a token and one of its experts) and vector, from which row_sums.py sums the gradient of each touched row.
 
 Every token is summed by one thread in a fixed order: the bits don't depend on the number of threads.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.cpu.compile import array_of, array_of_weights, inlined, kernel
 from tinyexperts.ops.cpu.threads import parallel_for
-from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
-from tinyexperts.ops.expert_mlp.row_sums import sum_touched_rows, touched_rows
+from tinyexperts.ops.expert_mlp.portable import accumulation_dtype, coefficients
+from tinyexperts.ops.expert_mlp.row_sums import find_touched_rows, sum_gradient_rows
 from tinyexperts.ops.expert_mlp.simd import (
     add_1,
     add_4,
@@ -30,6 +30,7 @@ from tinyexperts.ops.expert_mlp.simd import (
     products_of_1,
     products_of_4,
 )
+from tinyexperts.ops.indices import check_indices
 
 # Elements of gathered rows that are worth a part of their own.
 _MIN_ELEMENTS = 1 << 16
@@ -44,8 +45,10 @@ def expert_mlp(
     weights_MP: Tensor,
     activation: str | None,
     scales_NE: Tensor | None = None,
+    _sparse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y [M, D] and the pre-activations [E - 1, M, P]."""
+    """Return y [M, D] and the pre-activations [E - 1, M, P]. How the table's gradient is given is not read here."""
+    check_indices("ids", ids_MP, len(experts_NED))
     num_tokens, num_retrieved = ids_MP.shape
     num_vectors = experts_NED.shape[1]
     dtype = accumulation_dtype(x_MD, experts_NED)
@@ -68,13 +71,7 @@ def expert_mlp(
     return y.to(x_MD.dtype), pre_activations
 
 
-def sum_by_expert(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """The touched rows' ids [R], ascending, and gradients [R, E, D], from the factors of `backward_of_tokens`."""
-    rows, order, starts = touched_rows(ids_MP)
-    return rows, sum_touched_rows(order, starts, factors_EMP, x_MD, grad_y_MD)
-
-
-def backward_of_tokens(
+def expert_mlp_backward(
     grad_y_MD: Tensor,
     x_MD: Tensor,
     experts_NED: Tensor,
@@ -84,10 +81,10 @@ def backward_of_tokens(
     activation: str | None,
     scales_NE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and of the weights, and the factors [E, M, P] that the table's gradient is made of.
+    """Return the gradients of x and of the weights, and the factors [E, M, P] of the table's gradient.
 
-    A factor is what multiplies x (for u and w) or grad_y (for v) in the gradient of an expert: one number a pair and
-    vector, in the type that is computed in.
+    A factor multiplies x (for u and w) or grad_y (for v) in the gradient of an expert: one number a pair and vector,
+    in the type of the computation.
     """
     dtype = accumulation_dtype(x_MD, experts_NED)
     grad_x = torch.empty(x_MD.shape, dtype=dtype, device="cpu")
@@ -113,13 +110,21 @@ def backward_of_tokens(
     return grad_x.to(x_MD.dtype), grad_weights.to(weights_MP.dtype), factors_EMP
 
 
+def gradient_rows(
+    ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the touched rows [R], ascending, and their gradients [R, E, D], in the table's type."""
+    rows, order, starts = find_touched_rows(ids_MP)
+    return rows, sum_gradient_rows(order, starts, factors_EMP, x_MD, grad_y_MD).to(experts_NED.dtype)
+
+
 def min_tokens(experts_NED: Tensor, num_retrieved: int) -> int:
-    """Tokens that are worth a thread of their own."""
+    """Return the number of tokens that are worth a part of their own."""
     return max(1, _MIN_ELEMENTS // max(1, num_retrieved * experts_NED.shape[1] * experts_NED.shape[2]))
 
 
 def _array_of_scales(scales_NE: Tensor | None, dtype: torch.dtype) -> Any:
-    """[N, E], or none at all."""
+    """Return the scales [N, E], or an empty array where the table has none."""
     return _no_scales(dtype) if scales_NE is None else array_of(scales_NE.to(dtype))
 
 
@@ -130,14 +135,14 @@ def _no_scales(dtype: torch.dtype) -> Any:
 
 @functools.cache
 def _constants(dtype: torch.dtype) -> Any:
-    """0, 1/2 and sqrt(1/2) in the type that is computed in: Python's literals would widen fp32 to fp64."""
+    """Return 0, 1/2 and sqrt(1/2) in the type of the computation: Python's literals would widen fp32 to fp64."""
     return np.array([0.0, 0.5, math.sqrt(0.5)], dtype=np.float64 if dtype == torch.float64 else np.float32)
 
 
 def _coefficients_and_derivatives(
     pre_activations_FMP: Tensor, activation: str | None, weights_MP: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What multiplies v [M, P], and its derivatives by each product [E - 1, M, P]."""
+    """Return the factors of v [M, P], without router weights, and their derivatives by each product [E - 1, M, P]."""
     if activation is None:
         return torch.ones_like(weights_MP), pre_activations_FMP
     derivative = activation_derivative(pre_activations_FMP[0], activation)
@@ -149,6 +154,7 @@ def _coefficients_and_derivatives(
 
 @inlined
 def _activate(h: Any, activation: int, constants: Any) -> Any:
+    """Return act(h)."""
     zero, half, root_half = constants[0], constants[1], constants[2]
     if activation == 1:
         return h * half * (half + half + math.erf(h * root_half))
@@ -160,13 +166,13 @@ def _activate(h: Any, activation: int, constants: Any) -> Any:
 
 @inlined
 def _scale(scales: Any, i: int, vector: int, one: Any) -> Any:
-    """What a vector's elements are to be multiplied by."""
+    """Return the scale of a vector: 1 if the table has none."""
     return scales[i, vector] if len(scales) > 0 else one
 
 
 @inlined
 def _coefficient(h: Any, vector: int, activation: int, constants: Any) -> Any:
-    """The part of v's coefficient that comes from the product with a vector."""
+    """Return the part of v's factor that comes from the product with a vector: act(u . x), or w . x."""
     return _activate(h, activation, constants) if vector == 0 else h
 
 
@@ -184,28 +190,36 @@ def _forward(
     start: int,
     stop: int,
 ) -> None:
+    """Compute y and the pre-activations of the tokens start..stop."""
     ids, num_retrieved = ids_MP.reshape(-1), ids_MP.shape[1]
     last, zero, one, ahead = experts.shape[1] - 1, constants[0], constants[1] + constants[1], pairs_ahead(experts)
     for m in range(start, stop):
         y[m] = zero
+        # Four experts at a time: the token's lanes are loaded once for all four, and so are y's.
         for p in range(0, num_retrieved - 3, 4):
             pair = m * num_retrieved + p
             i0, i1, i2, i3 = ids[pair], ids[pair + 1], ids[pair + 2], ids[pair + 3]
+            # products_of_4 and add_4 prefetch the vectors themselves.
             prefetch_scales_of_4(scales, ids, pair + ahead)
-            # In variables: read back from `pre`, the products would cost a fifth of the arithmetic.
+            # The factors of v begin with the router weights. In variables: read back from `pre`, the products would
+            # cost a fifth of the arithmetic.
             factor0, factor1, factor2, factor3 = weights[m, p], weights[m, p + 1], weights[m, p + 2], weights[m, p + 3]
+            # u, and w of gated experts. A scale is a factor of the whole product, and so applied once, not to elements.
             for vector in range(last):
                 h0, h1, h2, h3 = products_of_4(experts, ids, pair, pair + ahead, vector, x, m)
                 h0, h1 = h0 * _scale(scales, i0, vector, one), h1 * _scale(scales, i1, vector, one)
                 h2, h3 = h2 * _scale(scales, i2, vector, one), h3 * _scale(scales, i3, vector, one)
+                # Kept for the backward pass, which needs the activation's derivative there.
                 pre[vector, m, p], pre[vector, m, p + 1], pre[vector, m, p + 2], pre[vector, m, p + 3] = h0, h1, h2, h3
                 factor0 *= _coefficient(h0, vector, activation, constants)
                 factor1 *= _coefficient(h1, vector, activation, constants)
                 factor2 *= _coefficient(h2, vector, activation, constants)
                 factor3 *= _coefficient(h3, vector, activation, constants)
+            # v's own scale, and all four experts into y in one pass.
             factor0, factor1 = factor0 * _scale(scales, i0, last, one), factor1 * _scale(scales, i1, last, one)
             factor2, factor3 = factor2 * _scale(scales, i2, last, one), factor3 * _scale(scales, i3, last, one)
             add_4(experts, ids, pair, pair + ahead, last, (factor0, factor1, factor2, factor3), y, m)
+        # The same for the up to three experts that are left.
         for p in range(num_retrieved // 4 * 4, num_retrieved):
             pair = m * num_retrieved + p
             factor0 = weights[m, p]
@@ -218,7 +232,7 @@ def _forward(
 
 
 @inlined
-def _leave(
+def _write_pair(
     grad_value: Any,
     m: int,
     p: int,
@@ -228,10 +242,13 @@ def _leave(
     grad_weights: Any,
     factors: Any,
 ) -> None:
-    """The weight's gradient and the factors of one pair, from the product of its v with grad_y."""
+    """Write the weight's gradient and the factors of one pair, from the product of its v with grad_y."""
     last = len(factors) - 1
+    # y holds weight * coefficient * v, so the weight's gradient is coefficient * (v . grad_y),
     grad_weights[m, p] = grad_value * coefficient[m, p]
+    # v's is weight * coefficient times grad_y,
     factors[last, m, p] = weights[m, p] * coefficient[m, p]
+    # and u's and w's are the derivatives of the coefficient times x.
     for vector in range(last):
         factors[vector, m, p] = grad_value * weights[m, p] * derivatives[vector, m, p]
 
@@ -252,21 +269,26 @@ def _backward(
     start: int,
     stop: int,
 ) -> None:
+    """Compute the gradients of x and of the weights, and the factors, of the tokens start..stop."""
     ids, num_retrieved = ids_MP.reshape(-1), ids_MP.shape[1]
     last, zero, one, ahead = experts.shape[1] - 1, constants[0], constants[1] + constants[1], pairs_ahead(experts)
     for m in range(start, stop):
         grad_x[m] = zero
+        # As forward, with the vectors' parts exchanged: v is multiplied with grad_y, u and w are added to grad_x.
         for p in range(0, num_retrieved - 3, 4):
             pair = m * num_retrieved + p
             i0, i1, i2, i3 = ids[pair], ids[pair + 1], ids[pair + 2], ids[pair + 3]
             prefetch_scales_of_4(scales, ids, pair + ahead)
+            # Each expert's v . grad_y, the gradient of its whole factor.
             h0, h1, h2, h3 = products_of_4(experts, ids, pair, pair + ahead, last, grad_y, m)
             h0, h1 = h0 * _scale(scales, i0, last, one), h1 * _scale(scales, i1, last, one)
             h2, h3 = h2 * _scale(scales, i2, last, one), h3 * _scale(scales, i3, last, one)
-            _leave(h0, m, p, weights, coefficient, derivatives, grad_weights, factors)
-            _leave(h1, m, p + 1, weights, coefficient, derivatives, grad_weights, factors)
-            _leave(h2, m, p + 2, weights, coefficient, derivatives, grad_weights, factors)
-            _leave(h3, m, p + 3, weights, coefficient, derivatives, grad_weights, factors)
+            # The table's gradient is not summed here: an expert's pairs are spread over tokens, and threads.
+            _write_pair(h0, m, p, weights, coefficient, derivatives, grad_weights, factors)
+            _write_pair(h1, m, p + 1, weights, coefficient, derivatives, grad_weights, factors)
+            _write_pair(h2, m, p + 2, weights, coefficient, derivatives, grad_weights, factors)
+            _write_pair(h3, m, p + 3, weights, coefficient, derivatives, grad_weights, factors)
+            # The factors that multiply x in u's and w's gradient multiply u and w in x's.
             for vector in range(last):
                 scaled = (
                     factors[vector, m, p] * _scale(scales, i0, vector, one),
@@ -275,11 +297,12 @@ def _backward(
                     factors[vector, m, p + 3] * _scale(scales, i3, vector, one),
                 )
                 add_4(experts, ids, pair, pair + ahead, vector, scaled, grad_x, m)
+        # The same for the up to three experts that are left.
         for p in range(num_retrieved // 4 * 4, num_retrieved):
             pair = m * num_retrieved + p
             h0 = products_of_1(experts, ids, pair, pair + ahead, last, grad_y, m)[0]
             h0 *= _scale(scales, ids[pair], last, one)
-            _leave(h0, m, p, weights, coefficient, derivatives, grad_weights, factors)
+            _write_pair(h0, m, p, weights, coefficient, derivatives, grad_weights, factors)
             for vector in range(last):
                 factor = factors[vector, m, p] * _scale(scales, ids[pair], vector, one)
                 add_1(experts, ids, pair, pair + ahead, vector, (factor,), grad_x, m)

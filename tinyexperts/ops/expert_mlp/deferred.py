@@ -1,9 +1,9 @@
-"""A scope in which backward passes leave a table's gradient in deferred form, for a step that sums each row itself.
+"""A scope in which backward passes leave a table's gradient in deferred form, for a step that sums each row on its way.
 
-The gradient is in `.grad` all the same, as a tensor (`DeferredGradient`) that holds the pairs it is made of: only
-RowSparseAdam and clip_gradient_norm_ read those, and any other use writes it out as the sparse_coo gradient that it is.
-So whatever looks at `.grad` or empties it (zero_grad, accumulation, other optimisers, torch.amp.GradScaler) does what
-it does outside the scope. Whether a pass asks for the table's gradient at all, autograd's engine knows.
+The gradient is in `.grad` all the same, as a tensor (`DeferredGradient`) that holds what it is made of: only
+RowSparseAdam and clip_gradient_norm_ read that, and any other use writes it out as the sparse_coo gradient that it is.
+So whatever looks at `.grad` or empties it (zero_grad, accumulation, other optimizers, torch.amp.GradScaler) does what
+it does outside the scope. Autograd's engine knows if a pass wants the table's gradient at all.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _deferring: ContextVar[tuple[Tensor, ...]] = ContextVar("deferring", default=())
 class DeferredGradient(Tensor):
     """The gradient of a table [N, E, D] (sparse_coo, of the table's type), written out at its first use as a tensor."""
 
-    def __new__(cls, table: Tensor, pairs: TableGradient) -> DeferredGradient:
+    def __new__(cls, table: Tensor, pending: TableGradient) -> DeferredGradient:
         return Tensor._make_wrapper_subclass(
             cls, table.shape, dtype=table.dtype, device=table.device, layout=torch.sparse_coo
         )
 
-    def __init__(self, table: Tensor, pairs: TableGradient) -> None:
-        self.pairs: TableGradient | None = pairs
-        """What it is made of; None once it has been written out."""
+    def __init__(self, table: Tensor, pending: TableGradient) -> None:
+        self.pending: TableGradient | None = pending
+        """The gradient in deferred form; None once it has been written out."""
         self._written: Tensor | None = None
 
     def written(self) -> Tensor:
         """Return the gradient as a sparse_coo tensor of the touched rows, the same one at each call."""
         if self._written is None:
-            assert self.pairs is not None
-            rows, values = self.pairs.rows_and_values()
+            assert self.pending is not None
+            rows, values = self.pending.rows_and_values()
             self._written = sparse_gradient(rows, values.to(self.dtype), self.shape)
-            self.pairs = None
+            self.pending = None
         return self._written
 
     @classmethod
@@ -69,8 +69,8 @@ class DeferredGradient(Tensor):
 
 
 def pending_gradient(gradient: Tensor) -> TableGradient | None:
-    """Return what a gradient is made of where it is in deferred form; None where it is, or has been, written out."""
-    return gradient.pairs if isinstance(gradient, DeferredGradient) else None
+    """Return a gradient's deferred form; None where it is, or has been, written out."""
+    return gradient.pending if isinstance(gradient, DeferredGradient) else None
 
 
 def supports_deferred(table: Tensor) -> bool:
@@ -84,7 +84,7 @@ def deferred_table_gradients(tables: Iterable[Tensor]) -> Iterator[None]:
     """Make backward passes in the scope leave the gradients of these tables in deferred form in `.grad`.
 
     Raises:
-        InputError: a table that is no leaf, is elsewhere than on the CPU, is of another type, or has a hook.
+        InputError: a table that is no leaf, is not on the CPU, is of another type, or has a hook.
     """
     tables = tuple(tables)
     for table in tables:
@@ -101,8 +101,8 @@ def deferred_table_gradients(tables: Iterable[Tensor]) -> Iterator[None]:
         _deferring.reset(token)
 
 
-def deferring_table(reference: weakref.ref[Tensor], gradient_dtype: torch.dtype, *, sparse: bool) -> Tensor | None:
-    """Return the table whose gradient the running backward pass is to leave in deferred form; None where it is not.
+def find_deferring_table(reference: weakref.ref[Tensor], gradient_dtype: torch.dtype, *, sparse: bool) -> Tensor | None:
+    """Return the table whose gradient the running backward pass must defer; None where it must not.
 
     Raises:
         InputError: a layer whose gradient is dense, or a hook that wants the gradient.
@@ -122,9 +122,9 @@ def deferring_table(reference: weakref.ref[Tensor], gradient_dtype: torch.dtype,
     return table
 
 
-def defer_gradient(table: Tensor, pairs: TableGradient) -> None:
+def defer_gradient(table: Tensor, pending: TableGradient) -> None:
     """Accumulate a gradient in `.grad`; where there is none yet it stays in deferred form."""
-    gradient = DeferredGradient(table, pairs)
+    gradient = DeferredGradient(table, pending)
     if table.grad is None:
         table.grad = gradient
     else:

@@ -1,6 +1,7 @@
 """The operator tinyexperts::expert_mlp: the weighted sum of the experts a token retrieved, and its backward pass.
 
 Saved for the backward pass: ids, weights and pre-activations, O(M (D + P)); never the gathered rows [M, P, E, D].
+Each operator's own function is the portable implementation; a device's kernels are registered at the end.
 """
 
 from __future__ import annotations
@@ -17,14 +18,11 @@ from tinyexperts.ops.activation import check_activation
 from tinyexperts.ops.autocast import outside_autocast
 from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
 from tinyexperts.ops.expert_mlp import cpu, portable
-from tinyexperts.ops.expert_mlp.deferred import defer_gradient, deferring_table
-from tinyexperts.ops.expert_mlp.reference import accumulation_dtype
+from tinyexperts.ops.expert_mlp.deferred import defer_gradient, find_deferring_table
+from tinyexperts.ops.expert_mlp.portable import accumulation_dtype
 from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
 from tinyexperts.ops.forward_mode import refuse_forward_mode
-
-# By the type of device; the others have the portable one.
-_KERNELS: dict[str, Any] = {} if JIT_IS_DISABLED else {"cpu": cpu}
 
 
 def expert_mlp(
@@ -45,10 +43,12 @@ def expert_mlp(
             (u, w, v).
         ids_MP (int64, [M, P]): the experts of each token, 0 <= id < N; one may repeat.
         weights_MP (float, [M, P]): their router weights.
-        activation: "gelu", "relu", "relu2" or "silu"; None for E = 1, whose experts don't look at x, and only there.
-        scales_NE (float, [N, E]): for an int8 table, and only there: what each vector is to be multiplied by
-            (`quantize_vectors` makes both). It takes no gradient.
-        sparse: give the table's gradient as a sparse_coo tensor of the touched rows, as nn.Embedding(sparse=True) does.
+        activation (str or None): "gelu", "relu", "relu2" or "silu"; None for E = 1, whose experts don't look at x,
+            and only there.
+        scales_NE (float, [N, E]): the factor of each vector of an int8 table, and only there (`quantize_vectors`
+            makes both). It takes no gradient.
+        sparse (bool): give the table's gradient as a sparse_coo tensor of the touched rows, as
+            nn.Embedding(sparse=True) does.
 
     Returns:
         y_MD (dtype of x, [M, D]): sums kept in fp32 (fp64 for fp64).
@@ -93,14 +93,7 @@ def expert_mlp(
     return y
 
 
-def _check_ids(ids_MP: Tensor, num_experts: int) -> None:
-    # Only on the CPU: on an accelerator reading the extremes would wait for it, and indexing asserts there anyway.
-    if ids_MP.device.type == "cpu" and ids_MP.numel():
-        low, high = (int(extreme) for extreme in ids_MP.aminmax())
-        if low < 0 or high >= num_experts:
-            raise InputError(f"ids must be between 0 and N - 1 = {num_experts - 1}, got {low if low < 0 else high}")
-
-
+@outside_autocast
 @torch.library.custom_op("tinyexperts::expert_mlp", mutates_args=())
 def _expert_mlp(
     x_MD: Tensor,
@@ -111,11 +104,7 @@ def _expert_mlp(
     scales_NE: Tensor | None,
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_ids(ids_MP, experts_NED.shape[0])
-    with outside_autocast(x_MD.device.type):
-        kernels = _KERNELS.get(x_MD.device.type, portable)
-        result: tuple[Tensor, Tensor] = kernels.expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, scales_NE)
-        return result
+    return portable.expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, scales_NE)
 
 
 @_expert_mlp.register_fake
@@ -136,15 +125,16 @@ def _(
 
 
 def _break_graph_before_sparse_gradient(experts_NED: Tensor) -> None:
-    """Let torch.compile run the operator outside its graph, where that takes no rows whose number the data say.
+    """Let torch.compile run the operator outside its graph, unless its graphs take a number of rows that data decide.
 
-    It takes them with fullgraph=True. Refused in the backward pass only, they would be an error of its compiler.
+    They take it with fullgraph=True. Refused in the backward pass only, it would be an error of the compiler.
     """
     shape_env = experts_NED.fake_mode.shape_env if isinstance(experts_NED, FakeTensor) else None
     if shape_env is not None and not shape_env.allow_dynamic_output_shape_ops:
         raise DynamicOutputShapeException(torch.ops.tinyexperts.expert_mlp.default)
 
 
+@outside_autocast
 @torch.library.custom_op("tinyexperts::expert_mlp_backward", mutates_args=())
 def _expert_mlp_backward(
     grad_y_MD: Tensor,
@@ -156,13 +146,10 @@ def _expert_mlp_backward(
     activation: str | None,
     scales_NE: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and of the weights, and the factors [E, M, P] that the table's gradient is made of."""
-    with outside_autocast(x_MD.device.type):
-        kernels = _KERNELS.get(x_MD.device.type, portable)
-        gradients: tuple[Tensor, Tensor, Tensor] = kernels.backward_of_tokens(
-            grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation, scales_NE
-        )
-        return gradients
+    """Return the gradients of x and of the weights, and the factors [E, M, P] of the table's gradient."""
+    return portable.expert_mlp_backward(
+        grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation, scales_NE
+    )
 
 
 @_expert_mlp_backward.register_fake
@@ -180,15 +167,13 @@ def _(
     return x_MD.new_empty(x_MD.shape), weights_MP.new_empty(weights_MP.shape), factors
 
 
+@outside_autocast
 @torch.library.custom_op("tinyexperts::expert_mlp_gradient_rows", mutates_args=())
 def _gradient_rows(
     ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The touched rows [R], ascending, and their gradients [R, E, D]: how many there are, the data say."""
-    with outside_autocast(x_MD.device.type):
-        kernels = _KERNELS.get(x_MD.device.type, portable)
-        rows, grad_rows_RED = kernels.sum_by_expert(ids_MP, factors_EMP, x_MD, grad_y_MD)
-        return rows, grad_rows_RED.to(experts_NED.dtype)
+    """Return the touched rows [R], ascending, and their gradients [R, E, D]. R depends on the data."""
+    return portable.gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)
 
 
 @_gradient_rows.register_fake
@@ -199,12 +184,13 @@ def _(
     return ids_MP.new_empty((num_rows,)), experts_NED.new_empty((num_rows, *experts_NED.shape[1:]))
 
 
-# By itself, since torch.compile takes no operator whose output's shape the data say.
+# An operator of its own, since torch.compile takes none whose output's shape depends on the data.
+@outside_autocast
 @torch.library.custom_op("tinyexperts::expert_mlp_dense_gradient", mutates_args=())
 def _dense_gradient(
     ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
 ) -> Tensor:
-    """The gradient of the whole table [N, E, D]."""
+    """Return the gradient of the whole table [N, E, D]."""
     rows, grad_rows_RED = _gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)
     grad_experts_NED: Tensor = grad_rows_RED.new_zeros(experts_NED.shape)
     return grad_experts_NED.index_copy_(0, rows, grad_rows_RED)
@@ -222,21 +208,34 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
 
 
+def make_table_gradient(
+    ctx: Any, ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
+) -> Tensor | None:
+    """Return the table's gradient, sparse or dense as `ctx` says; None where it is deferred."""
+    if (table := find_deferring_table(ctx.table, factors_EMP.dtype, sparse=ctx.sparse)) is not None:
+        defer_gradient(table, TableGradient(ids_MP, factors_EMP, x_MD, grad_y_MD))
+        return None
+    if ctx.sparse:
+        rows, grad_rows_RED = _gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)
+        return sparse_gradient(rows, grad_rows_RED, experts_NED.shape)
+    gradient: Tensor = _dense_gradient(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)
+    return gradient
+
+
 def _backward(ctx: Any, grad_y_MD: Tensor, _grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
     *saved, scales_NE = ctx.saved_tensors  # activation checkpointing lets them be unpacked once
     x_MD, experts_NED, ids_MP = saved[:3]
     grad_x, grad_weights, factors_EMP = _expert_mlp_backward(grad_y_MD, *saved, ctx.activation, scales_NE)
     grad_experts = None
     if ctx.needs_input_grad[1]:
-        operands = ids_MP, factors_EMP, x_MD, grad_y_MD
-        if (table := deferring_table(ctx.table, factors_EMP.dtype, sparse=ctx.sparse)) is not None:
-            defer_gradient(table, TableGradient(*operands))
-        elif ctx.sparse:
-            rows, grad_rows_RED = _gradient_rows(*operands, experts_NED)
-            grad_experts = sparse_gradient(rows, grad_rows_RED, experts_NED.shape)
-        else:
-            grad_experts = _dense_gradient(*operands, experts_NED)
+        grad_experts = make_table_gradient(ctx, ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)
     return grad_x, grad_experts, None, grad_weights, None, None, None
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+# A device's kernel takes what its operator takes; devices without one run the operator's own function, in plain torch.
+if not JIT_IS_DISABLED:
+    _expert_mlp.register_kernel("cpu", cpu.expert_mlp)
+    _expert_mlp_backward.register_kernel("cpu", cpu.expert_mlp_backward)
+    _gradient_rows.register_kernel("cpu", cpu.gradient_rows)

@@ -15,17 +15,28 @@ from torch import Tensor
 
 from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
-from tinyexperts.ops.expert_mlp.reference import accumulation_dtype, coefficients
+from tinyexperts.ops.indices import check_indices
 
 # Elements of gathered vectors [m, P, D] that one chunk of tokens may hold: 2 MiB of fp32 stay in the cache.
 _CHUNK_ELEMENTS = 1 << 19
 
 
+def accumulation_dtype(x_MD: Tensor, experts_NED: Tensor) -> torch.dtype:
+    """Return the type that sums are kept in: fp32, or fp64 where an operand has it."""
+    return torch.promote_types(torch.promote_types(x_MD.dtype, experts_NED.dtype), torch.float32)
+
+
+def coefficients(pre_activations_FMP: Tensor, activation: str) -> Tensor:
+    """Return the factors of v in e(x), [M, P], from the products with u (and w), [E - 1, M, P]."""
+    hidden = activate(pre_activations_FMP[0], activation)
+    return hidden * pre_activations_FMP[1] if len(pre_activations_FMP) == 2 else hidden
+
+
 class _Vectors:
     """The vectors of a table's experts, as numbers of type `dtype`, for the tokens that retrieved them.
 
-    They are gathered in chunks of tokens. What is stored in another type goes through memory that is used again: on a
-    CPU, fresh pages would cost more than the gathering.
+    They are gathered in chunks of tokens. A table of another type is converted in memory that is used again: on a CPU,
+    fresh pages would cost more than the gathering.
     """
 
     def __init__(self, experts_NED: Tensor, scales_NE: Tensor | None, ids_MP: Tensor, dtype: torch.dtype) -> None:
@@ -41,14 +52,14 @@ class _Vectors:
             self._numbers = torch.empty_like(self._stored, dtype=dtype)
 
     def products(self, x_MD: Tensor, vector: int) -> Tensor:
-        """Of each token with one vector of each of its experts, [M, P]."""
+        """Return the products of each token with one vector of each of its experts, [M, P]."""
         out = x_MD.new_empty(self._ids_MP.shape, dtype=self._dtype)
         for tokens in self._chunks:
             out[tokens] = torch.einsum("md,mpd->mp", x_MD[tokens].to(self._dtype), self._gather(vector, tokens))
         return out
 
     def weighted_sum(self, factors_MP: Tensor, vector: int) -> Tensor:
-        """The sum of factor * vector over each token's experts, [M, D]."""
+        """Return the sum of factor * vector over each token's experts, [M, D]."""
         if not self._converted:  # read where they are: 3 times faster on a CPU
             positions = self._ids_MP * self._num_vectors + vector
             return F.embedding_bag(positions, self._flat_experts, mode="sum", per_sample_weights=factors_MP)
@@ -72,13 +83,13 @@ class _Vectors:
 
 
 def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, count: int) -> Tensor:
-    """x . vector of each of a token's experts, for `count` vectors from `first` on, in the type of x: [count, M, P]."""
+    """Return the products of x with `count` vectors from `first` on of each token's experts, [count, M, P]."""
     vectors = _Vectors(experts_NED, None, ids_MP, x_MD.dtype)
     return torch.stack([vectors.products(x_MD, vector) for vector in range(first, first + count)])
 
 
 def weighted_sum(factors_FMP: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int) -> Tensor:
-    """The sum over a token's experts and F vectors from `first` on of factor * vector, in the factors' type: [M, D]."""
+    """Return the sum over a token's experts and F vectors from `first` on of factor * vector, [M, D]."""
     vectors = _Vectors(experts_NED, None, ids_MP, factors_FMP.dtype)
     y = factors_FMP.new_zeros((len(ids_MP), experts_NED.shape[2]))
     for vector, factors_MP in enumerate(factors_FMP, start=first):
@@ -94,7 +105,8 @@ def expert_mlp(
     activation: str | None,
     scales_NE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y [M, D] and the pre-activations [E - 1, M, P]."""
+    """Return y [M, D] and the pre-activations [E - 1, M, P]."""
+    check_indices("ids", ids_MP, len(experts_NED))
     last = experts_NED.shape[1] - 1
     dtype = accumulation_dtype(x_MD, experts_NED)
     vectors = _Vectors(experts_NED, scales_NE, ids_MP, dtype)
@@ -107,7 +119,7 @@ def expert_mlp(
     return vectors.weighted_sum(factors, last).to(x_MD.dtype), pre_activations
 
 
-def backward_of_tokens(
+def expert_mlp_backward(
     grad_y_MD: Tensor,
     x_MD: Tensor,
     experts_NED: Tensor,
@@ -117,10 +129,9 @@ def backward_of_tokens(
     activation: str | None,
     scales_NE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and of the weights, and the factors [E, M, P] that the table's gradient is made of.
+    """Return the gradients of x and of the weights, and the factors [E, M, P] of the table's gradient.
 
-    A factor is what multiplies x (for u and w) or grad_y (for v) in the gradient of an expert: one number a pair and
-    vector.
+    A factor multiplies x (for u and w) or grad_y (for v) in the gradient of an expert: one number a pair and vector.
     """
     num_vectors = experts_NED.shape[1]
     last = num_vectors - 1
@@ -144,11 +155,12 @@ def backward_of_tokens(
     return grad_x.to(x_MD.dtype), grad_weights.to(weights_MP.dtype), factors_EMP
 
 
-def sum_by_expert(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """Touched ids [R], ascending, and for each vector e the sum over an expert's pairs of factor * operand's token.
+def gradient_rows(
+    ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the touched rows [R], ascending, and their gradients [R, E, D], in the table's type.
 
-    The operand is grad_y for the last vector and x for the others.
-
+    The gradient of a vector is the sum over its expert's pairs of factor * token of grad_y (for v) or x (the others).
     Pairs are sorted stably by expert, so that a row is one bag, summed by one thread in the order of the tokens. The
     bags come in chunks, since the memory of one large result would be new each time, and cost more than the sums.
     """
@@ -172,4 +184,4 @@ def sum_by_expert(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: 
                 mode="sum",
                 per_sample_weights=factors[first:last],
             )
-    return rows, sums_RED
+    return rows, sums_RED.to(experts_NED.dtype)

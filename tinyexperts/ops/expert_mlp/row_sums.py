@@ -1,4 +1,4 @@
-"""The gradients of the rows that a batch touched, from the factors that the backward pass leaves (cpu.py).
+"""The gradients of the rows that a batch touched, from the factors that the backward pass writes (cpu.py).
 
 Each row is summed by one thread in the order of its tokens: the bits don't depend on the number of threads.
 """
@@ -18,8 +18,11 @@ from tinyexperts.ops.cpu.threads import parallel_for
 _MIN_ELEMENTS = 1 << 16
 
 
-def touched_rows(ids_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Touched ids [R], ascending; the pairs sorted stably by id [M*P]; where each row's pairs start, and their end."""
+def find_touched_rows(ids_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the touched rows [R], ascending, the pairs sorted stably by row [M*P], and the first pair of each row.
+
+    One start more is the end of the last row's pairs.
+    """
     sorted_ids, order = ids_MP.flatten().sort(stable=True)
     rows, starts = torch.empty_like(order), order.new_empty(len(order) + 1)
     num_rows = _find_starts(array_of(sorted_ids), array_of(rows), array_of(starts))
@@ -34,13 +37,13 @@ def sparse_gradient(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
     )
 
 
-def sum_touched_rows(order: Tensor, starts: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> Tensor:
-    """The gradients of the touched rows [R, E, D], in the factors' type."""
+def sum_gradient_rows(order: Tensor, starts: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> Tensor:
+    """Return the gradients of the touched rows [R, E, D], in the factors' type."""
     num_vectors, _, num_retrieved = factors_EMP.shape
     dtype = factors_EMP.dtype
     grad_rows = huge_pages.empty(len(starts) - 1, num_vectors, x_MD.shape[1], dtype=dtype)
     parallel_for(
-        _sum_touched_rows,
+        _sum_gradient_rows,
         len(grad_rows),
         array_of(order),
         array_of(starts),
@@ -56,6 +59,7 @@ def sum_touched_rows(order: Tensor, starts: Tensor, factors_EMP: Tensor, x_MD: T
 
 @kernel
 def _find_starts(sorted_ids: Any, rows: Any, starts: Any) -> int:
+    """Write the rows and where their pairs start; return how many rows there are."""
     num_rows = 0
     for pair in range(len(sorted_ids)):
         if pair == 0 or sorted_ids[pair] != sorted_ids[pair - 1]:
@@ -66,10 +70,13 @@ def _find_starts(sorted_ids: Any, rows: Any, starts: Any) -> int:
 
 
 @inlined
-def sum_row(
+def sum_gradient_row(
     order: Any, starts: Any, factors: Any, x: Any, grad_y: Any, num_retrieved: int, r: int, out: Any, out_row: int
 ) -> None:
-    """out[out_row] = for each vector the sum over row r's pairs, as their tokens come, of factor * operand's token."""
+    """Write the gradient of row r to out[out_row]: for each vector the sum over the row's pairs of factor * token.
+
+    The tokens are those of grad_y for the last vector (v) and of x for the others, in their order.
+    """
     num_vectors, dim = out.shape[1:]
     for vector in range(num_vectors):
         operand = grad_y if vector == num_vectors - 1 else x
@@ -85,7 +92,7 @@ def sum_row(
 
 
 @kernel
-def _sum_touched_rows(
+def _sum_gradient_rows(
     order: Any,
     starts: Any,
     factors: Any,
@@ -97,4 +104,4 @@ def _sum_touched_rows(
     stop: int,
 ) -> None:
     for r in range(start, stop):
-        sum_row(order, starts, factors, x, grad_y, num_retrieved, r, grad_rows, r)
+        sum_gradient_row(order, starts, factors, x, grad_y, num_retrieved, r, grad_rows, r)

@@ -2,8 +2,8 @@
 
 Written out, the gradient of the touched rows is the largest tensor of a training step, and writing and reading it costs
 as much as the experts' forward pass. What it is made of is small: a factor for each pair and vector, the tokens, and
-the gradient of their outputs. row_adam/fused.py sums each row when it updates it. For tables on the CPU, in fp32 or
-fp64; deferred.py says when a backward pass leaves its gradient in this form.
+the gradient of their outputs. row_adam/fused.py sums each row when it updates it. It is for tables on the CPU in fp32
+or fp64; deferred.py decides when a backward pass leaves its gradient in this form.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, kernel
 from tinyexperts.ops.cpu.threads import parallel_for
-from tinyexperts.ops.expert_mlp.row_sums import sum_row, sum_touched_rows, touched_rows
+from tinyexperts.ops.expert_mlp.row_sums import find_touched_rows, sum_gradient_row, sum_gradient_rows
 
-# Parts of the rows whose squares are summed apart: so many always, that the sum doesn't depend on the threads.
+# Parts of the rows whose squares are summed apart. Their number is fixed, so that the threads don't change the sum.
 _NUM_PARTS = 64
 
 
@@ -26,8 +26,10 @@ class TableGradient:
     """The gradient of one backward pass. It shares no memory with what autograd or its user may change afterwards.
 
     Args:
-        ids_MP (int64, [M, P]), factors_EMP (fp32 or fp64, [E, M, P]), x_MD and grad_y_MD ([M, D]): as in cpu.py. The
-            factors are the gradient's own from here on.
+        ids_MP (int64, [M, P]): the experts of each token.
+        factors_EMP (fp32 or fp64, [E, M, P]): those of cpu.py's backward pass; only the gradient may use them now.
+        x_MD (float, [M, D]): the tokens.
+        grad_y_MD (float, [M, D]): the gradient of their outputs.
     """
 
     def __init__(self, ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor) -> None:
@@ -37,22 +39,22 @@ class TableGradient:
         self.x_MD, self.grad_y_MD = (
             t.to(factors_EMP.dtype, copy=True, memory_format=torch.contiguous_format) for t in (x_MD, grad_y_MD)
         )
-        self.touched = touched_rows(ids_MP)
-        """Touched ids [R], ascending; the pairs sorted by id; where each row's pairs start, and their end."""
+        self.touched = find_touched_rows(ids_MP)
+        """The touched rows [R], ascending, the pairs sorted by row, and where each row's pairs start, and their end."""
 
     def kernel_arguments(self) -> tuple[Any, ...]:
-        """What `sum_row` wants first."""
+        """Return the first arguments of `sum_gradient_row`."""
         _, order, starts = self.touched
         tensors = (order, starts, self.factors_EMP.flatten(1), self.x_MD, self.grad_y_MD)
         return *(array_of(tensor) for tensor in tensors), self.factors_EMP.shape[2]
 
     def rows_and_values(self) -> tuple[Tensor, Tensor]:
-        """The touched rows [R], ascending, and their gradients [R, E, D], written out."""
+        """Return the touched rows [R], ascending, and their gradients [R, E, D], written out."""
         rows, order, starts = self.touched
-        return rows, sum_touched_rows(order, starts, self.factors_EMP, self.x_MD, self.grad_y_MD)
+        return rows, sum_gradient_rows(order, starts, self.factors_EMP, self.x_MD, self.grad_y_MD)
 
     def squared_norm(self) -> Tensor:
-        """The sum of all squares (fp64, scalar), without writing the gradient out."""
+        """Return the sum of all squares (fp64, scalar), without writing the gradient out."""
         rows, _, _ = self.touched
         sums = torch.zeros(_NUM_PARTS, dtype=torch.float64, device="cpu")
         shape = (1, len(self.factors_EMP), self.x_MD.shape[1])
@@ -78,11 +80,12 @@ def _sum_squares(
     start: int,
     stop: int,
 ) -> None:
+    """Sum the squares of the parts start..stop, each row in its own type and the rows in fp64."""
     row = np.empty(shape, dtype=x.dtype)
     for part in range(start, stop):
         total = 0.0
         for r in range(part * num_rows // len(sums), (part + 1) * num_rows // len(sums)):
-            sum_row(order, starts, factors, x, grad_y, num_retrieved, r, row, 0)
+            sum_gradient_row(order, starts, factors, x, grad_y, num_retrieved, r, row, 0)
             squares = x.dtype.type(0)
             for vector in range(shape[1]):
                 for d in range(shape[2]):

@@ -11,10 +11,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.ops.autocast import outside_autocast
 from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
 from tinyexperts.ops.forward_mode import refuse_forward_mode
-from tinyexperts.ops.product_key_topk import cpu, reference
-
-# By the type of device; the others have the reference, which takes the tokens in chunks.
-_KERNELS: dict[str, Any] = {} if JIT_IS_DISABLED else {"cpu": cpu}
+from tinyexperts.ops.product_key_topk import cpu, portable
 
 
 def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -23,7 +20,7 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
     Args:
         query_MHQ (float, [M, H, Q]): one query a token and head; the first Q/2 elements meet the first set of sub-keys.
         sub_keys (float, [2, S, Q/2] shared by the heads, or [H, 2, S, Q/2]): the two sets of sub-keys.
-        k: experts to retrieve for each query, 1 <= k <= S.
+        k (int): experts to retrieve for each query, 1 <= k <= S.
 
     Returns:
         scores (fp32, or fp64 for fp64 queries, [M, H, K]): best first; differentiable.
@@ -49,12 +46,10 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
     return scores, ids
 
 
+@outside_autocast
 @torch.library.custom_op("tinyexperts::product_key_topk", mutates_args=())
 def _product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    with outside_autocast(query_MHQ.device.type):
-        kernels = _KERNELS.get(query_MHQ.device.type, reference)
-        result: tuple[Tensor, Tensor] = kernels.product_key_topk(query_MHQ, sub_keys, k)
-        return result
+    return portable.product_key_topk(query_MHQ, sub_keys, k)
 
 
 @_product_key_topk.register_fake
@@ -64,14 +59,12 @@ def _(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return query_MHQ.new_empty(shape, dtype=dtype), query_MHQ.new_empty(shape, dtype=torch.int64)
 
 
+@outside_autocast
 @torch.library.custom_op("tinyexperts::product_key_topk_backward", mutates_args=())
 def _product_key_topk_backward(
     grad_scores: Tensor, ids: Tensor, query_MHQ: Tensor, sub_keys: Tensor
 ) -> tuple[Tensor, Tensor]:
-    with outside_autocast(query_MHQ.device.type):
-        kernels = _KERNELS.get(query_MHQ.device.type, reference)
-        gradients: tuple[Tensor, Tensor] = kernels.product_key_topk_backward(grad_scores, ids, query_MHQ, sub_keys)
-        return gradients
+    return portable.product_key_topk_backward(grad_scores, ids, query_MHQ, sub_keys)
 
 
 @_product_key_topk_backward.register_fake
@@ -91,3 +84,8 @@ def _backward(ctx: Any, grad_scores: Tensor, _grad_ids: Tensor | None) -> tuple[
 
 
 _product_key_topk.register_autograd(_backward, setup_context=_setup_context)
+
+# A device's kernel takes what its operator takes; devices without one run the operator's own function, in plain torch.
+if not JIT_IS_DISABLED:
+    _product_key_topk.register_kernel("cpu", cpu.product_key_topk)
+    _product_key_topk_backward.register_kernel("cpu", cpu.product_key_topk_backward)

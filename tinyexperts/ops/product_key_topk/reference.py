@@ -1,10 +1,7 @@
-"""Exact retrieval with product keys in plain torch: the truth that every kernel of this operation must match.
+"""Retrieval with product keys by looking at every score: the truth that every kernel of this operation must match.
 
 Expert (i, j) has the id i*S + j and the score s1[i] + s2[j], where s1 = q1 . c_i and s2 = q2 . c'_j (paper, section 2).
-The result equals the first K of all N = S^2 fp32 scores sorted by (score descending, id ascending), but looks at few of
-them. With both halves sorted, (i+1)(j+1) pairs score at least as much as the pair of ranks (i, j), counted from 0, so
-only pairs with (i+1)(j+1) <= K can be *above* the K-th score. Pairs *equal* to the K-th score may lie outside, since
-sums round to fp32: rows with such a tie are found by looking at the frontier of the candidates and settled apart.
+All N = S^2 scores are sorted by (score descending, id ascending). Gradients are autograd's.
 """
 
 from __future__ import annotations
@@ -12,153 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements of the scores (both halves, all heads) that one chunk of tokens may hold: 16 MiB of fp32.
-_CHUNK_ELEMENTS = 1 << 22
-# Pairs that one chunk of tied rows may hold: 8 MiB of ids.
-_CHUNK_TIES = 1 << 20
-
 
 def half_scores(query_MHQ: Tensor, sub_keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of the sub-keys of each half, both [M, H, S] in fp32 (fp64 for fp64 queries)."""
+    """Return the scores of the sub-keys of each half, both [M, H, S] in fp32 (fp64 for fp64 queries)."""
     dtype = torch.promote_types(query_MHQ.dtype, torch.float32)
+    keys_H2SQ = sub_keys.to(dtype).expand(query_MHQ.shape[1], *sub_keys.shape[-3:])
     query_1, query_2 = query_MHQ.to(dtype).chunk(2, dim=-1)
-    keys = sub_keys.to(dtype)
-    if keys.dim() == 3:  # [2, S, Q/2], shared by the heads
-        return query_1 @ keys[0].T, query_2 @ keys[1].T
     return (
-        torch.einsum("mhq,hsq->mhs", query_1, keys[:, 0]),
-        torch.einsum("mhq,hsq->mhs", query_2, keys[:, 1]),
+        torch.einsum("mhq,hsq->mhs", query_1, keys_H2SQ[:, 0]),
+        torch.einsum("mhq,hsq->mhs", query_2, keys_H2SQ[:, 1]),
     )
 
 
-def candidate_ranks(k: int, num_ranks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The pairs of ranks that can be in the top k, and the frontier: the best pairs that are not among them."""
-    candidates = [(i, j) for i in range(min(k, num_ranks)) for j in range(min(k // (i + 1), num_ranks))]
-    frontier = [(i, k // (i + 1)) for i in range(min(k + 1, num_ranks)) if k // (i + 1) < num_ranks]
-    return candidates, frontier
-
-
-def _top_k_of_sums(scores_1: Tensor, scores_2: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Top k of all sums of two rows: scores and ids, both [F, K], from scores [F, S] a half."""
-    num_sub_keys = scores_1.shape[-1]
-    with torch.no_grad():
-        chosen = _ids_of_top_k(scores_1, scores_2, k)
-    # Summed again, so that the gradient of a score reaches the halves of its own pair, where others tie with it too.
-    scores = scores_1.gather(1, chosen // num_sub_keys) + scores_2.gather(1, chosen % num_sub_keys)
-    return scores, chosen
-
-
-def _ids_of_top_k(scores_1: Tensor, scores_2: Tensor, k: int) -> Tensor:
-    num_sub_keys = scores_1.shape[-1]
-    num_ranks = min(k + 1, num_sub_keys)
-    best_1, index_1 = scores_1.topk(num_ranks)
-    best_2, index_2 = scores_2.topk(num_ranks)
-    candidates, frontier = (torch.tensor(r, device=scores_1.device) for r in candidate_ranks(k, num_ranks))
-    sums = best_1[:, candidates[:, 0]] + best_2[:, candidates[:, 1]]
-    ids = index_1[:, candidates[:, 0]] * num_sub_keys + index_2[:, candidates[:, 1]]
-    top, position = sums.topk(min(k + 1, sums.shape[-1]))
-    chosen = ids.gather(1, position[:, :k])
-
-    beyond = best_1[:, frontier[:, 0]] + best_2[:, frontier[:, 1]] if len(frontier) else sums[:, :0]
-    tied_inside = (top[:, 1:] == top[:, :-1]).any(1)
-    tied_outside = (beyond == top[:, k - 1 : k]).any(1)
-    settled: Tensor = _with_ties_settled(chosen, tied_inside, tied_outside, scores_1, scores_2, sums, ids)
-    return settled
-
-
-# Which rows tie depends on the data, so this is not compiled. The public decorator, torch.compiler.disable, imports the
-# compiler at once: 2 s for everyone who imports the layer.
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def _with_ties_settled(
-    chosen: Tensor,
-    tied_inside: Tensor,
-    tied_outside: Tensor,
-    scores_1: Tensor,
-    scores_2: Tensor,
-    sums: Tensor,
-    ids: Tensor,
-) -> Tensor:
-    """The chosen ids [F, K], where ties among the candidates, or with pairs outside of them, go to the lowest ids."""
-    k, num_sub_keys = chosen.shape[1], scores_1.shape[1]
-    if tied_inside.any():
-        chosen[tied_inside] = _sorted_by_score_and_id(sums[tied_inside], ids[tied_inside], k)
-    # NaN sorts above all and equals nothing: such rows keep what the candidates gave.
-    tied_outside = tied_outside & ~sums.amax(1).isnan()
-    for rows in torch.split(tied_outside.nonzero().flatten(), max(1, _CHUNK_TIES // (k * num_sub_keys))):
-        chosen[rows] = _settle_ties(scores_1[rows], scores_2[rows], sums[rows], ids[rows], k)
-    return chosen
-
-
-def _sorted_by_score_and_id(scores: Tensor, ids: Tensor, k: int) -> Tensor:
-    ids, order = ids.sort(dim=1)
-    by_score = scores.gather(1, order).sort(dim=1, descending=True, stable=True).indices
-    return ids.gather(1, by_score[:, :k])
-
-
-def _settle_ties(scores_1: Tensor, scores_2: Tensor, sums: Tensor, ids: Tensor, k: int) -> Tensor:
-    """The ids of the candidates above the K-th score, and of all N pairs that equal it those of lowest ids."""
-    num_sub_keys = scores_1.shape[-1]
-    threshold = sums.topk(k).values[:, -1:]
-    # Each first half that can reach the threshold holds at least one pair that does. Fewer than K pairs are above it,
-    # so the lowest first halves, K in number, hold all the ties that can be wanted.
-    reaches = scores_1 + scores_2.amax(1, keepdim=True) >= threshold
-    first = (~reaches).to(torch.int8).sort(dim=1, stable=True).indices[:, :k]
-    ties = scores_1.gather(1, first).unsqueeze(2) + scores_2.unsqueeze(1) == threshold.unsqueeze(2)
-    no_id = num_sub_keys * num_sub_keys
-    tie_ids = first.unsqueeze(2) * num_sub_keys + torch.arange(num_sub_keys, device=first.device)
-    tie_ids = tie_ids.masked_fill(~ties, no_id).flatten(1).topk(k, largest=False).values
-    tie_scores = torch.where(tie_ids < no_id, threshold, float("-inf"))
-
-    below = sums <= threshold
-    all_ids = torch.cat([ids.masked_fill(below, no_id), tie_ids], 1)
-    all_scores = torch.cat([sums.masked_fill(below, float("-inf")), tie_scores], 1)
-    return _sorted_by_score_and_id(all_scores, all_ids, k)
-
-
-def tokens_per_chunk(num_heads: int, num_sub_keys: int) -> int:
-    """Tokens whose scores fit a chunk, so that [M, H, S] never exists whole."""
-    return max(1, _CHUNK_ELEMENTS // (2 * num_heads * num_sub_keys))
-
-
 def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores and ids of the top k experts of each query, both [M, H, K]; differentiable by plain autograd."""
-    num_tokens, num_heads, _ = query_MHQ.shape
-    num_sub_keys = sub_keys.shape[-2]
-    dtype = torch.promote_types(query_MHQ.dtype, torch.float32)
-    scores = query_MHQ.new_empty((0, num_heads, k), dtype=dtype)
-    ids = query_MHQ.new_empty((0, num_heads, k), dtype=torch.int64)
-    chunks = []
-    for chunk in torch.split(query_MHQ, tokens_per_chunk(num_heads, num_sub_keys)) if num_tokens else ():
-        scores_1, scores_2 = half_scores(chunk, sub_keys)
-        top = _top_k_of_sums(scores_1.flatten(0, 1), scores_2.flatten(0, 1), k)
-        chunks.append([t.view(len(chunk), num_heads, k) for t in top])
-    if chunks:
-        scores, ids = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return scores, ids
-
-
-def product_key_topk_backward(
-    grad_scores: Tensor, ids: Tensor, query_MHQ: Tensor, sub_keys: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the queries and the sub-keys, from those of the scores [M, H, K]: only chosen sub-keys take part."""
-    num_heads, half_dim = query_MHQ.shape[1], sub_keys.shape[-1]
-    num_sub_keys = sub_keys.shape[-2]
-    dtype = grad_scores.dtype
-    shared = sub_keys.dim() == 3
-    keys = sub_keys.to(dtype).view(-1, 2, num_sub_keys, half_dim)
-    grad_query = torch.empty_like(query_MHQ, dtype=dtype, memory_format=torch.contiguous_format)
-    grad_keys = torch.zeros_like(keys, memory_format=torch.contiguous_format)
-    chunk = tokens_per_chunk(num_heads, 2 * ids.shape[-1] * half_dim)
-    for start in range(0, len(query_MHQ), chunk):
-        tokens = slice(start, start + chunk)
-        grad = grad_scores[tokens]
-        for half, index in enumerate((ids[tokens] // num_sub_keys, ids[tokens] % num_sub_keys)):
-            columns = slice(half * half_dim, (half + 1) * half_dim)
-            query = query_MHQ[tokens, :, columns].to(dtype)
-            for head in range(num_heads):
-                table = 0 if shared else head
-                chosen = keys[table, half][index[:, head]]
-                grad_query[tokens, head, columns] = torch.einsum("mk,mkq->mq", grad[:, head], chosen)
-                contribution = grad[:, head].unsqueeze(-1) * query[:, head].unsqueeze(1)
-                grad_keys[table, half].index_add_(0, index[:, head].flatten(), contribution.flatten(0, 1))
-    return grad_query.to(query_MHQ.dtype), grad_keys.view_as(sub_keys).to(sub_keys.dtype)
+    """Return the scores and the ids of the k best of all N experts for each query, both [M, H, K]."""
+    scores_1, scores_2 = half_scores(query_MHQ, sub_keys)
+    scores_MHN = (scores_1.unsqueeze(-1) + scores_2.unsqueeze(-2)).flatten(-2)
+    ids = scores_MHN.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return scores_MHN.gather(-1, ids), ids

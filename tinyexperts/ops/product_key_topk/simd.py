@@ -1,4 +1,4 @@
-"""What the top-k kernel does with many scores at once; arrays are C-contiguous, indices flat. For kernels only."""
+"""The top-k kernel's operations on many scores at once; arrays are C-contiguous, indices flat. For kernels only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from tinyexperts.ops.cpu.simd import array_data, constant, load, splat, store, variable
 
-# Columns whose maxima are found at once, values that are ranked at once, and scores that one mask stands for.
+# Columns whose maxima are found at once, values that are ranked at once, and scores in one mask.
 COLUMN_LANES = 32
 RANK_LANES = 16
 MASK_LANES = 64
@@ -24,9 +24,11 @@ def _maxima_of_columns(
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         scores, first, stop, width, maxima, column = arguments
         data = array_data(context, builder, signature.args[0], scores)
+        # A column is every width-th score; 32 of them stay in registers while the row goes by.
         largest = variable(builder, load(builder, data, first, COLUMN_LANES))
         with cgutils.for_range_slice(builder, builder.add(first, width), stop, width, first.type) as (index, _):
             row, before = load(builder, data, index, COLUMN_LANES), builder.load(largest)
+            # Every comparison with NaN is false here; the mask of those that reach the threshold finds NaN.
             builder.store(builder.select(builder.fcmp_ordered(">", row, before), row, before), largest)
         store(builder, builder.load(largest), array_data(context, builder, signature.args[4], maxima), column)
         return context.get_dummy_value()
@@ -47,6 +49,7 @@ def _count_larger(typing_context: Any, values: Any, num_values: Any, first: Any,
         # As wide as the values, so that a comparison's mask is a number to subtract.
         zeros = constant(ir.IntType(signature.args[0].dtype.bitwidth), RANK_LANES, 0)
         count = variable(builder, zeros)
+        # Every value against 16 at a time; a true comparison is -1.
         with cgutils.for_range(builder, num_values) as loop:
             value = splat(builder, builder.load(builder.gep(data, [loop.index])), RANK_LANES)
             larger = builder.sext(builder.fcmp_ordered(">", value, lanes), zeros.type)
@@ -70,13 +73,14 @@ def _mask_of_reaching(typing_context: Any, scores: Any, first: Any, threshold: A
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         scores, first, threshold = arguments
         row = load(builder, array_data(context, builder, signature.args[0], scores), first, MASK_LANES)
+        # One bit a lane. "Unordered" is true for NaN, which must be found to be settled.
         reaching = builder.fcmp_unordered(">=", row, splat(builder, threshold, MASK_LANES))
         return builder.bitcast(reaching, ir.IntType(MASK_LANES))
 
     return types.uint64(scores, types.intp, scores.dtype), code
 
 
-# Bit `lane` tells that scores[first + lane] is at least the threshold, or NaN.
+# Bit `lane` is set if scores[first + lane] is at least the threshold, or NaN.
 mask_of_reaching: Callable[[Any, int, Any], Any] = cast(Any, _mask_of_reaching)
 
 

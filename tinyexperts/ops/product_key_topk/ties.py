@@ -1,4 +1,4 @@
-"""Rows of scores in which equal scores, NaN or infinities decide: the exact order, one by one; see reference.py."""
+"""The exact order in rows where equal scores, NaN or infinities decide, one score after the other; see portable.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinyexperts.ops.cpu.compile import exact_kernel
 def top_k_of_sums_with_ties(
     scores: Any,
     num_sub_keys: int,
-    num_ranks: int,
+    num_places: int,
     candidates: Any,
     frontier: Any,
     rows: Any,
@@ -24,11 +24,11 @@ def top_k_of_sums_with_ties(
     start: int,
     stop: int,
 ) -> None:
-    """The listed rows start..stop of the scores [2, C, S], whose columns beyond num_sub_keys are padding."""
+    """Find the top k of the listed rows start..stop of the scores [2, C, S], padded from num_sub_keys on."""
     scores_1, scores_2 = scores[0], scores[1]
     dtype = scores_1.dtype
-    best_1, index_1 = np.empty(num_ranks, dtype=dtype), np.empty(num_ranks, dtype=np.int64)
-    best_2, index_2 = np.empty(num_ranks, dtype=dtype), np.empty(num_ranks, dtype=np.int64)
+    best_1, index_1 = np.empty(num_places, dtype=dtype), np.empty(num_places, dtype=np.int64)
+    best_2, index_2 = np.empty(num_places, dtype=dtype), np.empty(num_places, dtype=np.int64)
     for number in range(start, stop):
         row = rows[number]
         out = first_out + row * out_stride
@@ -50,7 +50,7 @@ def top_k_of_sums_with_ties(
 
 @exact_kernel
 def _insert(value: Any, id_: int, num_kept: int, best: Any, best_ids: Any) -> int:
-    """Insert into the best so far, NaN above all as torch sorts it; returns how many there are now."""
+    """Insert into the best so far, NaN above all as torch sorts it; return how many there are now."""
     place = num_kept
     while place > 0:
         other = best[place - 1]
@@ -70,7 +70,7 @@ def _insert(value: Any, id_: int, num_kept: int, best: Any, best_ids: Any) -> in
 def _settle_ties(
     scores_1: Any, scores_2: Any, row: int, num_sub_keys: int, largest_2: Any, best: Any, best_ids: Any
 ) -> None:
-    """Pairs outside the candidates equal the K-th score: of all that do, those of lowest ids come in."""
+    """Put those of lowest ids among all pairs that equal the K-th score behind what is above it."""
     threshold, k = best[-1], len(best)
     place = 0
     while place < k and best[place] > threshold:

@@ -1,9 +1,9 @@
 """Adam on the touched rows of a table on the CPU; must match reference.py.
 
 The limit is the memory: R rows of each table, scattered. So each is read and written once, in one pass, and during it
-the rows that are touched next are prefetched, a few cache lines at a time: asked for at once they would fill the queue
+the rows that are touched next are prefetched, a few cache lines at a time: requested at once they would fill the queue
 to the memory and hold up the arithmetic. Without prefetching a step takes 1.3 times as long (rows of 64 to 512 fp32).
-The gradients lie in order, which the processor sees by itself.
+The gradients are in order, and the processor prefetches them without being asked.
 
 Every touched row is updated by one thread: the bits don't depend on the number of threads.
 """
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import CACHE_LINE_BYTES, array_of, inlined, kernel, prefetch
 from tinyexperts.ops.cpu.threads import parallel_for
-from tinyexperts.ops.row_adam import reference
+from tinyexperts.ops.indices import check_indices
+from tinyexperts.ops.row_adam import portable
 
+# Touched rows between the one that is updated and the one that is prefetched.
 _AHEAD = 4
 # Elements between two rounds of prefetching.
 _CHUNK = 64
@@ -41,14 +43,17 @@ def row_adam_(
     weight_decay: float,
     step: int,
 ) -> None:
-    """Update experts, exp_avg and exp_avg_sq in place at `rows` (R > 0); arguments as in tinyexperts.ops.row_adam_."""
+    """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in tinyexperts.ops.row_adam_."""
     tables = (experts, exp_avg, exp_avg_sq)
     dtype = experts.dtype
     same_type = dtype in (torch.float32, torch.float64) and all(table.dtype == dtype for table in tables)
     # Of a table that is not contiguous a kernel would update a copy.
     if not same_type or not all(table.is_contiguous() for table in tables):
-        reference.row_adam_(*tables, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step)
+        portable.row_adam_(*tables, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step)
         return
+    if grad_rows.numel() == 0:
+        return
+    check_indices("rows", rows, len(experts))
     one_a_vector = exp_avg_sq.dim() < experts.dim()
     # A row is V vectors of D elements, or W elements. A view: should it ever need a copy, it raises.
     shape = (exp_avg_sq[0].numel(), experts.shape[-1]) if one_a_vector else (experts[0].numel(),)
@@ -69,8 +74,8 @@ def row_adam_(
 def constants(
     dtype: Any, learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
 ) -> tuple[Any, ...]:
-    """What a step multiplies by, in the numpy type that is computed in: Python's numbers would widen fp32 to fp64."""
-    rate = reference.bias_corrected_rate(learning_rate, beta1, beta2, step)
+    """Return the factors of a step in the numpy type of the computation: Python's numbers would widen fp32 to fp64."""
+    rate = portable.bias_corrected_rate(learning_rate, beta1, beta2, step)
     return tuple(np.array([1 - beta1, 1 - beta2, rate, eps, 1 - learning_rate * weight_decay], dtype=dtype))
 
 
@@ -78,6 +83,7 @@ def constants(
 def _step_of_elements(
     experts: Any, exp_avg: Any, exp_avg_sq: Any, rows: Any, grad_rows: Any, constants: Any, start: int, stop: int
 ) -> None:
+    # Beyond the part's end its last row is prefetched: the next part may be another thread's.
     for r in range(start, stop):
         ahead = rows[min(r + _AHEAD, stop - 1)]
         update_elements(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad_rows, r, constants)
@@ -87,6 +93,7 @@ def _step_of_elements(
 def _step_of_vectors(
     experts: Any, exp_avg: Any, exp_avg_sq: Any, rows: Any, grad_rows: Any, constants: Any, start: int, stop: int
 ) -> None:
+    # Beyond the part's end its last row is prefetched: the next part may be another thread's.
     for r in range(start, stop):
         ahead = rows[min(r + _AHEAD, stop - 1)]
         update_vectors(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad_rows, r, constants)
@@ -96,11 +103,12 @@ def _step_of_vectors(
 def update_elements(
     experts: Any, exp_avg: Any, exp_avg_sq: Any, row: int, row_ahead: int, grad_rows: Any, r: int, constants: Any
 ) -> None:
-    """One row of tables [N, W] by gradient r of [R, W]."""
+    """Update one row of tables [N, W] by gradient r of [R, W]."""
     gain1, gain2, rate, eps, keep = constants
     width = experts.shape[1]
     for chunk in range(0, width, _CHUNK):
         end = min(chunk + _CHUNK, width)
+        # The same elements of a row to come, of all three tables, which have the same type.
         ahead = (row_ahead * width + chunk) * experts.itemsize
         for offset in range(ahead, ahead + (end - chunk) * experts.itemsize, CACHE_LINE_BYTES):
             prefetch(experts.ctypes.data + offset)
@@ -109,6 +117,7 @@ def update_elements(
         # As slices: indexed by row and element, the loop does not vectorise.
         value, first, second = experts[row, chunk:end], exp_avg[row, chunk:end], exp_avg_sq[row, chunk:end]
         grad = grad_rows[r, chunk:end]
+        # The bias corrections and the learning rate are one number, `rate`, and weight decay is `keep`.
         for d in range(end - chunk):
             first[d] += gain1 * (grad[d] - first[d])
             second[d] += gain2 * (grad[d] * grad[d] - second[d])
@@ -119,19 +128,22 @@ def update_elements(
 def update_vectors(
     experts: Any, exp_avg: Any, exp_avg_sq: Any, row: int, row_ahead: int, grad_rows: Any, r: int, constants: Any
 ) -> None:
-    """One row of experts and exp_avg [N, V, D] and exp_avg_sq [N, V], by gradient r of [R, V, D]."""
+    """Update one row of experts and exp_avg [N, V, D] and exp_avg_sq [N, V] by gradient r of [R, V, D]."""
     gain1, gain2, rate, eps, keep = constants
     num_vectors, dim = experts.shape[1:]
     for vector in range(num_vectors):
         vector_ahead = row_ahead * num_vectors + vector
         prefetch(exp_avg_sq.ctypes.data + vector_ahead * experts.itemsize)
+        # First the vector's second moment, from the mean of all its squares, which are in the cache afterwards.
         squares = experts.dtype.type(0)
         for d in range(dim):
             squares += grad_rows[r, vector, d] * grad_rows[r, vector, d]
         second = exp_avg_sq[row, vector]
         second += gain2 * (squares / experts.dtype.type(dim) - second)
         exp_avg_sq[row, vector] = second
+        # One division for the whole vector.
         scale = rate / (math.sqrt(second) + eps)
+        # Then its values and first moments, with those of a row to come prefetched in between.
         for chunk in range(0, dim, _CHUNK):
             end = min(chunk + _CHUNK, dim)
             ahead = (vector_ahead * dim + chunk) * experts.itemsize

@@ -1,7 +1,6 @@
-"""Adam on the touched rows straight from the pairs that their gradients are made of; must match row_adam_ to the bit.
+"""Adam on the touched rows straight from a gradient in deferred form; must match row_adam_ to the bit.
 
-Each row's gradient is summed into a buffer that stays in the cache and used there, in place of being written to memory
-and read again.
+Each row's gradient is summed into a buffer that stays in the cache and used there; it is never written to memory.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, kernel
 from tinyexperts.ops.cpu.threads import parallel_for
-from tinyexperts.ops.expert_mlp.row_sums import sum_row
+from tinyexperts.ops.expert_mlp.row_sums import sum_gradient_row
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
 from tinyexperts.ops.row_adam.cpu import constants, update_elements, update_vectors
 
+# Touched rows between the one that is updated and the one that is prefetched: as in cpu.py.
 _AHEAD = 4
+# Touched rows that are worth a part of their own.
 _MIN_ROWS = 64
 
 
@@ -34,7 +35,10 @@ def row_adam_fused_(
     weight_decay: float = 0.0,
     step: int,
 ) -> None:
-    """As tinyexperts.ops.row_adam_, with rows and gradients from `gradient`; for tables that `supports_deferred`."""
+    """Apply one Adam step in place as tinyexperts.ops.row_adam_ does, with rows and gradients from `gradient`.
+
+    It is for tables that `supports_deferred` accepts.
+    """
     rows, _, _ = gradient.touched
     num_experts, num_vectors, dim = experts.shape
     one_a_vector = exp_avg_sq.dim() < experts.dim()
@@ -74,7 +78,7 @@ def _step_of_elements(
     grad = np.empty(shape, dtype=x.dtype)
     flat_grad = grad.reshape(1, -1)
     for r in range(start, stop):
-        sum_row(order, starts, factors, x, grad_y, num_retrieved, r, grad, 0)
+        sum_gradient_row(order, starts, factors, x, grad_y, num_retrieved, r, grad, 0)
         ahead = rows[min(r + _AHEAD, stop - 1)]
         update_elements(experts, exp_avg, exp_avg_sq, rows[r], ahead, flat_grad, 0, constants)
 
@@ -98,6 +102,6 @@ def _step_of_vectors(
 ) -> None:
     grad = np.empty(shape, dtype=x.dtype)
     for r in range(start, stop):
-        sum_row(order, starts, factors, x, grad_y, num_retrieved, r, grad, 0)
+        sum_gradient_row(order, starts, factors, x, grad_y, num_retrieved, r, grad, 0)
         ahead = rows[min(r + _AHEAD, stop - 1)]
         update_vectors(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad, 0, constants)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
-from tinyexperts.ops.row_adam import cpu, reference
-
-# By the type of device; the others have the reference.
-_KERNELS: dict[str, Any] = {} if JIT_IS_DISABLED else {"cpu": cpu}
+from tinyexperts.ops.row_adam import cpu, portable
 
 
 def row_adam_(
@@ -38,14 +33,15 @@ def row_adam_(
         experts (float, [N, ...]): the table, updated in place; mostly [N, E, D].
         exp_avg (float, [N, ...]): running mean of the gradient, updated in place.
         exp_avg_sq (float, [N, ...] or without the last dimension, [N, E]): running mean of the squared gradient,
-            updated in place. Its shape says which: a number an element, as in Adam, or a number a vector. The latter
+            updated in place. Its shape decides: a number an element, as in Adam, or a number a vector. The latter
             takes the mean over the vector's D squares, and its D elements share the denominator.
         rows (int64, [R]): the touched rows, 0 <= row < N, each named once.
         grad_rows (float, [R, ...]): their gradients.
-        learning_rate, beta1, beta2, eps: as in torch.optim.SparseAdam: eps is added before the bias correction.
-        weight_decay: as in torch.optim.AdamW: values shrink by learning_rate * weight_decay of themselves before the
-            step; those of touched rows only.
-        step: number of this step, counted from 1.
+        learning_rate (float), beta1 (float), beta2 (float), eps (float): as in torch.optim.SparseAdam: eps is added
+            before the bias correction.
+        weight_decay (float): as in torch.optim.AdamW: values shrink by learning_rate * weight_decay of themselves
+            before the step; those of touched rows only.
+        step (int): number of this step, counted from 1.
 
     Raises:
         InputError: shapes or a type of `rows` that don't fit, a row outside 0..N - 1 (checked on the CPU; elsewhere
@@ -67,7 +63,7 @@ def row_adam_(
         raise InputError(f"grad_rows must hold one gradient a row, shape {expected}, got {list(grad_rows.shape)}")
     if step < 1:
         raise InputError(f"step must be counted from 1, got {step}")
-    # A parameter may be given as it is: an update is never itself differentiated.
+    # A parameter may be given as it is: an update is never differentiated.
     with torch.no_grad():
         _row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step)
 
@@ -86,16 +82,7 @@ def _row_adam_(
     weight_decay: float,
     step: int,
 ) -> None:
-    if grad_rows.numel() == 0:
-        return
-    # Only on the CPU: on an accelerator reading the extremes would wait for it, and indexing asserts there anyway.
-    if rows.device.type == "cpu":
-        low, high = (int(extreme) for extreme in rows.aminmax())
-        if low < 0 or high >= experts.shape[0]:
-            outside = low if low < 0 else high
-            raise InputError(f"rows must be between 0 and N - 1 = {experts.shape[0] - 1}, got {outside}")
-    kernels = _KERNELS.get(experts.device.type, reference)
-    kernels.row_adam_(
+    portable.row_adam_(
         experts, exp_avg, exp_avg_sq, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step
     )
 
@@ -115,3 +102,8 @@ def _(
     step: int,
 ) -> None:
     return None
+
+
+# A device's kernel takes what its operator takes; devices without one run the operator's own function, in plain torch.
+if not JIT_IS_DISABLED:
+    _row_adam_.register_kernel("cpu", cpu.row_adam_)

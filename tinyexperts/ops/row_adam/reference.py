@@ -1,22 +1,15 @@
-"""Adam on the touched rows of a table, in plain torch: the truth that faster kernels must match.
+"""Adam on the touched rows of a table, row by row: the truth that every kernel of this operation must match.
 
-Must match torch.optim.SparseAdam: a row that the step does not touch keeps its value and both of its moments (they do
-not decay), and the bias corrections count the table's steps, not the row's. Adam is Kingma & Ba 2014 (arXiv 1412.6980),
-algorithm 1; its weight decay is AdamW's (Loshchilov & Hutter 2017, arXiv 1711.05101), of touched rows only; one second
-moment for the many parameters of a vector is Adam-mini's (Zhang et al. 2024, arXiv 2406.16793).
+It must match torch.optim.SparseAdam: a row that the step does not touch keeps its value and both of its moments (they
+do not decay), and the bias corrections count the table's steps, not the row's. Adam is Kingma & Ba 2014 (arXiv
+1412.6980), algorithm 1; its weight decay is AdamW's (Loshchilov & Hutter 2017, arXiv 1711.05101), of touched rows only;
+one second moment for the many parameters of a vector is Adam-mini's (Zhang et al. 2024, arXiv 2406.16793).
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-
-
-def bias_corrected_rate(learning_rate: float, beta1: float, beta2: float, step: int) -> float:
-    """The learning rate times both bias corrections of a step, counted from 1."""
-    return learning_rate * math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
 
 def row_adam_(
@@ -33,21 +26,14 @@ def row_adam_(
     step: int,
 ) -> None:
     """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in tinyexperts.ops.row_adam_."""
-    accumulate_dtype = torch.promote_types(experts.dtype, torch.float32)
-    grad = grad_rows.to(accumulate_dtype)
-    first = exp_avg.index_select(0, rows).to(accumulate_dtype)
-    second = exp_avg_sq.index_select(0, rows).to(accumulate_dtype)
-    value = experts.index_select(0, rows).to(accumulate_dtype)
+    dtype = torch.promote_types(experts.dtype, torch.float32)
     one_a_vector = exp_avg_sq.dim() < experts.dim()
-    first = first + (1 - beta1) * (grad - first)
-    squared = grad.square().mean(-1) if one_a_vector else grad.square()
-    second = second + (1 - beta2) * (squared - second)
-    denominator = second.sqrt() + eps
-    if one_a_vector:
-        denominator = denominator.unsqueeze(-1)
-    rate = bias_corrected_rate(learning_rate, beta1, beta2, step)
-    value = (1 - learning_rate * weight_decay) * value - rate * (first / denominator)
-    # The rows are unique, so a copy is exact and, unlike an indexed add, the same on every device.
-    exp_avg.index_copy_(0, rows, first.to(exp_avg.dtype))
-    exp_avg_sq.index_copy_(0, rows, second.to(exp_avg_sq.dtype))
-    experts.index_copy_(0, rows, value.to(experts.dtype))
+    for row, grad in zip(rows.tolist(), grad_rows.to(dtype), strict=True):
+        value, first, second = (table[row].to(dtype) for table in (experts, exp_avg, exp_avg_sq))
+        first = beta1 * first + (1 - beta1) * grad
+        second = beta2 * second + (1 - beta2) * (grad.square().mean(-1) if one_a_vector else grad.square())
+        exp_avg[row], exp_avg_sq[row] = first, second
+        # SparseAdam adds eps before it corrects the bias of the second moment.
+        denominator = (second.sqrt() + eps) / (1 - beta2**step) ** 0.5
+        direction = first / (1 - beta1**step) / (denominator.unsqueeze(-1) if one_a_vector else denominator)
+        experts[row] = value - learning_rate * weight_decay * value - learning_rate * direction

@@ -1,4 +1,4 @@
-"""Promise: a run that is killed at a random step and resumed ends bit for bit as the run that never stopped."""
+"""A run that is killed at a random step and resumed ends bit for bit as the run that never stopped."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import time
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 
-from tinyexperts.training import TrainConfig, load_model, train
+from tinyexperts.training import load_model, train
 from tinyexperts.training.checkpoint import checkpoints
+from tinyexperts.training.config_file import to_json
 
 # Kept out of the comparison: how long it took.
 CLOCK = {"seconds", "tokens_per_second", "flops_per_second"}
@@ -23,9 +23,9 @@ CLOCK = {"seconds", "tokens_per_second", "flops_per_second"}
 CHILD = """
 import sys
 from pathlib import Path
-from pydantic import TypeAdapter
-from tinyexperts.training import Interrupted, TrainConfig, train
-config = TypeAdapter(TrainConfig).validate_json(Path(sys.argv[1]).read_text())
+from tinyexperts.training import Interrupted, train
+from tinyexperts.training.config_file import from_json
+config = from_json(Path(sys.argv[1]).read_bytes())
 try:
     train(config, resume="--resume" in sys.argv, progress=False)
 except Interrupted as stop:
@@ -35,17 +35,8 @@ except Interrupted as stop:
 
 
 def start(config, path, *arguments):
-    path.write_bytes(TypeAdapter(TrainConfig).dump_json(config))
+    path.write_text(to_json(config))
     return subprocess.Popen([sys.executable, "-c", CHILD, str(path), *arguments], stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_lines(run, num_lines):
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= num_lines:
-            return
-        time.sleep(0.005)
-    pytest.fail("the run did not start")
 
 
 def metrics(run):
@@ -79,20 +70,20 @@ def assert_same_end(got, expected):
         pytest.param("moe", "auto", marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_a_random_step_and_resumed(make_config, tmp_path, kind, table_gradients):
+def test_killed_at_a_random_step_and_resumed(make_config, wait_for_lines, tmp_path, kind, table_gradients):
     options = {
         "num_steps": 120,
-        "log_every": 3,  # no divisor of checkpoint_every: the mean loss of a line spans a checkpoint
+        "log_every": 3,  # no divisor of the steps between checkpoints: the mean loss of a line spans a checkpoint
         "validation_every": 50,
-        "checkpoint_every": 7,
-        "table_gradients": table_gradients,
+        "checkpoint.every": 7,
+        "optimizer.table_gradients": table_gradients,
     }
     whole = make_config(kind, run=tmp_path / "whole", **options)
     train(whole, progress=False)
     killed = make_config(kind, run=tmp_path / "killed", **options)
     kill_at = random.Random(time.time_ns()).randint(1, 30)
     child = start(killed, tmp_path / "config.json")
-    wait_for_lines(killed.run, kill_at)
+    wait_for_lines(killed.run, kill_at, child)
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
     assert child.returncode == -signal.SIGKILL, f"it ended before it was killed at {kill_at}"
@@ -104,11 +95,11 @@ def test_killed_at_a_random_step_and_resumed(make_config, tmp_path, kind, table_
     "number",
     [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR2))],
 )
-def test_a_signal_saves_and_says_how_to_resume(make_config, tmp_path, number):
-    options = {"num_steps": 150, "log_every": 1, "validation_every": 100, "checkpoint_every": 1000}
+def test_a_signal_saves_and_says_how_to_resume(make_config, wait_for_lines, tmp_path, number):
+    options = {"num_steps": 150, "log_every": 1, "validation_every": 100, "checkpoint.every": 1000}
     stopped = make_config(run=tmp_path / "stopped", **options)
     child = start(stopped, tmp_path / "config.json")
-    wait_for_lines(stopped.run, 5)
+    wait_for_lines(stopped.run, 5, child)
     os.kill(child.pid, number)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130
