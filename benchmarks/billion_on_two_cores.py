@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tinyexperts.model import PEERConfig
+from tinyexperts.layers import PEERConfig
 from tinyexperts.training import recipes
 from tinyexperts.training.checkpoint import load_checkpoint, save_checkpoint
-from tinyexperts.training.config import TrainConfig
+from tinyexperts.training.config import OptimizerConfig, TrainConfig
 from tinyexperts.training.run import make_run
 from tinyexperts.training.step import optimizer_step
 
@@ -42,8 +42,7 @@ def config_of(num_experts: int, data: Path, run: Path, threads: int) -> TrainCon
         model=replace(recipe.model, d_model=128, num_layers=4, num_heads=4, expert_layer=layer),
         num_steps=10_000,
         training_flops=None,
-        table_gradients="sparse",
-        table_second_moment="row",
+        optimizer=OptimizerConfig(table_gradients="sparse", table_second_moment="row"),
         threads=threads,
     )
 
@@ -82,7 +81,7 @@ def main() -> None:
                     losses[num_experts].append(optimizer_step(run, steps[num_experts])[0])
                     steps[num_experts] += 1
                 seconds = time.perf_counter() - started
-                if number:  # the first slice touches the memory of the optimiser's state
+                if number:  # the first slice touches the memory of the optimizer's state
                     tokens_per_second[num_experts].append(arguments.steps * run.config.tokens_per_step / seconds)
         result["resident_gib_in_training"] = resident_gib()
         ratios = [large / small for small, large in zip(*tokens_per_second.values(), strict=True)]

@@ -11,10 +11,10 @@ import argparse
 import gc
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from rich.console import Console
@@ -23,21 +23,22 @@ from torch import Tensor
 
 from tinyexperts import PEER
 from tinyexperts.bench import memory
+from tinyexperts.bench.check import check_experts, check_int8_experts, check_kernels
+from tinyexperts.bench.contestants import make_layer, our_layer, settle
 from tinyexperts.bench.inputs import Inputs, pool_size
-from tinyexperts.bench.kernel_check import check_experts, check_int8_experts, check_kernels
-from tinyexperts.bench.measurement import measure_setting, torch_threads
+from tinyexperts.bench.measurement import Measurement, measure_setting, to_json, torch_threads
 from tinyexperts.bench.run import describe_machine
-from tinyexperts.bench.subjects import make_layer, our_subject, settle
 from tinyexperts.bench.timing import Spread, interleaved, timed
 from tinyexperts.ops import expert_mlp, quantize_vectors
 from tinyexperts.ops.cpu import huge_pages
+from tinyexperts.report.numbers import MISSING
 
-PEER_PYTORCH = "peer_pytorch_adam"
+PEER_PYTORCH: Final = "peer_pytorch_adam"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of the layers that are measured; a layer's ids are those that its router chooses."""
+    """The sizes of the layers that are measured; a layer's ids are those that its router chooses."""
 
     d_model: int = 256
     num_experts: int = 2**20
@@ -50,15 +51,17 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What must be reached and what is aimed at, and how to write it; at most that much, or else at least."""
+    """A goal, with the value that must be reached and the one that is aimed at."""
 
     name: str
     must: float
     aim: float
     at_most: bool = False
+    """True if lower values are better."""
     write: Callable[[float], str] = "{:.3g}x".format
 
     def reached(self, value: float) -> str:
+        """Say what a value reaches: aim, must or missed."""
         sign = -1 if self.at_most else 1
         return "aim" if sign * value >= sign * self.aim else "must" if sign * value >= sign * self.must else "missed"
 
@@ -83,41 +86,43 @@ GOALS = {
 
 
 def measure_goals(
-    sizes: Sizes, *, repeats: int, on_stage: Callable[[str], None]
-) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
-    """Median and quartiles of every goal that could be measured, and the settings' results in full."""
+    sizes: Sizes, *, repeats: int, show_progress: Callable[[str], None]
+) -> tuple[dict[str, Spread], list[Measurement]]:
+    """Measure every goal that can be; return its median and quartiles, and the settings' measurements in full."""
     results = []
     layer = make_layer(sizes.d_model, sizes.num_experts)
     for num_tokens in (sizes.num_tokens, 1):
-        results.append(_beside_peer_pytorch(layer, num_tokens, repeats, on_stage))
+        results.append(_against_peer_pytorch(layer, num_tokens, repeats, show_progress))
     del layer
     gc.collect()
     layer = make_layer(sizes.wide_d_model, sizes.wide_num_experts)
-    results.append(_beside_peer_pytorch(layer, sizes.num_tokens, repeats, on_stage))
-    on_stage("experts, int8, bf16 and fp32")
+    results.append(_against_peer_pytorch(layer, sizes.num_tokens, repeats, show_progress))
+    show_progress("experts, int8, bf16 and fp32")
     narrow = _narrow_ratios(layer, sizes.num_tokens, repeats)
     del layer
     gc.collect()
-    batch, one_token, wide = results
-    theirs, theirs_wide = (result["rivals"].get(PEER_PYTORCH, {}) for result in (batch, wide))
+    batch = results[0]
+    theirs, theirs_at_one_token, theirs_wide = (each.baselines.get(PEER_PYTORCH) for each in results)
     measured = {
-        "share": batch["operator"]["uniform"]["share_of_limit"],
-        "forward": theirs.get("forward_ratio"),
-        "one_token": one_token["rivals"].get(PEER_PYTORCH, {}).get("forward_ratio"),
-        "step": theirs.get("step_ratio"),
-        "wide_step": theirs_wide.get("step_ratio"),
+        "share": batch.operator["uniform"].share_of_limit,
+        "forward": theirs.forward_ratio if theirs else None,
+        "one_token": theirs_at_one_token.forward_ratio if theirs_at_one_token else None,
+        "step": theirs.step_ratio if theirs else None,
+        "wide_step": theirs_wide.step_ratio if theirs_wide else None,
         **narrow,
     }
-    if "activation_bytes_per_token" in theirs:
-        ratio = batch["layer"]["activation_bytes_per_token"] / theirs["activation_bytes_per_token"]
-        measured["activations"] = asdict(Spread(median=ratio, lower_quartile=ratio, upper_quartile=ratio))
+    if batch.layer.activation_bytes_per_token and theirs and theirs.activation_bytes_per_token:
+        ratio = batch.layer.activation_bytes_per_token / theirs.activation_bytes_per_token
+        measured["activations"] = Spread(median=ratio, lower_quartile=ratio, upper_quartile=ratio)
     if memory.needed_bytes("row", memory.table_bytes(sizes.d_model, sizes.many_experts)) < available_bytes():
-        on_stage("many experts and few")
+        show_progress("many experts and few")
         measured["many_experts"] = _many_experts_ratio(sizes, repeats)
     return {name: spread for name, spread in measured.items() if spread is not None}, results
 
 
-def _beside_peer_pytorch(layer: PEER, num_tokens: int, repeats: int, on_stage: Callable[[str], None]) -> dict[str, Any]:
+def _against_peer_pytorch(
+    layer: PEER, num_tokens: int, repeats: int, show_progress: Callable[[str], None]
+) -> Measurement:
     num_experts, _, d_model = layer.experts.shape
     return measure_setting(
         layer,
@@ -126,13 +131,13 @@ def _beside_peer_pytorch(layer: PEER, num_tokens: int, repeats: int, on_stage: C
         ids=("uniform",),
         repeats=repeats,
         max_bytes=memory.table_bytes(d_model, num_experts) + available_bytes(),
-        rivals=(PEER_PYTORCH,),
-        on_stage=lambda stage: on_stage(f"D = {d_model}, N = {num_experts:,}, M = {num_tokens}: {stage}"),
+        baselines=(PEER_PYTORCH,),
+        show_progress=lambda name: show_progress(f"D = {d_model}, N = {num_experts:,}, M = {num_tokens}: {name}"),
     )
 
 
-def _narrow_ratios(layer: PEER, num_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Time of the experts' forward pass with fp32 tables over that with int8 and bf16; tokens are fp32."""
+def _narrow_ratios(layer: PEER, num_tokens: int, repeats: int) -> dict[str, Spread]:
+    """Compare the experts' forward pass with fp32 tables to those with int8 and bf16; tokens are fp32."""
     generator = torch.Generator().manual_seed(0)
     fp32 = layer.experts.detach()
     table, scales = quantize_vectors(fp32)
@@ -157,14 +162,14 @@ def _narrow_ratios(layer: PEER, num_tokens: int, repeats: int) -> dict[str, dict
     with torch_threads(1):
         few = x[0, :64], ids[0, :64], weights[0, :64]
         check_experts(few[0], tables["bf16"][0], *few[1:], layer.activation, generator)
-        check_int8_experts(few[0], *tables["int8"], *few[1:], layer.activation)
+        check_int8_experts(few[0], tables["int8"][0], scales, *few[1:], layer.activation)
         with torch.no_grad():
             times = interleaved({name: experts(*table) for name, table in tables.items()}, repeats)
-    return {name: asdict(Spread.of(times["fp32"][:, 0] / times[name][:, 0])) for name in ("int8", "bf16")}
+    return {name: Spread.of(times["fp32"][:, 0] / times[name][:, 0]) for name in ("int8", "bf16")}
 
 
-def _many_experts_ratio(sizes: Sizes, repeats: int) -> dict[str, float]:
-    """Time of our training step with many experts over that with few."""
+def _many_experts_ratio(sizes: Sizes, repeats: int) -> Spread:
+    """Return the time of our training step with many experts over that with few."""
     generator = torch.Generator().manual_seed(0)
     inputs = Inputs(sizes.num_tokens, sizes.d_model, trains=True, generator=generator)
     calls = {}
@@ -172,15 +177,15 @@ def _many_experts_ratio(sizes: Sizes, repeats: int) -> dict[str, float]:
         for num_experts in (sizes.few_experts, sizes.many_experts):
             layer = make_layer(sizes.d_model, num_experts)
             check_kernels(layer, sizes.num_tokens, ("row",), generator)
-            subject = our_subject(layer, "row")
-            settle(subject, inputs.next(), inputs.grad_y_MD)
-            calls[str(num_experts)] = lambda subject=subject: subject.step(inputs.next(), inputs.grad_y_MD)
+            ours = our_layer(layer, "row")
+            settle(ours, inputs.next(), inputs.grad_y_MD)
+            calls[str(num_experts)] = ours.step_of(inputs)
         few, many = interleaved(calls, repeats).values()
-    return asdict(Spread.of(many.sum(1) / few.sum(1)))
+    return Spread.of(many.sum(1) / few.sum(1))
 
 
 def available_bytes() -> float:
-    """Memory that can be taken without swapping, less a reserve; infinite where the system doesn't say."""
+    """Return the memory that can be taken without swapping, less a reserve; infinite if the system doesn't say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -188,30 +193,30 @@ def available_bytes() -> float:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")) - memory.GIB
 
 
-def report_of(measured: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """The goals with what was measured, as JSON wants them; `reached` is aim, must, missed or not measured."""
+def report_of(measured: dict[str, Spread]) -> list[dict[str, Any]]:
+    """Return the goals with what was measured, for JSON; `reached` is aim, must, missed or not measured."""
     return [
         {
             "goal": goal.name,
             "must": goal.must,
             "aim": goal.aim,
             "at_most": goal.at_most,
-            "measured": measured.get(name),
-            "reached": goal.reached(measured[name]["median"]) if name in measured else "not measured",
+            "measured": asdict(measured[name]) if name in measured else None,
+            "reached": goal.reached(measured[name].median) if name in measured else "not measured",
         }
         for name, goal in GOALS.items()
     ]
 
 
-def table_of(measured: dict[str, dict[str, float]]) -> Table:
-    """The goals for the terminal."""
+def table_of(measured: dict[str, Spread]) -> Table:
+    """Return the goals for the terminal."""
     table = Table("goal", title="The layer on a CPU: median (quartiles); ratios to PEER-pytorch", title_justify="left")
     for heading in ("must", "aim", "measured", "reached"):
         table.add_column(heading, justify="right", no_wrap=True)
     for (name, goal), line in zip(GOALS.items(), report_of(measured), strict=True):
-        text = "-"
+        text = MISSING
         if name in measured:
-            median, lower, upper = (goal.write(measured[name][key]) for key in Spread.__dataclass_fields__)
+            median, lower, upper = map(goal.write, astuple(measured[name]))
             text = median if lower == upper else f"{median} ({lower} to {upper})"
         sign = "<=" if goal.at_most else ">="
         table.add_row(goal.name, f"{sign} {goal.write(goal.must)}", goal.write(goal.aim), text, line["reached"])
@@ -224,18 +229,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_layer.json"))
     arguments = parser.parse_args()
     with Console(stderr=True).status("making the table") as status:
-        measured, results = measure_goals(Sizes(), repeats=arguments.repeats, on_stage=status.update)
+        measured, results = measure_goals(Sizes(), repeats=arguments.repeats, show_progress=status.update)
     report = {
         "machine": describe_machine(),
         "repeats": arguments.repeats,
         "goals": report_of(measured),
-        "results": results,
+        "results": list(map(to_json, results)),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     console = Console()
     console.print(table_of(measured))
-    for reason in dict.fromkeys(reason for result in results for reason in result["left_out"]):
+    for reason in dict.fromkeys(reason for result in results for reason in result.left_out):
         console.print(f"left out: {reason}", markup=False, highlight=False)
 
 

@@ -10,19 +10,10 @@ from dataclasses import replace
 from rich.console import Console
 from rich.progress import track
 
-from tinyexperts.model import PEERConfig
-from tinyexperts.planning import Devices, MeshPlan
-from tinyexperts.planning import mesh_plan as plan
+from tinyexperts.layers import PEERConfig
+from tinyexperts.planning import Devices, MeshPlan, plan
 from tinyexperts.training import TrainConfig, recipes
 
-# Eight on a node, NVLink between them, a 400 Gb/s adapter each to the others.
-H100_SXM = {
-    "per_node": 8,
-    "tflops": 989.0,
-    "memory_gb_per_second": 3350.0,
-    "link_gb_per_second": 400.0,
-    "node_link_gb_per_second": 50.0,
-}
 SEQUENCES = 512  # of a step: one million tokens
 
 
@@ -42,7 +33,7 @@ def config_of(log_num_experts: int, num_devices: int) -> TrainConfig:
 
 
 def row(log_num_experts: int, num_devices: int) -> str:
-    devices = Devices.parse(f"{num_devices}x80GB", **H100_SXM)
+    devices = Devices.parse(f"{num_devices}x80GB")
     plans = plan(config_of(log_num_experts, num_devices), devices)
     fitting = [mesh for mesh in plans if mesh.fits(devices)]
     best = (

@@ -30,11 +30,10 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinyexperts.model import PEERConfig
-from tinyexperts.planning import Devices
-from tinyexperts.planning import mesh_plan as plan
+from tinyexperts.layers import PEERConfig
+from tinyexperts.planning import Devices, plan
 from tinyexperts.training import recipes
-from tinyexperts.training.config import TrainConfig
+from tinyexperts.training.config import DistributedConfig, TrainConfig
 from tinyexperts.training.distributed.launch import init_distributed
 from tinyexperts.training.run import make_run
 from tinyexperts.training.step import optimizer_step
@@ -43,7 +42,7 @@ Mesh = tuple[int, int]  # (replicate, table)
 ALONE: Mesh = (1, 1)
 SHARED: Mesh = (1, 2)
 COUNTED: list[Mesh] = [SHARED, (2, 1), (2, 2)]
-# Of what a rank gives to an exchange: how much it sends, by the number of ranks.
+# The share of its input that a rank sends in an exchange, by the number of ranks.
 SENT: dict[str, Callable[[int], float]] = {
     "c10d::_allgather_base_": lambda ranks: ranks - 1,
     "c10d::_reduce_scatter_base_": lambda ranks: (ranks - 1) / ranks,
@@ -86,15 +85,15 @@ def config_of(arguments: argparse.Namespace, mesh: Mesh) -> TrainConfig:
         model=replace(recipe.model, d_model=arguments.d_model, num_layers=4, num_heads=4, expert_layer=layer),
         num_steps=10_000,
         training_flops=None,
+        distributed=DistributedConfig(mesh=mesh),
         batch_size=arguments.sequences * math.prod(mesh),
-        mesh=mesh,
         device="cpu",
         threads=1,
     )
 
 
 def work(rank: int, mesh: Mesh, port: int, arguments: argparse.Namespace, pipe: Any) -> None:
-    """A rank: counts one step, then makes a slice of steps whenever it is asked to."""
+    """Count one step as a rank, then make a slice of steps whenever it is asked for."""
     num_ranks = str(math.prod(mesh))
     os.environ |= {
         "RANK": str(rank),
@@ -135,7 +134,7 @@ class Started:
         self.sent: list[dict[str, int]] = [pipe.recv() for pipe in self._pipes]
 
     def tokens_per_second(self) -> float:
-        """Of one slice of steps; that of the slowest rank."""
+        """Return the tokens per second of one slice of steps on the slowest rank."""
         for pipe in self._pipes:
             pipe.send(True)
         return min(pipe.recv() for pipe in self._pipes)
@@ -197,7 +196,7 @@ def main() -> None:
 
 
 def check(arguments: argparse.Namespace, mesh: Mesh, sent: list[dict[str, int]]) -> dict[str, float]:
-    """The bytes that ranks send in gathers, scatters and all-to-alls are those of the plan, to the byte."""
+    """Check that ranks send the bytes of the plan in gathers, scatters and all-to-alls; return the plan's bytes."""
     count, any_speed = len(sent), 1e9
     devices = Devices(
         count=count, per_node=count, memory_bytes=1e9, flops=any_speed, memory_speed=any_speed, link_speed=any_speed,

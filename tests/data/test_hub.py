@@ -9,7 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from tinyexperts.data.hub import HUB_SOURCES, HubCorpus, HubSource, join_wikitext_articles
+from tinyexperts.data.corpora import CORPORA
+from tinyexperts.data.hub import HubCorpus, join_wikitext_articles
 from tinyexperts.errors import InputError
 
 
@@ -18,17 +19,24 @@ def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def local(source: HubSource, tmp_path: Path, rows: list[dict[str, object]]) -> HubCorpus:
-    """The corpus of a known source, with the hub's files replaced by a local one."""
+def known(name: str) -> HubCorpus:
+    corpus = CORPORA[name].corpus
+    assert isinstance(corpus, HubCorpus)
+    return corpus
+
+
+def local(corpus: HubCorpus, tmp_path: Path, rows: list[dict[str, object]]) -> HubCorpus:
+    """Return a corpus with the hub's files replaced by a local one."""
     path = tmp_path / "rows.json"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return HubCorpus(replace(source, path="json", config=None, data_files={source.split: str(path)}))
+    return replace(corpus, path="json", config=None, data_files={corpus.split: str(path)})
 
 
 @pytest.mark.parametrize("name", ["pile", "curation-corpus", "lambada"])
 def test_known_data_set_yields_its_text_field(tmp_path: Path, name: str) -> None:
-    source = HUB_SOURCES[name]
-    corpus = local(source, tmp_path, [{source.text_field: text, "other": 1} for text in ("one", "two\n", "三")])
+    corpus = local(
+        known(name), tmp_path, [{known(name).text_field: text, "other": 1} for text in ("one", "two\n", "三")]
+    )
     assert [document.text for document in corpus.documents([])] == ["one", "two\n", "三"]
     assert [document.name for document in corpus.documents([])] == ["json:0", "json:1", "json:2"]
 
@@ -39,17 +47,17 @@ def test_c4_survives_timestamps_that_are_empty(
 ) -> None:
     rows: list[dict[str, object]] = [{"text": f"text {i}", "timestamp": timestamp, "url": "u"} for i in range(3000)]
     rows.append({"text": "last", "timestamp": last, "url": "u"})
-    corpus = local(HUB_SOURCES["c4"], tmp_path, rows)
+    corpus = local(known("c4"), tmp_path, rows)
     # Blocks of 16 KB, so that the types are settled before the last row is seen.
     monkeypatch.setattr(datasets, "load_dataset", partial(datasets.load_dataset, chunksize=16 << 10))
     assert [document.text for document in corpus.documents([])][-2:] == ["text 2999", "last"]
     with pytest.raises(InputError, match="cannot read the data set json"):
-        list(HubCorpus(replace(corpus.source, string_fields=())).documents([]))
+        list(replace(corpus, string_fields=()).documents([]))
 
 
 def test_wikitext_lines_are_joined_to_articles(tmp_path: Path) -> None:
     lines = ["", " = First = \n", "", " text , one \n", "", " = = Section = = \n", "", " = Second = \n", "", " more \n"]
-    corpus = local(HUB_SOURCES["wikitext-103"], tmp_path, [{"text": line} for line in lines])
+    corpus = local(known("wikitext-103"), tmp_path, [{"text": line} for line in lines])
     assert [document.text for document in corpus.documents([])] == [
         "\n = First = \n\n text , one \n\n = = Section = = \n\n",
         " = Second = \n\n more \n",
@@ -62,13 +70,13 @@ def test_join_wikitext_articles_takes_no_equation_for_a_title() -> None:
 
 
 def test_null_text_is_an_empty_document_and_other_types_are_errors(tmp_path: Path) -> None:
-    source = HubSource(path="any/name", text_field="body")
-    corpus = local(source, tmp_path, [{"body": None}, {"body": "x"}])
-    assert [document.text for document in corpus.documents([])] == ["", "x"]
+    corpus = HubCorpus(path="any/name", text_field="body")
+    texts = local(corpus, tmp_path, [{"body": None}, {"body": "x"}])
+    assert [document.text for document in texts.documents([])] == ["", "x"]
     with pytest.raises(InputError, match="row 0: the field 'body' must be a string, got a int"):
-        list(local(source, tmp_path, [{"body": 3}]).documents([]))
+        list(local(corpus, tmp_path, [{"body": 3}]).documents([]))
     with pytest.raises(InputError, match="row 0: no field 'body'; the fields are 'text', 'id'"):
-        list(local(source, tmp_path, [{"text": "x", "id": 1}]).documents([]))
+        list(local(corpus, tmp_path, [{"text": "x", "id": 1}]).documents([]))
 
 
 def test_rows_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,16 +86,16 @@ def test_rows_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("the line went dead")
 
     monkeypatch.setattr(datasets, "load_dataset", rows)
-    documents = HubCorpus(HubSource(path="any/name")).documents([])
+    documents = HubCorpus(path="any/name").documents([])
     assert next(documents).text == "first"
     with pytest.raises(InputError, match=r"cannot read the data set any/name .*the line went dead"):
         next(documents)
 
 
 def test_missing_split_or_data_set_is_one_sentence(tmp_path: Path) -> None:
-    corpus = local(HUB_SOURCES["pile"], tmp_path, [{"text": "x"}])
+    corpus = local(known("pile"), tmp_path, [{"text": "x"}])
     with pytest.raises(InputError, match=r"cannot read the data set json .*split tset") as error:
-        list(HubCorpus(replace(corpus.source, split="tset")).documents([]))
+        list(replace(corpus, split="tset").documents([]))
     assert "\n" not in str(error.value)
 
 
@@ -95,18 +103,18 @@ def test_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"cannot read the data set allenai/c4 \(config en, split train\): ") as error:
-        list(HubCorpus(HUB_SOURCES["c4"]).documents([]))
+        list(known("c4").documents([]))
     assert "\n" not in str(error.value)
 
 
 def test_missing_datasets_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'tinyexperts\[data\]'"):
-        HubCorpus(HUB_SOURCES["c4"])
+        list(known("c4").documents([]))
 
 
 def test_description_says_what_was_read() -> None:
-    assert HubCorpus(HUB_SOURCES["c4"]).description() == {
+    assert known("c4").description() == {
         "kind": "hub",
         "path": "allenai/c4",
         "config": "en",

@@ -84,7 +84,7 @@ def test_no_document_is_in_both_splits_and_every_one_in_one(tmp_path: Path) -> N
     train, validation = (documents_of(tmp_path / "set", split) for split in ("train", "validation"))
     assert len(validation) == 40
     assert sorted(train + validation) == sorted(texts)
-    assert (summary.num_duplicates_removed, summary.num_empty_removed) == (200, 2)
+    assert (summary.index.num_duplicates_removed, summary.index.num_empty_removed) == (200, 2)
 
 
 def test_tokenizer_is_trained_on_the_training_documents_alone(tmp_path: Path) -> None:
@@ -108,7 +108,10 @@ def test_summary_and_index_count_what_was_made(tmp_path: Path) -> None:
     assert (index.num_duplicates_removed, index.num_empty_removed, index.num_files_skipped) == (1, 1, 1)
     assert (index.seed, index.validation_fraction, index.vocab_size, index.dtype) == (3, 0.05, 280, "uint16")
     assert index.corpus == {"kind": "files", "paths": str(folder), "text_field": "text"}
-    assert {name: record.num_documents for name, record in summary.splits.items()} == {"train": 29, "validation": 2}
+    assert {name: record.num_documents for name, record in summary.index.splits.items()} == {
+        "train": 29,
+        "validation": 2,
+    }
     texts = [*texts_of_repeated_words(30), "grüße\n"]
     num_bytes = sum(len(text.encode()) for text in texts)
     num_tokens = sum(len(dataset.tokenizer.encode(text)) + 1 for text in texts)

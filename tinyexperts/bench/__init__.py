@@ -1,7 +1,11 @@
-"""Benchmark of the layer on this machine: its operator by the memory's limit, its parts, and what stands beside it.
+"""The benchmark of the layer on this machine: its operator against the memory's limit, its parts, and baselines.
 
 `tinyexperts bench layer` runs it; benchmarks/cpu_layer.py measures the claims of the README with it.
 """
+
+from tinyexperts.extras import require_extra
+
+require_extra("study", __name__)
 
 from tinyexperts.bench.measurement import measure_setting
 from tinyexperts.bench.run import LayerBenchmarkConfig, run_layer_benchmark

@@ -15,7 +15,7 @@ _MIN_POOL = 3
 class Inputs:
     """Random tokens in turn, each batch [M, D] of standard normal numbers, and a gradient of the output.
 
-    In training the tokens want a gradient, as those of a layer within a model do.
+    In training the tokens require a gradient, as those of a layer within a model do.
     """
 
     def __init__(self, num_tokens: int, d_model: int, *, trains: bool, generator: torch.Generator) -> None:
@@ -24,9 +24,10 @@ class Inputs:
         self.grad_y_MD = torch.randn(num_tokens, d_model, generator=generator)
 
     def next(self) -> Tensor:
+        """Return the next batch."""
         return next(self._x_MD).detach().requires_grad_(self.trains)
 
 
 def pool_size(num_tokens: int) -> int:
-    """Batches of a pool: odd, so that calls that take turns get each of them."""
+    """Return the number of batches in a pool: odd, so that calls that take turns get each of them."""
     return max(_MIN_POOL, _MIN_POOL_TOKENS // num_tokens + 1 | 1)

@@ -1,4 +1,4 @@
-"""What memory a setting needs, estimated before it is measured, and the most that the process has held."""
+"""The memory that a setting needs, estimated before it is measured, and the peak of this process."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ GIB = 2**30
 
 
 def gib(num_bytes: float) -> str:
-    """Bytes for readers, as "14.2 GiB"."""
+    """Write bytes for readers, as "14.2 GiB"."""
     return f"{num_bytes / GIB:.3g} GiB"
 
 
 def table_bytes(d_model: int, num_experts: int) -> int:
-    """Bytes of a table [N, 2, D] in fp32; PEER-pytorch's two tables hold as much."""
+    """Return the bytes of a table [N, 2, D] in fp32; PEER-pytorch's two tables hold as much."""
     return num_experts * 2 * d_model * 4
 
 
 def needed_bytes(second_moment: str, table: int) -> int:
-    """Bytes of a PEER layer's table of `table` bytes with what RowSparseAdam keeps for it."""
+    """Return the bytes of a table that has `table` bytes, together with RowSparseAdam's state for it."""
     return (3 if second_moment == "element" else 2) * table
 
 
@@ -31,7 +31,7 @@ def restart_peak() -> None:
 
 
 def peak_resident_bytes() -> int | None:
-    """The most memory that the process held since `restart_peak`; None where the system doesn't say."""
+    """Return the most memory that the process held since `restart_peak`; None where the system doesn't say."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The benchmark over a grid of settings: what to measure, in which order, and where the results go."""
+"""The benchmark over a grid of settings: what to measure, in which order, and the files of results."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from tinyexperts.bench import memory, view
-from tinyexperts.bench.measurement import measure_setting
-from tinyexperts.bench.rivals import RIVALS, RivalName
-from tinyexperts.bench.subjects import make_layer
+from tinyexperts.bench.baselines import BASELINES, BaselineName
+from tinyexperts.bench.contestants import make_layer
+from tinyexperts.bench.measurement import Measurement, measure_setting, to_json
 from tinyexperts.errors import InputError
 from tinyexperts.files import write_atomically
 from tinyexperts.training.config import path_of
@@ -27,7 +28,7 @@ from tinyexperts.training.config import path_of
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBenchmarkConfig:
-    """The grid of settings, and where the results go."""
+    """The grid of settings, and the folder of the results."""
 
     d_model: tuple[int, ...] = (256, 1024)
     """Widths D, even."""
@@ -36,17 +37,17 @@ class LayerBenchmarkConfig:
     num_tokens: tuple[int, ...] = (1, 64, 1024, 4096)
     """Tokens of a batch M; one token is measured in evaluation, more in training."""
     ids: tuple[Literal["uniform", "zipf"], ...] = ("uniform", "zipf")
-    """Which experts the operator is given when it is measured alone; a layer's are those that its router chooses."""
+    """Kinds of experts for the operator when it is measured alone; a layer's are those that its router chooses."""
     threads: tuple[int, ...] = (1, 2)
     """CPU threads."""
-    rivals: tuple[RivalName, ...] = tuple(RIVALS)
-    """What to measure beside the layer; `--rivals` alone: nothing."""
+    baselines: tuple[BaselineName, ...] = tuple(BASELINES)
+    """Layers to compare with; `--baselines` alone: none."""
     repeats: int = 7
     """Rounds that a median is taken over."""
     output: Path = Path("runs/bench")
     """Folder of layer.json and layer.svg."""
     max_memory_gib: float = 8.0
-    """Of tables, gradients and optimisers' state at a time; settings and rivals that need more are left out."""
+    """Memory of tables, gradients and optimizers' state at a time; what needs more is left out."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", path_of("output", self.output))
@@ -69,8 +70,8 @@ class LayerBenchmarkConfig:
             raise InputError(f"--max-memory-gib must be positive, got {self.max_memory_gib}")
 
 
-def run_layer_benchmark(config: LayerBenchmarkConfig) -> dict[str, Any]:
-    """Measure every setting that fits into the memory, print tables, write layer.json and layer.svg; returns the JSON.
+def run_layer_benchmark(config: LayerBenchmarkConfig) -> list[Measurement]:
+    """Measure every setting that fits into the memory, print tables, write layer.json and layer.svg.
 
     layer.json is written after each setting, so that an interruption keeps what is measured.
 
@@ -85,18 +86,13 @@ def run_layer_benchmark(config: LayerBenchmarkConfig) -> dict[str, Any]:
             sizes.append((d_model, num_experts))
         else:
             skipped.append(
-                f"{_name(d_model, num_experts)}: the table with its optimiser's state needs at least "
+                f"{_name(d_model, num_experts)}: the table with its optimizer's state needs at least "
                 f"{memory.gib(needed)}, --max-memory-gib is {config.max_memory_gib:g}"
             )
     if not sizes:
         raise InputError(f"nothing is measured: {skipped[0]}")
     config.output.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {
-        "machine": describe_machine(),
-        "configuration": {**asdict(config), "output": str(config.output)},
-        "results": [],
-        "skipped": skipped,
-    }
+    measurements: list[Measurement] = []
     with Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -110,44 +106,59 @@ def run_layer_benchmark(config: LayerBenchmarkConfig) -> dict[str, Any]:
             layer = make_layer(d_model, num_experts)
             for threads, num_tokens in product(config.threads, config.num_tokens):
                 setting = f"{_name(d_model, num_experts)}, M = {num_tokens}, threads: {threads}"
-                result = measure_setting(
+                measurement = measure_setting(
                     layer,
                     num_tokens=num_tokens,
                     threads=threads,
                     ids=config.ids,
                     repeats=config.repeats,
                     max_bytes=max_bytes,
-                    rivals=config.rivals,
-                    on_stage=lambda stage, setting=setting: progress.update(task, description=f"{setting}: {stage}"),
+                    baselines=config.baselines,
+                    show_progress=partial(_describe, progress, task, setting),
                 )
-                report["results"].append(result)
-                write_atomically(config.output / "layer.json", json.dumps(report, indent=1) + "\n")
+                measurements.append(measurement)
+                _write(config, measurements, skipped)
                 progress.advance(task)
             del layer  # before the next one is made
-    write_atomically(config.output / "layer.svg", str(view.figure(report["results"])))
-    _print(report)
+    write_atomically(config.output / "layer.svg", str(view.figure(measurements)))
+    _print(measurements, skipped)
     print(f"{config.output / 'layer.json'}, {config.output / 'layer.svg'}")
-    return report
+    return measurements
 
 
-def _print(report: dict[str, Any]) -> None:
-    tables = view.tables(report["results"])
+def _describe(progress: Progress, task: TaskID, setting: str, current: str) -> None:
+    progress.update(task, description=f"{setting}: {current}")
+
+
+def _write(config: LayerBenchmarkConfig, measurements: Sequence[Measurement], skipped: Sequence[str]) -> None:
+    configuration = {**asdict(config), "output": str(config.output)}
+    configuration["rivals"] = configuration.pop("baselines")
+    content = {
+        "machine": describe_machine(),
+        "configuration": configuration,
+        "results": list(map(to_json, measurements)),
+        "skipped": skipped,
+    }
+    write_atomically(config.output / "layer.json", json.dumps(content, indent=1) + "\n")
+
+
+def _print(measurements: Sequence[Measurement], skipped: Sequence[str]) -> None:
+    tables = view.tables(measurements)
     console = Console()
     widest = max(console.measure(table, options=console.options.update(max_width=1000)).maximum for table in tables)
     if widest > console.width:  # lines that the terminal breaks lose less than cells cut short
         console = Console(width=widest)
     for table in tables:
         console.print(table)
-    for sentence in [*report["skipped"], *_left_out(report["results"])]:
+    for sentence in [*skipped, *_left_out(measurements)]:
         console.print(f"left out: {sentence}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _left_out(results: Sequence[dict[str, Any]]) -> list[str]:
+def _left_out(measurements: Sequence[Measurement]) -> list[str]:
     return [
-        f"{_name(result['d_model'], result['num_experts'])}, M = {result['num_tokens']}, threads: {result['threads']}: "
-        f"{reason}"
-        for result in results
-        for reason in result["left_out"]
+        f"{_name(each.d_model, each.num_experts)}, M = {each.num_tokens}, threads: {each.threads}: {reason}"
+        for each in measurements
+        for reason in each.left_out
     ]
 
 
@@ -156,7 +167,7 @@ def _name(d_model: int, num_experts: int) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """The processor, its cores, the versions, and whether memory comes in huge pages: what the numbers depend on."""
+    """Return what the numbers depend on: the processor, its cores, the versions, and whether memory has huge pages."""
     versions: dict[str, str | None] = {}
     for package in ("tinyexperts", "torch", "numpy", "numba", "PEER-pytorch"):
         try:

@@ -1,41 +1,55 @@
 """Text to training batches: corpora, tokenizer, token shards, loader."""
 
-from tinyexperts.data.corpora import StandardLibraryCorpus, open_corpus
+from typing import TYPE_CHECKING
+
+from tinyexperts.extras import require_extra
+from tinyexperts.lazy_exports import lazy_exports
+
+require_extra("train", __name__)
+
+from tinyexperts.data.corpora import CORPORA, NamedCorpus, corpus_to_fetch, fetchable_corpora, open_corpus
 from tinyexperts.data.document import Corpus, Document, printable
 from tinyexperts.data.encoded_text import EncodedText
-from tinyexperts.data.fetch import FetchedText, download_progress, fetch_text, source_named
+from tinyexperts.data.fetch import FetchedCorpus, download_progress, fetch_corpus
 from tinyexperts.data.files import FileCorpus
-from tinyexperts.data.hub import HubCorpus, HubSource
-from tinyexperts.data.loader import Batch, TokenLoader, evaluation_windows
+from tinyexperts.data.hub import HubCorpus
+from tinyexperts.data.packages import PackageCorpus, PackageFile
 from tinyexperts.data.prepare import PrepareConfig, Summary, prepare
 from tinyexperts.data.shards.reader import TokenDataset, TokenSplit
-from tinyexperts.data.text_sources import TEXT_SOURCES, TextSource
+from tinyexperts.data.standard_library import StandardLibraryCorpus
 from tinyexperts.data.tokenizer import Tokenizer, train_tokenizer
 
+if TYPE_CHECKING:  # needs torch
+    from tinyexperts.data.loader import Batch, TokenLoader, evaluation_windows
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+
 __all__ = [
-    "TEXT_SOURCES",
+    "CORPORA",
     "Batch",
     "Corpus",
     "Document",
     "EncodedText",
-    "FetchedText",
+    "FetchedCorpus",
     "FileCorpus",
     "HubCorpus",
-    "HubSource",
+    "NamedCorpus",
+    "PackageCorpus",
+    "PackageFile",
     "PrepareConfig",
     "StandardLibraryCorpus",
     "Summary",
-    "TextSource",
     "TokenDataset",
     "TokenLoader",
     "TokenSplit",
     "Tokenizer",
+    "corpus_to_fetch",
     "download_progress",
     "evaluation_windows",
-    "fetch_text",
+    "fetch_corpus",
+    "fetchable_corpora",
     "open_corpus",
     "prepare",
     "printable",
-    "source_named",
     "train_tokenizer",
 ]

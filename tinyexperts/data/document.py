@@ -1,4 +1,4 @@
-"""What every corpus yields: named documents."""
+"""The named documents that every corpus yields."""
 
 from __future__ import annotations
 

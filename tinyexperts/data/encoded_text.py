@@ -1,4 +1,4 @@
-"""Tokens of files that are measured once: held in memory, never written."""
+"""The tokens of files that are measured once: held in memory, never written."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ class EncodedText:
 
     Documents without text are left out, as a preparation leaves them out; one that is there twice counts twice.
 
-    tokens (int64 [num_tokens]): all documents, each ended by the end-of-text token.
-    num_bytes: the UTF-8 bytes of all texts; None where the tokenizer loses some of it, of which the tokens then predict
-        fewer bytes.
-    num_empty: documents that were left out.
-    num_lossy: documents of which decoding gives another text.
-    text_loss: why `num_bytes` is None, a sentence; else None.
-    skipped: a sentence for each file that was left out.
+    Attributes:
+        tokens (int64 [num_tokens]): all documents, each ended by the end-of-text token.
+        num_bytes (int | None): the UTF-8 bytes of all texts; None if the tokenizer loses some, of which the tokens then
+            predict fewer bytes.
+        num_empty (int): documents that were left out.
+        num_lossy (int): documents that decoding does not give back as they were.
+        text_loss (str | None): the reason why `num_bytes` is None, a sentence; else None.
+        skipped (list[str]): a sentence for each file that was left out.
     """
 
     def __init__(self, paths: Paths, tokenizer: Tokenizer, *, text_field: str = "text") -> None:

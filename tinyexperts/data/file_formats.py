@@ -1,4 +1,4 @@
-"""How one file becomes documents, which goes by its name, whatever the case of its letters.
+"""The documents of one file; its name says how it is read, whatever the case of its letters.
 
 .jsonl .ndjson .jsonlines .ldjson   one JSON object a line, each a document
 .json                               the same where its first line is a whole object and another line follows, or where
@@ -44,7 +44,7 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".7z", ".
 
 
 class NotTextError(InputError):
-    """A file that was expected to hold text holds something else, or is packed in a way that isn't read."""
+    """The refusal of a file that should hold text and holds something else, or is packed in a way that isn't read."""
 
 
 def read_file(path: Path, name: str, *, text_field: str = "text") -> Iterator[Document]:
@@ -85,7 +85,7 @@ def read_file(path: Path, name: str, *, text_field: str = "text") -> Iterator[Do
 
 
 def _opener(compression: str, shown: str) -> ModuleType | None:
-    """The module of the standard library that unpacks this; some builds of Python lack one."""
+    """Return the module of the standard library that unpacks this; some builds of Python lack one."""
     if not compression:
         return None
     try:
@@ -108,7 +108,7 @@ def _refuse_what_is_packed(shown: str, lower_name: str, kind: str) -> None:
 
 
 def _refuse_what_is_no_file(path: Path, shown: str) -> None:
-    """Pipes and sockets would block for ever, and could not be read a second time."""
+    """Refuse pipes and sockets, which would block for ever and could not be read a second time, and the like."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -180,7 +180,7 @@ def _read_json(file: IO[bytes], shown: str, name: str, text_field: str) -> Itera
 
 
 def _refuse_broken_records(text: str, shown: str, text_field: str) -> None:
-    """What names the text field and is no JSON was to be records: settings with comments seldom do."""
+    """Refuse text that names the text field and is no JSON: it was to be records, and no settings with comments."""
     if text.lstrip().startswith(("{", "[")) and f'"{text_field}"' in text:
         try:
             json.loads(text)
@@ -204,7 +204,7 @@ def _text_of(record: object, text_field: str, where: str) -> str:
 
 
 def _checked_text(value: object, text_field: str, where: str) -> str:
-    """The text of a field; a null counts as an empty document, as data sets write a text that they lost."""
+    """Return the text of a field; a null is an empty document, as data sets write a text that they lost."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -260,8 +260,8 @@ def _csv_rows(text: str, delimiter: str) -> Iterator[list[str]]:
 def _read_parquet(path: Path, shown: str, name: str, text_field: str) -> Iterator[Document]:
     if importlib.util.find_spec("pyarrow") is None:
         raise InputError(f"{shown} needs pyarrow to be read: pip install 'tinyexperts[data]'")
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]  # it has no types
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         # Opened here, as pyarrow refuses paths that are not UTF-8.

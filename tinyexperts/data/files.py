@@ -67,11 +67,11 @@ class FileCorpus:
                     skipped.append(str(error))
 
     def description(self) -> dict[str, str]:
-        """The paths as they were given and the field that was read."""
+        """Return the paths as they were given and the field that was read."""
         paths = " ".join(map(printable, self.paths))
         return {"kind": "files", "paths": paths, "text_field": printable(self.text_field)}
 
 
 def skipped_note(skipped: Sequence[str]) -> str:
-    """What to add to a sentence about files of which some were left out."""
+    """Return the end of a sentence about files, which says how many were left out."""
     return f"; {len(skipped):,} files were left out (the first: {skipped[0]})" if skipped else ""

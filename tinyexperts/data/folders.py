@@ -29,7 +29,7 @@ def walk_files(folder: Path, excluded_folders: Collection[str] = ("__pycache__",
 def walk_folders(
     folder: Path, excluded_folders: Collection[str] = ("__pycache__",)
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Yield a folder and those below it, each once, with the sorted names of what they hold beside folders.
+    """Yield a folder and those below it, each once, with the sorted names of what else they hold.
 
     A folder that both a link and a real path reach is read at the real path, and one that only links reach at the first
     of them in the order of the walk, so that links in a circle end.
@@ -65,7 +65,7 @@ def _claim(folder: Path, excluded_folders: Collection[str], places: dict[_Identi
 
 
 def _listed(folder: Path, excluded_folders: Collection[str]) -> tuple[list[str], list[str]]:
-    """The sorted names of the folders in a folder and of all else in it, without what is passed over."""
+    """Return the sorted names of the folders in a folder, and of all else in it, without what is passed over."""
     folders, others = [], []
     try:
         with os.scandir(folder) as entries:
@@ -84,7 +84,7 @@ def _listed(folder: Path, excluded_folders: Collection[str]) -> tuple[list[str],
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself, or to where this process may not look: told where it is read
+    except OSError:  # a link that leads to itself, or to where this process may not look: reading it reports that
         return False
 
 

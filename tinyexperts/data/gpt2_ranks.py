@@ -49,7 +49,9 @@ def read_gpt2_ranks(path: Path) -> dict[bytes, int]:
 def tokenizer_from_ranks(ranks: Mapping[bytes, int], end_of_text: str) -> tokenizers.Tokenizer:
     """Return the byte-level BPE of these ranks, split by GPT-2's pattern, with the end-of-text token as the last id.
 
-    ranks: each token's bytes and its id, from 0; all 256 single bytes are among them.
+    Args:
+        ranks (Mapping[bytes, int]): each token's bytes and its id, from 0; all 256 single bytes are among them.
+        end_of_text (str): the name of the end-of-text token.
     """
     characters = _byte_characters()
     merges = []
@@ -66,7 +68,7 @@ def tokenizer_from_ranks(ranks: Mapping[bytes, int], end_of_text: str) -> tokeni
 
 
 def _split_by_earlier_merges(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that the merges of lower rank leave of a token."""
+    """Return the two parts that the merges of lower rank leave of a token."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pair_ranks = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
@@ -79,7 +81,7 @@ def _split_by_earlier_merges(token: bytes, ranks: Mapping[bytes, int]) -> tuple[
 
 
 def _byte_characters() -> list[str]:
-    """The character by which `tokenizers` writes each byte: printable Latin-1 as itself, the others from U+0100 on."""
+    """Return the character that `tokenizers` writes for each byte: printable Latin-1 as itself, others from U+0100."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     shifted = iter(range(256, 512))
     return [chr(byte if byte in printable else next(shifted)) for byte in range(256)]

@@ -15,20 +15,18 @@ from tinyexperts.errors import InputError
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one step.
-
-    inputs (int64 [B, T]): token ids.
-    targets (int64 [B, T]): the token that follows each input.
-    sequence_ids (int64 [B]): the number of each row's window; window w starts at token w * T of the split.
-    """
+    """The rows of one step."""
 
     inputs: torch.Tensor
+    """The token ids (int64 [B, T])."""
     targets: torch.Tensor
+    """The token that follows each input (int64 [B, T])."""
     sequence_ids: torch.Tensor
+    """The number of each row's window (int64 [B]); window w starts at token w * T of the split."""
 
 
 class TokenLoader:
-    """Serves shuffled windows of a split; nothing is remembered between steps, so that any step can be the first.
+    """A server of shuffled windows of a split; it remembers nothing between steps, so any step can be the first.
 
     Window w holds the T + 1 tokens from w * T on: neighbours share one token, so that each token but the first is
     predicted in one window. The tokens after the last whole window, fewer than T, are left out. Each epoch visits every
@@ -92,7 +90,7 @@ class TokenLoader:
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), sequence_ids)
 
     def epoch(self, step: int) -> float:
-        """How often the split has been seen when `step` begins."""
+        """Return the number of times that the split has been seen when `step` begins."""
         return step * self.batch_size / self.num_windows
 
     def _window_at(self, position: int) -> int:
@@ -111,9 +109,13 @@ def evaluation_windows(
     The first token is predicted from the end-of-text token, so that the targets are `split.num_tokens` in all and bits
     per byte, their negative log2 likelihood divided by `split.num_bytes` where that is known, are exact.
 
-    max_windows: yield no more than so many of them, evenly spread over the split; only these are read.
+    Args:
+        split (TokenSplit | EncodedText): the tokens.
+        context_length (int): tokens T of a window.
+        max_windows (int | None): yield at most this many, evenly spread over the split; only these are read.
 
-    Yields: inputs (int64 [T]) and targets (int64 [T]); T = context_length, less in the last window.
+    Yields:
+        inputs (int64 [T]) and targets (int64 [T]); T = context_length, less in the last window.
 
     Raises:
         InputError: a context or a number of windows that is not positive.

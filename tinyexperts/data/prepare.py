@@ -15,7 +15,7 @@ from tinyexperts.data.document import Corpus, printable
 from tinyexperts.data.files import FileCorpus, paths_of, skipped_note
 from tinyexperts.data.folders import walk_folders
 from tinyexperts.data.shards.index import TOKENIZER_FILE, DatasetIndex, SplitName, SplitRecord
-from tinyexperts.data.shards.writer import SplitWriter, folder_written_whole, token_dtype
+from tinyexperts.data.shards.writer import SplitWriter, folder_written_whole, token_type
 from tinyexperts.data.spool import DocumentSpool
 from tinyexperts.data.tokenizer import Tokenizer, text_loss, train_tokenizer
 from tinyexperts.errors import InputError
@@ -26,13 +26,13 @@ _BATCH_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What text to take, how to split it, and how to encode it."""
+    """The text to take, and the way to split and to encode it."""
 
     output: Path | None = None
     """Folder of the data set, which must not exist; without it data/ and the name of the corpus."""
     corpus: str | None = None
-    """stdlib (the default: this Python's standard library), c4, wikitext-103, pile, curation-corpus, lambada, or any
-    Hugging Face data set as owner/name."""
+    """stdlib (the default: this Python's standard library), a name that `tinyexperts data fetch` lists, or any Hugging
+    Face data set as owner/name."""
     files: tuple[Path, ...] = ()
     """Files and folders to take in place of a corpus: text and source code of any kind, .jsonl (.ndjson, .json), .csv,
     .parquet; also as .gz, .bz2, .xz."""
@@ -52,7 +52,7 @@ class PrepareConfig:
     seed: int = 0
     """Decides which documents are held out."""
     max_documents: int | None = None
-    """Stop after so many distinct documents."""
+    """Stop after this many distinct documents."""
     max_bytes: int | None = None
     """Stop before the document that would make the text longer than this."""
 
@@ -84,7 +84,7 @@ class PrepareConfig:
                 raise InputError(f"{name} must be positive, got {value}")
 
     def output_folder(self) -> Path:
-        """The folder that was asked for, or data/ and the name of the corpus."""
+        """Return the folder that was asked for, or data/ and the name of the corpus."""
         if self.output is not None:
             return self.output
         if self.files:
@@ -109,40 +109,38 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a preparation made."""
+    """The result of a preparation."""
 
     folder: Path
-    vocab_size: int
-    splits: dict[SplitName, SplitRecord]
-    num_duplicates_removed: int
-    num_empty_removed: int
+    index: DatasetIndex
     skipped: tuple[str, ...] = field(repr=False)
     """One sentence for each file that was left out."""
 
     @property
     def bytes_per_token(self) -> float:
         """Bytes of text for each token, over both splits."""
-        records = self.splits.values()
+        records = self.index.splits.values()
         return sum(record.num_bytes for record in records) / sum(record.num_tokens for record in records)
 
     def __str__(self) -> str:
-        lines = [f"{printable(self.folder)}: vocabulary {self.vocab_size:,}, {self.bytes_per_token:.2f} bytes a token"]
-        for name, record in self.splits.items():
+        index, records = self.index, self.index.splits.values()
+        lines = [f"{printable(self.folder)}: vocabulary {index.vocab_size:,}, {self.bytes_per_token:.2f} bytes a token"]
+        for name, record in index.splits.items():
             lines.append(
                 f"  {name:<10} {record.num_documents:>9,} documents  {record.num_tokens:>13,} tokens"
                 f"  {record.num_bytes:>14,} bytes"
             )
         lines.append(
-            f"  left out: {self.num_duplicates_removed:,} duplicates, {self.num_empty_removed:,} empty documents, "
+            f"  left out: {index.num_duplicates_removed:,} duplicates, {index.num_empty_removed:,} empty documents, "
             f"{len(self.skipped):,} files" + (f" (the first: {self.skipped[0]})" if self.skipped else "")
         )
-        if num_lossy := sum(record.num_lossy_documents or 0 for record in self.splits.values()):
-            lines.append(f"  {text_loss(num_lossy, sum(record.num_documents for record in self.splits.values()))}")
+        if num_lossy := sum(record.num_lossy_documents or 0 for record in records):
+            lines.append(f"  {text_loss(num_lossy, sum(record.num_documents for record in records))}")
         return "\n".join(lines)
 
 
 def prepare(config: PrepareConfig) -> Summary:
-    """Make a token data set; it appears as a whole or, when anything fails, not at all.
+    """Make a token data set; it appears as a whole or, if anything fails, not at all.
 
     Exact duplicates (up to white space) are removed before the split, so that no document is in both parts, and the
     tokenizer is trained on the training part alone. The same text, seed and sizes give the same bytes.
@@ -172,10 +170,10 @@ def prepare(config: PrepareConfig) -> Summary:
         splits = _encode(spool, validation, tokenizer, folder, progress)
         spool.remove()
         tokenizer.save(folder / TOKENIZER_FILE)
-        DatasetIndex(
+        index = DatasetIndex(
             tokenizer_sha256=tokenizer.hash,
             vocab_size=tokenizer.vocab_size,
-            dtype=token_dtype(tokenizer.vocab_size).name,
+            dtype=token_type(tokenizer.vocab_size),
             corpus=corpus.description(),
             seed=config.seed,
             validation_fraction=config.validation_fraction,
@@ -183,15 +181,9 @@ def prepare(config: PrepareConfig) -> Summary:
             num_empty_removed=spool.num_empty,
             num_files_skipped=len(skipped),
             splits=splits,
-        ).write(folder)
-    return Summary(
-        folder=output,
-        vocab_size=tokenizer.vocab_size,
-        splits=splits,
-        num_duplicates_removed=spool.num_duplicates,
-        num_empty_removed=spool.num_empty,
-        skipped=tuple(skipped),
-    )
+        )
+        index.write(folder)
+    return Summary(folder=output, index=index, skipped=tuple(skipped))
 
 
 def _check_no_link_leads_to(output: Path, inputs: Iterable[Path]) -> None:

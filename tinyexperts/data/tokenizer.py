@@ -34,7 +34,7 @@ _MOST_BYTES_IN_A_WORD = 1024
 
 
 class Tokenizer:
-    """Encodes text to token ids and back; `vocab_size` is one more than the highest id."""
+    """An encoder of text to token ids and back; `vocab_size` is one more than the highest id."""
 
     def __init__(self, tokenizer_json: str) -> None:
         """Make the tokenizer from the content of a tokenizer.json, which is kept as it is.
@@ -112,9 +112,9 @@ class Tokenizer:
 
     @property
     def keeps_every_text(self) -> bool:
-        """Whether its parts show, without a text to try it on, that decoding gives every text back.
+        """True if its parts show, without a text to try it on, that decoding gives every text back.
 
-        So it is for byte-level BPE that changes nothing before and after; of any other tokenizer it is not known.
+        Byte-level BPE that changes nothing before and after does; of any other tokenizer it is not known.
         """
         content = json.loads(self._tokenizer.to_str())
         model = content["model"]
@@ -155,7 +155,7 @@ class Tokenizer:
 
     @cached_property
     def _tokenizer_of_continued_text(self) -> tokenizers.Tokenizer:
-        """The tokenizer without what puts a space before a text."""
+        """The tokenizer without the parts that put a space before a text."""
         content = json.loads(self._tokenizer.to_str())
         content |= {name: _without_prefix(content[name]) for name in ("normalizer", "pre_tokenizer")}
         return _of_plain_text(tokenizers.Tokenizer.from_str(json.dumps(content)), content)
@@ -229,7 +229,7 @@ def _unknown_id(model: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> int |
 
 
 def _cut_within(text: str, start: int, end: int, name: str) -> int:
-    """Where to cut a text so that what became a control token from start to end no longer does."""
+    """Return a place to cut a text, so that the piece from start to end no longer becomes a control token."""
     at = text.find(name, start, end)
     cut = at + 1 if at >= 0 else (start + end) // 2  # a changed spelling, or white space that the entry takes with it
     if not start < cut < end:
@@ -240,7 +240,7 @@ def _cut_within(text: str, start: int, end: int, name: str) -> int:
 
 
 def _maps_bytes_only(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether a pre-tokenizer splits text and writes its bytes as characters, and neither adds nor drops any."""
+    """Return True if a pre-tokenizer splits text and writes its bytes as characters, and neither adds nor drops any."""
     if pre_tokenizer is None:
         return False
     *splits, last = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]

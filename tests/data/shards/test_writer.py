@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from tinyexperts.data.shards.writer import SplitWriter, folder_written_whole, token_dtype
+from tinyexperts.data.shards.writer import SplitWriter, folder_written_whole, token_type
 from tinyexperts.errors import InputError
 
 
@@ -31,11 +31,11 @@ def test_documents_run_on_over_shards_and_the_record_says_what_is_there(tmp_path
 
 @pytest.mark.parametrize("vocab_size", [65_536, 65_537])
 def test_ids_get_the_smallest_type_that_holds_them(tmp_path: Path, vocab_size: int) -> None:
-    assert token_dtype(vocab_size).itemsize == (2 if vocab_size == 65_536 else 4)
+    assert token_type(vocab_size) == ("uint16" if vocab_size == 65_536 else "uint32")
     writer = SplitWriter(tmp_path, "validation", vocab_size=vocab_size, end_of_text_id=0)
     writer.write([vocab_size - 1, 1], 3)
     record = writer.finish()
-    tokens = np.fromfile(tmp_path / record.shards[0].file, dtype=token_dtype(vocab_size))
+    tokens = np.fromfile(tmp_path / record.shards[0].file, dtype=np.dtype(token_type(vocab_size)).newbyteorder("<"))
     assert tokens.tolist() == [vocab_size - 1, 1, 0]
 
 

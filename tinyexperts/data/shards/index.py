@@ -26,6 +26,7 @@ FORMAT_NAME: Final = "tinyexperts-tokens"
 FORMAT_VERSION: Final = 1
 
 SplitName = Literal["train", "validation"]
+TokenType = Literal["uint16", "uint32"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation")
 
 
@@ -51,17 +52,17 @@ class SplitRecord(_Record):
     num_tokens: int
     num_bytes: int
     num_lossy_documents: int | None = None
-    """of which decoding gives another text than the one that was encoded; None: written before this was counted"""
+    """The documents that decoding does not give back as they were; None: written before this was counted."""
 
 
 class DatasetIndex(_Record):
-    """Everything that index.json says."""
+    """The content of index.json."""
 
     format: Literal["tinyexperts-tokens"] = FORMAT_NAME
     version: Literal[1] = FORMAT_VERSION
     tokenizer_sha256: str
     vocab_size: int
-    dtype: Literal["uint16", "uint32"]
+    dtype: TokenType
     corpus: dict[str, str]
     seed: int
     validation_fraction: float
@@ -110,7 +111,7 @@ def read_index(folder: Path) -> DatasetIndex:
 
 
 def sha256_of_splits(index: DatasetIndex) -> str:
-    """The sha256, in hexadecimal, of what the index says of the splits: their files' checksums and sizes."""
+    """Return the sha256, in hexadecimal, of the splits' entries in the index: their files' checksums and sizes."""
     # Without what follows from the text and the tokenizer, and older data sets don't say.
     derived = {"num_lossy_documents"}
     splits = {name: record.model_dump(exclude=derived) for name, record in sorted(index.splits.items())}

@@ -1,4 +1,4 @@
-"""Reads a token data set: memory-mapped, checked against its index (the format is in index.py)."""
+"""The reader of a token data set: memory-mapped, checked against its index (the format is in index.py)."""
 
 from __future__ import annotations
 
@@ -55,11 +55,12 @@ class ShardedTokens:
 class TokenSplit:
     """One split of a data set.
 
-    tokens (ShardedTokens, num_tokens ids): all documents, each ended by the end-of-text token.
-    documents (int64 [num_documents, 2]): each document's first token, and the bytes of its text.
-    num_bytes: the UTF-8 bytes of all texts, which bits per byte are counted by; None where the tokenizer loses text, of
-        which the tokens then predict fewer bytes (the index has the number all the same).
-    text_loss: why `num_bytes` is None, a sentence; else None.
+    Attributes:
+        tokens (ShardedTokens, num_tokens ids): all documents, each ended by the end-of-text token.
+        documents (int64 [num_documents, 2]): each document's first token, and the bytes of its text.
+        num_bytes (int | None): the UTF-8 bytes of all texts, by which bits per byte are counted; None if the tokenizer
+            loses text, of which the tokens then predict fewer bytes (the index has the number all the same).
+        text_loss (str | None): the reason why `num_bytes` is None, a sentence; else None.
     """
 
     def __init__(self, folder: Path, name: SplitName, index: DatasetIndex, tokenizer: Tokenizer) -> None:
@@ -97,7 +98,7 @@ class TokenSplit:
 
 
 class TokenDataset:
-    """A prepared data set: its tokenizer and its two splits; `sha256` tells its tokens from those of another."""
+    """A prepared data set: its tokenizer and its two splits; `sha256` identifies its tokens."""
 
     def __init__(self, folder: Path, index: DatasetIndex, tokenizer: Tokenizer) -> None:
         self.folder = folder
@@ -171,7 +172,7 @@ def _check_size(path: Path, expected_bytes: int) -> None:
 
 def _read_documents(path: Path, record: SplitRecord) -> np.ndarray:
     try:
-        documents = np.load(path, mmap_mode="r", allow_pickle=False)
+        documents: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise InputError(f"the data set is incomplete: {printable(path)} is missing") from error
     except (OSError, ValueError, EOFError) as error:

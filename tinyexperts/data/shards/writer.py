@@ -1,4 +1,4 @@
-"""Writes a token data set: into a folder beside the final one, which is renamed when it is whole."""
+"""The writer of a token data set: into a folder next to the final one, which is renamed when it is whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyexperts.data.document import printable
-from tinyexperts.data.shards.index import ShardRecord, SplitName, SplitRecord
+from tinyexperts.data.shards.index import ShardRecord, SplitName, SplitRecord, TokenType
 from tinyexperts.errors import InputError
 from tinyexperts.files import exclusive_lock, sha256_of_file
 
@@ -20,9 +20,9 @@ MAX_TOKENS_PER_SHARD = 2**28
 _UINT16_VOCABULARY = 2**16
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type of the format that holds every id: little-endian uint16 up to 65,536 ids, else uint32."""
-    return np.dtype("<u2" if vocab_size <= _UINT16_VOCABULARY else "<u4")
+def token_type(vocab_size: int) -> TokenType:
+    """Return the smallest type of the format that holds every id: uint16 up to 65,536 of them, else uint32."""
+    return "uint16" if vocab_size <= _UINT16_VOCABULARY else "uint32"
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def folder_written_whole(output: Path) -> Iterator[Path]:
 
 
 class SplitWriter:
-    """Writes the documents of one split to its shards, one after the other."""
+    """The writer of one split: its documents go to its shards, one after the other."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class SplitWriter:
     ) -> None:
         self._folder = folder
         self._split = split
-        self._dtype = token_dtype(vocab_size)
+        self._dtype = np.dtype(token_type(vocab_size)).newbyteorder("<")
         self._end_of_text_id = end_of_text_id
         self._max_tokens_per_shard = max_tokens_per_shard
         self._shards: list[ShardRecord] = []
@@ -86,9 +86,12 @@ class SplitWriter:
         self._file = self._shard_path(0).open("wb")
 
     def write(self, ids: Sequence[int], num_bytes: int, *, is_lossy: bool = False) -> None:
-        """Append a document: its ids, without the end-of-text token, which is added, and the bytes of its text.
+        """Append a document.
 
-        is_lossy: whether decoding the ids gives another text.
+        Args:
+            ids (Sequence[int]): its ids without the end-of-text token, which is added.
+            num_bytes (int): the bytes of its text.
+            is_lossy (bool): True if decoding the ids gives another text.
         """
         self._documents.extend((self._num_tokens, num_bytes))
         self._num_tokens += len(ids) + 1
@@ -109,7 +112,7 @@ class SplitWriter:
             tokens = tokens[room:]
 
     def finish(self) -> SplitRecord:
-        """End the last shard, write the document table, and say what was written."""
+        """End the last shard, write the document table, and return what was written."""
         self._end_shard()
         documents = np.array(self._documents, dtype="<i8").reshape(-1, 2)
         documents_path = self._folder / f"{self._split}-documents.npy"

@@ -1,8 +1,7 @@
-"""The machine's limit on the experts' forward pass: whole rows read at random places of a table, and nothing else done.
+"""The machine's limit on the experts' forward pass: the time to only read whole rows at random places of a table.
 
 Several rows are read at a time while later rows are prefetched a few cache lines at a time, as the experts' kernel does
-(ops/expert_mlp/cpu.py). Which way is the fastest differs by machine and by size of a row, so that the limit is the best
-of several.
+(ops/expert_mlp/cpu.py). The fastest way differs by machine and by size of a row, so the limit is the best of several.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _MIN_BYTES = 1 << 18
 
 
 class Variant(NamedTuple):
-    """A way to read rows: how many side by side, how far ahead to prefetch, and how much of a row at a time."""
+    """A way to read rows: the number read at once, the distance of prefetches, and the part of a row at a time."""
 
     rows_at_once: int
     rows_ahead: int
@@ -38,7 +37,7 @@ VARIANTS = tuple(Variant(*sizes) for sizes in ((4, 4, 32), (4, 8, 32), (8, 4, 32
 
 
 def words_of(table_NED: Tensor) -> Any:
-    """The table as words of 8 bytes, [N, words] of numpy, without a copy; a row must be whole words."""
+    """Return the table as words of 8 bytes, [N, words] of numpy, without a copy; a row must be whole words."""
     return table_NED.detach().flatten(1).view(torch.int64).numpy()
 
 

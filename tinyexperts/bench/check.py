@@ -1,4 +1,4 @@
-"""The kernels against the reference in plain torch at the sizes that are measured: a fast wrong kernel is no result."""
+"""The check of the kernels against plain torch at the sizes that are measured: a fast wrong kernel is no result."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tinyexperts.layers import PEER
 from tinyexperts.ops import expert_mlp, product_key_topk
 from tinyexperts.ops.expert_mlp import reference as expert_reference
 from tinyexperts.ops.expert_mlp.deferred import pending_gradient
-from tinyexperts.ops.product_key_topk import reference as topk_reference
-from tinyexperts.ops.row_adam import reference as adam_reference
+from tinyexperts.ops.product_key_topk import portable as topk_portable
+from tinyexperts.ops.row_adam import portable as adam_portable
 from tinyexperts.optim import RowSparseAdam, deferred_gradients
 
 TOLERANCE = 1e-4
@@ -43,7 +43,7 @@ def check_kernels(layer: PEER, num_tokens: int, second_moments: Sequence[str], g
 
 
 def values_of(table_NED: Tensor) -> Tensor:
-    """The first N vectors of a table as the table [N, 1, D] of a product-key memory, without a copy."""
+    """Return the first N vectors of a table as the table [N, 1, D] of a product-key memory, without a copy."""
     num_experts, _, d_model = table_NED.shape
     return table_NED.detach().view(-1, 1, d_model)[:num_experts]
 
@@ -56,14 +56,17 @@ def check_experts(
     activation: str | None,
     generator: torch.Generator,
 ) -> None:
-    """Compare the operator expert_mlp and its gradients; raises as check_kernels.
+    """Compare the operator expert_mlp and its gradients.
 
     The reference works on the touched rows alone, so that its gradient is not as large as the table; in fp32, so that
     the gradient of a 16-bit table differs by its rounding, which is allowed.
+
+    Raises:
+        InputError: as `check_kernels`.
     """
     where = f"of {list(table_NED.shape)} experts in {str(table_NED.dtype).removeprefix('torch.')}"
     x, table, weights = (tensor.detach().requires_grad_() for tensor in (x_MD, table_NED, weights_MP))
-    rows, positions_MP = ids_MP.unique(return_inverse=True)
+    rows, positions_MP = ids_MP.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     compact = table_NED.detach()[rows].float().requires_grad_()
     grad_y = torch.randn(x_MD.shape, generator=generator)
     y = expert_mlp(x, table, ids_MP, weights, activation, sparse=True)
@@ -84,8 +87,8 @@ def check_experts(
 def check_int8_experts(
     x_MD: Tensor, table_NED: Tensor, scales_NE: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None
 ) -> None:
-    """The forward pass of an int8 table against the reference on its scaled values."""
-    rows, positions_MP = ids_MP.unique(return_inverse=True)
+    """Compare the forward pass of an int8 table with the reference on its scaled values."""
+    rows, positions_MP = ids_MP.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     compact = table_NED[rows].float() * scales_NE[rows].unsqueeze(-1)
     y = expert_mlp(x_MD, table_NED, ids_MP, weights_MP, activation, scales_NE=scales_NE)
     expected_y, _ = expert_reference.expert_mlp(x_MD, compact, positions_MP, weights_MP, activation)
@@ -101,21 +104,21 @@ def _check_update(
     second_moment: str,
     generator: torch.Generator,
 ) -> None:
-    """The fused step, in which each row's gradient is summed where it is used."""
+    """Compare the fused step, in which each row's gradient is summed where it is used."""
     where = f"in the fused step (second moment a {second_moment}) of {list(table_NED.shape)} experts"
-    rows, positions_MP = ids_MP.unique(return_inverse=True)
+    rows, positions_MP = ids_MP.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     table = nn.Parameter(table_NED[rows])
     compact = table_NED[rows].requires_grad_()
     optimizer = RowSparseAdam([table], lr=1e-3, betas=(0.9, 0.99), eps=1e-8, second_moment=second_moment, fused=True)
     grad_y = torch.randn(x_MD.shape, generator=generator)
     with deferred_gradients([optimizer]):
-        expert_mlp(x_MD, table, positions_MP, weights_MP, activation, sparse=True).backward(grad_y)
+        expert_mlp(x_MD, table, positions_MP, weights_MP, activation, sparse=True).backward(grad_y)  # type: ignore[no-untyped-call]
     expected_y, _ = expert_reference.expert_mlp(x_MD, compact, positions_MP, weights_MP, activation)
     (expected_gradient,) = torch.autograd.grad(expected_y, compact, grad_y)
     assert table.grad is not None
-    pairs = pending_gradient(table.grad)
-    assert pairs is not None
-    touched, gradient = pairs.rows_and_values()
+    pending = pending_gradient(table.grad)
+    assert pending is not None
+    touched, gradient = pending.rows_and_values()
     _compare(f"touched rows {where}", touched, torch.arange(len(rows)))
     _compare(f"gradient of the table {where}", gradient, expected_gradient)
     optimizer.step()
@@ -123,28 +126,28 @@ def _check_update(
     expected = compact.detach().clone()
     first = torch.zeros_like(expected)
     second = torch.zeros_like(expected[..., 0] if second_moment == "row" else expected)
-    adam_reference.row_adam_(expected, first, second, touched, gradient, 1e-3, 0.9, 0.99, 1e-8, 0.0, 1)
+    adam_portable.row_adam_(expected, first, second, touched, gradient, 1e-3, 0.9, 0.99, 1e-8, 0.0, 1)
     _compare(f"table {where}", table, expected)
     _compare(f"first moment {where}", optimizer.state[table]["exp_avg"], first)
     _compare(f"second moment {where}", optimizer.state[table]["exp_avg_sq"], second)
 
 
 def _check_retrieval(layer: PEER, num_tokens: int, generator: torch.Generator) -> None:
-    """Random queries, whose components have the variance 1 that batch norm gives them."""
+    """Compare the retrieval for random queries, whose components have the variance 1 that batch norm gives them."""
     router = layer.router
     where = f"of the retrieval from N = {len(layer.experts)}"
     query = torch.randn(num_tokens, router.num_heads, router.query_dim, generator=generator).requires_grad_()
     sub_keys = router.sub_keys.detach().requires_grad_()
     scores, ids = product_key_topk(query, sub_keys, router.experts_per_head)
-    expected, _ = topk_reference.product_key_topk(query.detach(), sub_keys.detach(), router.experts_per_head)
+    expected, _ = topk_portable.product_key_topk(query.detach(), sub_keys.detach(), router.experts_per_head)
     _compare(f"scores {where}", scores, expected)
     # Other rounding may swap experts of almost equal scores, so ids are compared by what they score.
-    halves = topk_reference.half_scores(query.detach(), sub_keys.detach())
+    halves = topk_portable.half_scores(query.detach(), sub_keys.detach())
     first, second = ids // router.num_sub_keys, ids % router.num_sub_keys
     _compare(f"ids (by their scores) {where}", halves[0].gather(2, first) + halves[1].gather(2, second), expected)
     grad_scores = torch.randn(scores.shape, generator=generator)
     grad_query, grad_keys = torch.autograd.grad(scores, (query, sub_keys), grad_scores)
-    expected_query, expected_keys = topk_reference.product_key_topk_backward(
+    expected_query, expected_keys = topk_portable.product_key_topk_backward(
         grad_scores, ids, query.detach(), sub_keys.detach()
     )
     _compare(f"gradient of the queries {where}", grad_query, expected_query)
