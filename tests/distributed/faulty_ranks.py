@@ -87,7 +87,7 @@ def see_time_outs(rank: int, num_ranks: int, port: int, config: TrainConfig) -> 
         ]
         assert [group.size() for group in groups] == [4, 2, 2, 4]
         time_outs = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
-        assert time_outs == [timedelta(seconds=config.timeout_seconds)] * 4
+        assert time_outs == [timedelta(seconds=config.distributed.timeout_seconds)] * 4
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -17,6 +16,7 @@ from tinyexperts.data import TokenDataset
 from tinyexperts.layers import ProductKeyLayer
 from tinyexperts.training import checkpoint_files, load_model, train
 from tinyexperts.training.checkpoint import checkpoints
+from tinyexperts.training.config import with_settings
 
 D = 256
 
@@ -26,9 +26,9 @@ def make(make_config, tmp_path):
     """Runs of one recipe, wide enough for four ranks."""
 
     def make(name: str, kind: str = "peer", **changes):
-        options = {"num_steps": 50, "log_every": 1, "validation_every": 25, "checkpoint_every": 1000, "batch_size": 4}
+        options = {"num_steps": 50, "log_every": 1, "validation_every": 25, "checkpoint.every": 1000, "batch_size": 4}
         # Gentle: at the recipe's rates a rounding has grown to 1e-4 of the loss after 15 steps.
-        rates = {f"{part}_learning_rate": 1e-3 for part in ("matrix", "embedding", "head", "table")}
+        rates = {f"optimizer.{part}_learning_rate": 1e-3 for part in ("matrix", "embedding", "head", "table")}
         return make_config(kind, run=tmp_path / name, model={"d_model": D}, **(options | rates | changes))
 
     return make
@@ -77,14 +77,19 @@ def test_ranks_train_what_one_process_trains(make, num_ranks, mesh, only):
     kinds = {
         "sparse": {"kind": "peer"},
         "short": {"kind": "peer", "num_steps": 10},
-        "dense gradients": {"kind": "peer", "table_gradients": "dense", "gradient_accumulation": 2, "num_steps": 10},
+        "dense gradients": {
+            "kind": "peer",
+            "optimizer.table_gradients": "dense",
+            "gradient_accumulation": 2,
+            "num_steps": 10,
+        },
         "memory": {"kind": "pkm", "num_steps": 10},
         "moe": {"kind": "moe", "num_steps": 10},
         "dense": {"kind": "dense", "num_steps": 10},
     }
     kinds = {name: options for name, options in kinds.items() if name in (only or kinds.keys() - {"short"})}
     alone = {name: make(f"{name} alone", **options) for name, options in kinds.items()}
-    shared = {name: make(name, **options, mesh=mesh) for name, options in kinds.items()}
+    shared = {name: make(name, **options, distributed={"mesh": mesh}) for name, options in kinds.items()}
     for config in alone.values():
         train(config, progress=False)
     train_on_ranks(list(shared.values()), num_ranks)
@@ -106,7 +111,7 @@ def tensors(folder):
 
 def cut_back(config, name, step, *, mesh):
     """A copy of a run as it was at the checkpoint of a step."""
-    copy = dataclasses.replace(config, run=config.run.with_name(name), mesh=mesh)
+    copy = with_settings(config, {"run": config.run.with_name(name), "distributed.mesh": mesh})
     shutil.copytree(config.run, copy.run)
     for folder in checkpoints(copy.run):
         if folder.name != f"step-{step:08d}":
@@ -116,9 +121,12 @@ def cut_back(config, name, step, *, mesh):
 
 @pytest.mark.parametrize("gradients", ["sparse", pytest.param("dense", marks=pytest.mark.slow)])
 def test_any_number_of_ranks_goes_on_from_the_checkpoint_of_any_other(make, gradients):
-    options = {"num_steps": 10, "checkpoint_every": 5, "keep_checkpoints": 5, "table_gradients": gradients}
+    options = {"num_steps": 10, "checkpoint.every": 5, "checkpoint.keep": 5, "optimizer.table_gradients": gradients}
     meshes = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
-    begun = {num_ranks: make(f"begun on {num_ranks}", **options, mesh=mesh) for num_ranks, mesh in meshes.items()}
+    begun = {
+        num_ranks: make(f"begun on {num_ranks}", **options, distributed={"mesh": mesh})
+        for num_ranks, mesh in meshes.items()
+    }
     for num_ranks, config in begun.items():
         train_on_ranks([config], num_ranks)
         assert_same_course(config, begun[1])
@@ -130,13 +138,13 @@ def test_any_number_of_ranks_goes_on_from_the_checkpoint_of_any_other(make, grad
 
 @pytest.mark.parametrize(("gradients", "file_bytes"), [("sparse", checkpoint_files.FILE_BYTES), ("dense", 5_000)])
 def test_a_checkpoint_of_two_ranks_is_that_of_any_number_to_the_bit(make, tmp_path, gradients, file_bytes):
-    config = make("run", num_steps=3, table_gradients=gradients, mesh=(1, 2))
+    config = make("run", num_steps=3, optimizer={"table_gradients": gradients}, distributed={"mesh": (1, 2)})
     train_on_ranks([config], 2)
     expected = tensors(checkpoints(config.run)[-1])
     assert f"optimizer.{TABLE.removeprefix('model.')}.exp_avg" in expected
     for mesh in ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)):
         output, num_ranks = tmp_path / f"again on {mesh}", math.prod(mesh)
-        again = dataclasses.replace(config, mesh=mesh)
+        again = with_settings(config, {"distributed.mesh": mesh})
         on_ranks(save_again, num_ranks, num_ranks, free_port(), again, output, file_bytes)
         found = tensors(checkpoints(output)[-1])
         assert found.keys() == expected.keys()
@@ -147,8 +155,8 @@ def test_a_checkpoint_of_two_ranks_is_that_of_any_number_to_the_bit(make, tmp_pa
 
 
 def test_checkpoints_written_beside_the_training_are_those_that_are_waited_for(make):
-    options = {"num_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 5}
-    waiting, beside = make("waiting", **options), make("beside", **options, asynchronous_checkpoints=True)
+    options = {"num_steps": 6, "checkpoint.every": 2, "checkpoint.keep": 5}
+    waiting, beside = make("waiting", **options), make("beside", **options, checkpoint={"asynchronous": True})
     train_on_ranks([waiting, beside], 2)
     assert len(checkpoints(waiting.run)) == 3
     for ours, theirs in zip(checkpoints(beside.run), checkpoints(waiting.run), strict=True):

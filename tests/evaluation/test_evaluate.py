@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -56,7 +59,7 @@ def test_whatever_is_raised_the_model_is_left_as_it_was(make_config, tiny_data, 
 
 
 @pytest.mark.parametrize(("kind", "num_experts"), [("peer", 64), ("pkm", 64)])
-def test_expert_usage_is_reported_by_layer(make_config, tiny_data, kind, num_experts):
+def test_expert_usage_is_reported_by_layer(make_config, tiny_data, tmp_path, kind, num_experts):
     model = make(make_config, kind)
     result = evaluate(model, TokenDataset.open(tiny_data).split("validation"))
     summary = result.summary()
@@ -66,7 +69,13 @@ def test_expert_usage_is_reported_by_layer(make_config, tiny_data, kind, num_exp
     assert usage["layer"] == "blocks.1.feed_forward"
     assert usage["num_experts"] == num_experts
     assert usage["num_dead"] == round((1 - usage["usage"]) * num_experts)
-    assert result.expert_usage[usage["layer"]].share.sum().item() == pytest.approx(1)
+    share = result.results["expert_usage"].by_layer[usage["layer"]].share
+    assert share.sum().item() == pytest.approx(1)
+    result.save(tmp_path)
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(saved) == list(summary)
+    assert saved == summary | {"expert_usage": [usage | {"file": "expert-usage-blocks.1.feed_forward.npy"}]}
+    assert np.array_equal(np.load(tmp_path / saved["expert_usage"][0]["file"]), share.numpy())
 
 
 def test_text_of_files_is_measured_as_a_prepared_split_would_be(make_config, tiny_data, tmp_path):
@@ -78,7 +87,7 @@ def test_text_of_files_is_measured_as_a_prepared_split_would_be(make_config, tin
     expected = [i for text in texts for i in [*dataset.tokenizer.encode(text), dataset.tokenizer.end_of_text_id]]
     assert tokens.tokens.tolist() == expected
     assert (tokens.num_tokens, tokens.num_documents, tokens.num_bytes) == (len(expected), 2, sum(map(len, texts)))
-    result = evaluate(make(make_config, "dense"), tokens).perplexity
+    result = evaluate(make(make_config, "dense"), tokens).results["perplexity"].perplexity
     assert result.num_tokens == len(expected)
     assert result.bits_per_byte is not None
 

@@ -6,22 +6,14 @@ import pytest
 import torch
 
 from tinyexperts.errors import InputError
-from tinyexperts.model import (
-    Cache,
-    DenseConfig,
-    ExpertChoiceMoEConfig,
-    PEERConfig,
-    ProductKeyMemoryConfig,
-    Transformer,
-    TransformerConfig,
-    generate,
-)
+from tinyexperts.layers import DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig
+from tinyexperts.model import Cache, Transformer, TransformerConfig, generate
 from tinyexperts.model.generation import _draw
 
 LAYERS = [
     DenseConfig(),
     ExpertChoiceMoEConfig(num_experts=4, hidden_dim=12),
-    ProductKeyMemoryConfig(num_values=49, num_heads=2, experts_per_head=3, query_dim=6),
+    ProductKeyMemoryConfig(num_experts=49, num_heads=2, experts_per_head=3, query_dim=6),
     PEERConfig(num_experts=49, num_heads=2, experts_per_head=3, query_dim=6),
 ]
 

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydantic import TypeAdapter
 from ranks import environment, free_port
 
 from tinyexperts.errors import InputError
-from tinyexperts.model import PEERConfig
+from tinyexperts.layers import PEERConfig
 from tinyexperts.planning import Devices, plan, smaller_plans
 from tinyexperts.planning.mesh_plan import column_bytes_of_token
-from tinyexperts.training import TrainConfig, recipes
+from tinyexperts.training import recipes
+from tinyexperts.training.config import OptimizerConfig, with_settings
+from tinyexperts.training.config_file import to_json
 
 SPEEDS = {
     "per_node": 8,
@@ -37,7 +38,7 @@ def devices(text="8x80GB"):
 def million(make_config):
     """The paper's layer at D = 1024."""
     model = {"d_model": 1024, "expert_layer": PEERConfig(num_experts=1024**2)}
-    return make_config(model=model, batch_size=64, device="cuda", table_gradients="dense")
+    return make_config(model=model, batch_size=64, device="cuda", optimizer={"table_gradients": "dense"})
 
 
 def test_the_tables_of_a_million_experts_are_shared(million):
@@ -100,21 +101,21 @@ def test_accumulation_moves_the_dense_part_again_and_keeps_more_gradients(millio
     assert twice.exchanges.total == 2 * once.exchanges.total
     assert twice.compute_seconds == 2 * once.compute_seconds
     for device in ("cuda", "cpu"):
-        sparse = dataclasses.replace(million, table_gradients="sparse", device=device)
+        sparse = with_settings(million, {"optimizer.table_gradients": "sparse", "device": device})
         passes = [plan(dataclasses.replace(sparse, gradient_accumulation=n), devices())[1].memory for n in (1, 2)]
         assert passes[1].gradients > 2 * passes[0].gradients
 
 
 def test_a_second_moment_of_rows_shares_no_table(million):
-    config = dataclasses.replace(million, table_gradients="sparse", table_second_moment="row")
+    config = with_settings(million, {"optimizer.table_gradients": "sparse", "optimizer.table_second_moment": "row"})
     assert [(each.replicate, each.table) for each in plan(config, devices())] == [(8, 1)]
 
 
 def test_asynchronous_checkpoints_and_precision_are_planned(million):
     million = dataclasses.replace(million, model=dataclasses.replace(million.model, context_length=1024))
     waiting, beside, single = (
-        plan(dataclasses.replace(million, **changes), devices())[0].memory
-        for changes in ({}, {"asynchronous_checkpoints": True}, {"precision": "fp32"})
+        plan(with_settings(million, changes), devices())[0].memory
+        for changes in ({}, {"checkpoint.asynchronous": True}, {"precision": "fp32"})
     )
     assert waiting.copies == 0
     assert beside.copies == waiting.weights + waiting.moments
@@ -126,7 +127,8 @@ def test_a_gpu_holds_the_logits_and_sparse_gradients_a_cpu_does_not(million):
     layer = PEERConfig(num_experts=128**2, num_heads=1, experts_per_head=1)
     sizes = {"d_model": 64, "num_layers": 1, "vocab_size": 20_000, "context_length": 256}
     model = dataclasses.replace(million.model, **sizes, expert_layer=layer)
-    gpu = dataclasses.replace(million, model=model, precision="fp32", batch_size=4, table_gradients="sparse")
+    gpu = dataclasses.replace(million, model=model, precision="fp32", batch_size=4)
+    gpu = with_settings(gpu, {"optimizer.table_gradients": "sparse"})
     (of_gpu,), (of_cpu,) = (plan(dataclasses.replace(gpu, device=name), devices("1x80GB")) for name in ("cuda", "cpu"))
     tokens, logits = 4 * model.context_length, 4 * model.context_length * 20_000 * 4
     assert 2 * logits < of_gpu.memory.activations - of_cpu.memory.activations < 4 * logits
@@ -149,16 +151,17 @@ def test_what_spans_nodes_goes_at_the_speed_between_them(million):
 
 
 def test_what_would_take_less_memory_is_planned(million):
-    config = dataclasses.replace(million, gradient_accumulation=2, batch_size=64, asynchronous_checkpoints=True)
+    changes = {"gradient_accumulation": 2, "batch_size": 64, "checkpoint.asynchronous": True}
+    config = with_settings(million, changes)
     found = smaller_plans(config, devices())
     totals = [each.memory.total for each in found.values()]
     assert totals == sorted(totals)
     assert totals[-1] < plan(config, devices())[0].memory.total
-    assert {"--no-asynchronous-checkpoints", "--gradient-accumulation 1 --batch-size 8"} <= found.keys()
-    assert "--table-second-moment row" not in found  # columns can be shared, which saves more
+    assert {"--checkpoint.no-asynchronous", "--gradient-accumulation 1 --batch-size 8"} <= found.keys()
+    assert "--optimizer.table-second-moment row" not in found  # columns can be shared, which saves more
     narrow = dataclasses.replace(million.model, d_model=64)
-    narrow = dataclasses.replace(million, model=narrow, table_gradients="sparse")
-    assert "--table-second-moment row" in smaller_plans(narrow, devices())
+    narrow = with_settings(million, {"model": narrow, "optimizer.table_gradients": "sparse"})
+    assert "--optimizer.table-second-moment row" in smaller_plans(narrow, devices())
 
 
 def test_one_device_exchanges_nothing_and_dense_models_share_no_table(million, make_config):
@@ -194,7 +197,7 @@ def test_the_command_says_which_mesh_fits(run_cli, monkeypatch):
         "--model.expert-layer.num-experts", 2048**2,
     )  # fmt: skip
     assert code == 0
-    assert "The quickest that fits: --mesh 1 4" in out
+    assert "The quickest that fits: --distributed.mesh 1 4" in out
     million = ["--model.d-model", "1024", "--model.num-heads", "8", "--model.expert-layer.num-experts", "1048576"]
     for columns in ("60", "80", "200"):
         monkeypatch.setenv("COLUMNS", columns)
@@ -205,7 +208,7 @@ def test_the_command_says_which_mesh_fits(run_cli, monkeypatch):
     code, out, _ = run_cli("plan", "peer", "--devices", "1x1GB", "--model.expert-layer.num-experts", 4096**2)
     assert code == 0
     assert "No mesh fits" in out
-    assert re.search(r"--table-second-moment row │ 1 x 1 │ 16\.\d\d +│ no", out)
+    assert re.search(r"--optimizer.table-second-moment row │ 1 x 1 │ 16\.\d\d +│ no", out)
 
 
 @pytest.mark.slow
@@ -228,7 +231,7 @@ def test_the_memory_of_a_plan_is_what_a_run_takes(tiny_data, tmp_path, num_ranks
         training_flops=None,
         device="cpu",
         threads=1,
-        table_gradients="sparse" if kind == "sparse gradients" else "dense",
+        optimizer=OptimizerConfig(table_gradients="sparse" if kind == "sparse gradients" else "dense"),
         precision="bf16" if kind == "bf16" else "fp32",
     )
     small = dataclasses.replace(
@@ -237,7 +240,7 @@ def test_the_memory_of_a_plan_is_what_a_run_takes(tiny_data, tmp_path, num_ranks
     small = dataclasses.replace(small, batch_size=2 * num_ranks)
     paths = [tmp_path / "large.json", tmp_path / "small.json"]
     for path, each in zip(paths, (config, small), strict=True):
-        path.write_bytes(TypeAdapter(TrainConfig).dump_json(each))
+        path.write_text(to_json(each))
     port = free_port()
     ranks = [
         subprocess.Popen(

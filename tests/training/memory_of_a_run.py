@@ -9,9 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
-from tinyexperts.training import TrainConfig
+from tinyexperts.training.config_file import from_json
 from tinyexperts.training.distributed.launch import init_distributed
 from tinyexperts.training.run import make_run
 from tinyexperts.training.step import optimizer_step
@@ -22,7 +20,7 @@ def status(name: str) -> int:
 
 
 def main() -> None:
-    large, small = (TypeAdapter(TrainConfig).validate_json(Path(path).read_text()) for path in sys.argv[1:])
+    large, small = (from_json(Path(path).read_bytes()) for path in sys.argv[1:])
     with init_distributed(large) as ranks:
         run = make_run(small, ranks)  # loads the kernels and what torch loads late
         for step in range(2):

@@ -28,7 +28,7 @@ def trained(make_config):
 
 
 def test_the_last_k_are_kept(make_config):
-    config = make_config(num_steps=7, checkpoint_every=2, keep_checkpoints=2)
+    config = make_config(num_steps=7, checkpoint={"every": 2, "keep": 2})
     train(config, progress=False)
     assert [path.name for path in checkpoints(config.run)] == ["step-00000006", "step-00000007"]
 
@@ -129,9 +129,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(trained, monkeypatch):
 
 
 def test_checkpoints_written_beside_the_training_are_those_of_the_step(make_config, tmp_path):
-    whole = make_config(checkpoint_every=3)
+    whole = make_config()
     train(whole, progress=False)
-    beside = make_config(run=tmp_path / "beside", checkpoint_every=3, asynchronous_checkpoints=True)
+    beside = make_config(run=tmp_path / "beside", checkpoint={"asynchronous": True})
     train(beside, progress=False)
     assert [path.name for path in checkpoints(beside.run)] == [path.name for path in checkpoints(whole.run)]
     for ours, theirs in zip(checkpoints(beside.run), checkpoints(whole.run), strict=True):
@@ -222,7 +222,10 @@ def test_a_model_with_tied_embeddings_is_saved_and_loaded(make_config):
 
 def test_weights_that_are_not_finite_push_out_no_good_checkpoint(make_config):
     config = make_config(
-        num_steps=3, checkpoint_every=1, keep_checkpoints=1, matrix_learning_rate=1e38, warmup_fraction=0
+        num_steps=3,
+        checkpoint={"every": 1, "keep": 1},
+        optimizer={"matrix_learning_rate": 1e38},
+        schedule={"warmup_fraction": 0},
     )
     with pytest.raises(InputError, match="not finite"):
         train(config, progress=False)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tinyexperts import study
 from tinyexperts.data import PrepareConfig, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
 from tinyexperts.optim import RowSparseAdam
+from tinyexperts.study.analysis.runs_report import write_report
 from tinyexperts.training import checkpoint, load_model, loop, run_folder, train
+from tinyexperts.training.config import with_settings
 from tinyexperts.training.device import choose_device, choose_precision
 from tinyexperts.training.run import choose_table_gradients, make_run
 from tinyexperts.training.step import optimizer_step
@@ -30,7 +31,7 @@ def lines(run, split):
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "pkm", "peer"])
 def test_every_kind_learns_and_its_metrics_add_up(make_config, kind):
-    config = make_config(kind, num_steps=60, log_every=5, validation_every=30, schedule="cosine")
+    config = make_config(kind, num_steps=60, log_every=5, validation_every=30, schedule={"shape": "cosine"})
     train(config, progress=False)
     rows = lines(config.run, "train")
     assert [row["step"] for row in rows] == list(range(5, 61, 5))
@@ -92,7 +93,8 @@ def test_sparse_and_dense_table_gradients_agree_on_the_first_steps(make_config, 
     # Rows without a gradient keep their moments in one and not in the other: equal at first, close later.
     losses = []
     for kind in ("sparse", "dense"):
-        config = make_config(table_gradients=kind, run=tmp_path / kind, log_every=1, gradient_accumulation=accumulation)
+        options = {"log_every": 1, "gradient_accumulation": accumulation, "optimizer": {"table_gradients": kind}}
+        config = make_config(run=tmp_path / kind, **options)
         train(config, progress=False)
         losses.append([row["loss"] for row in lines(config.run, "train")])
     assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-5)
@@ -113,13 +115,14 @@ def test_the_choice_of_table_gradients_follows_the_share_of_touched_rows(make_co
     assert sparse
     assert "sparse (RowSparseAdam)" in sentence
     assert any(isinstance(optimizer, RowSparseAdam) for optimizer in make_run(large).optimizers)
-    assert choose_table_gradients(dataclasses.replace(large, table_gradients="dense"), cpu)[0] is False
+    assert choose_table_gradients(with_settings(large, {"optimizer.table_gradients": "dense"}), cpu)[0] is False
     assert choose_table_gradients(make_config("dense"), cpu)[0] is False
 
 
 def test_learning_rates_follow_the_schedule_and_the_kinds(make_config, monkeypatch):
-    config = make_config(num_steps=20, warmup_fraction=0.1, decay_fraction=0.5, table_learning_rate=0.5)
-    rates = [loop._schedule(config, step, 20) for step in range(20)]
+    schedule = {"warmup_fraction": 0.1, "decay_fraction": 0.5}
+    config = make_config(num_steps=20, schedule=schedule, optimizer={"table_learning_rate": 0.5})
+    rates = [loop._schedule(config.schedule, step, 20) for step in range(20)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[10] == 1.0
     assert rates[15] == 0.5
@@ -128,8 +131,28 @@ def test_learning_rates_follow_the_schedule_and_the_kinds(make_config, monkeypat
     assert groups == {"tables": 0.5, "matrices": 4e-3, "embedding": 0.096, "head": 8e-3, "vectors": 4e-3}
 
 
+def test_learning_rates_are_logged_by_their_names(make_config):
+    config = make_config(log_every=1, optimizer={"table_learning_rate": 0.5})
+    train(config, progress=False)
+    rows = lines(config.run, "train")
+    peaks = {"matrix": 4e-3, "embedding": 0.096, "head": 8e-3, "table": 0.5}
+    assert {name for name in rows[0] if "learning_rate" in name} == {f"{kind}_learning_rate" for kind in peaks}
+    for step, row in enumerate(rows):
+        factor = loop._schedule(config.schedule, step, 8)
+        assert {kind: row[f"{kind}_learning_rate"] for kind in peaks} == pytest.approx(
+            {kind: factor * peak for kind, peak in peaks.items()}
+        )
+    run = make_run(make_config("dense", model={"tied_embeddings": True}))
+    run.optimizers[0].param_groups[-1]["lr"] = 0.25
+    assert loop._learning_rates(run.optimizers) == {
+        "matrix_learning_rate": 4e-3,
+        "embedding_learning_rate": 0.096,
+        "vector_learning_rate": 0.25,
+    }
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_config, monkeypatch):
-    config = make_config(num_steps=8, checkpoint_every=3, validation_every=100)
+    config = make_config(validation_every=100)
     real, calls = Transformer.loss, []
 
     def loss(model, tokens, targets):
@@ -325,7 +348,7 @@ def test_every_function_takes_its_paths_as_strings(make_config, tiny_data, tmp_p
     saved = checkpoint.save_checkpoint(str(tmp_path / "copy"), 1, got, [], {}, keep=1)
     assert saved == tmp_path / "copy/checkpoints/step-00000001"
     report = str(tmp_path / "pages" / "report.html")
-    study.write_report([run], report, command="x")
+    write_report([run], report, command="x")
     assert "run" in (tmp_path / "pages/report.html").read_text()
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from tinyexperts.training import run_folder
-from tinyexperts.training.run_folder import last_metrics
+from tinyexperts.training.last_metrics import last_metrics
 
 
 def test_last_metrics_reads_the_last_whole_lines_of_a_growing_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
-from tinyexperts.training import Interrupted, load_model, loop, run_folder, train
+from tinyexperts.training import Interrupted, config_file, load_model, loop, run_folder, train
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
@@ -118,7 +118,7 @@ def not_finite(model, tokens, targets):
 
 
 FAILURES = {
-    "the configuration can't be written": (run_folder, "_CONFIG", None, AttributeError),
+    "the configuration can't be written": (config_file, "to_content", broken, RuntimeError),
     "the description can't be made": (run_folder, "write_atomically", full, InputError),
     "no metrics": (run_folder.Metrics, "__init__", full, InputError),
     "no TensorBoard": (run_folder, "SummaryWriter", broken, RuntimeError),
@@ -162,7 +162,7 @@ def test_what_another_has_put_there_meanwhile_stays(make_config, monkeypatch):
 
 
 def test_what_fails_later_or_when_it_is_resumed_keeps_its_folder(make_config, monkeypatch):
-    config, loss, calls = make_config(checkpoint_every=100), Transformer.loss, []
+    config, loss, calls = make_config(checkpoint={"every": 100}), Transformer.loss, []
 
     def failing(*arguments):
         calls.append(1)

@@ -1,14 +1,18 @@
-"""Evaluation: perplexity, bits per byte, expert usage."""
+"""Evaluation: perplexity, bits per byte, expert usage, and the tasks that measure them."""
 
 from tinyexperts.evaluation.evaluate import Evaluation, evaluate
 from tinyexperts.evaluation.expert_usage import ExpertUsage, expert_usage, recorded_expert_usage
 from tinyexperts.evaluation.perplexity import LossByCopy, Perplexity, bigram_stood_earlier, measure_perplexity
+from tinyexperts.evaluation.task import Subject, Task, TaskResult
 
 __all__ = [
     "Evaluation",
     "ExpertUsage",
     "LossByCopy",
     "Perplexity",
+    "Subject",
+    "Task",
+    "TaskResult",
     "bigram_stood_earlier",
     "evaluate",
     "expert_usage",

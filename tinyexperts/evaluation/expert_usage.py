@@ -1,4 +1,4 @@
-"""How evenly a product-key layer uses its experts, as the paper measures it, with Gini's coefficient beside it.
+"""The usage of a product-key layer's experts and its unevenness, as the paper measures them, and Gini's coefficient.
 
 Paper, section 3.3: z'_i is the sum of expert i's router weights over the tokens of a held-out set, z = z' / |z'|_1;
 usage is the share of experts with z_i > 0, unevenness the Kullback-Leibler divergence of z from uniform in nats,
@@ -20,10 +20,10 @@ from tinyexperts.layers import ProductKeyLayer, Routing
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertUsage:
-    """How much each expert of one layer was used."""
+    """The usage of each expert of one layer."""
 
     share: Tensor
-    """z (fp64, [N]): sums to 1"""
+    """z (fp64, [N]), which sums to 1."""
 
     @property
     def num_experts(self) -> int:
@@ -53,7 +53,7 @@ class ExpertUsage:
 
 @contextmanager
 def recorded_expert_usage(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While open, sum the router weights of every product-key layer; yields z' (fp64, [N]) by the layer's name."""
+    """Sum the router weights of every product-key layer while open; yields z' (fp64, [N]) by the layer's name."""
     sums: dict[str, Tensor] = {}
     handles = []
     try:
@@ -72,7 +72,7 @@ def recorded_expert_usage(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def expert_usage(weight_sums: Tensor) -> ExpertUsage:
-    """Usage from z' (fp64, [N]), the sum of each expert's router weights.
+    """Compute the usage from z' (fp64, [N]), the sum of each expert's router weights.
 
     Where no expert got any weight (ReLU router weights can all be zero) every share is 0.
     """

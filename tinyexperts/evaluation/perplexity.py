@@ -33,10 +33,10 @@ class LossByCopy:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """What a model loses on a text; `num_bytes` is None where it was cut off or the tokenizer lost some of it."""
+    """The loss of a model on a text; `num_bytes` is None where it was cut off or the tokenizer lost some of it."""
 
     loss: float
-    """nats a token"""
+    """Loss in nats a token."""
     num_tokens: int
     num_bytes: int | None
     loss_by_copy: LossByCopy
@@ -60,7 +60,9 @@ def measure_perplexity(
     forward_context: AbstractContextManager[object] | None = None,
     ranks: dist.ProcessGroup | None = None,
 ) -> Perplexity:
-    """Loss of every token of the split, in windows of `context_length` that start afresh, model in evaluation mode.
+    """Measure the loss of every token of the split, in windows of `context_length` that start afresh.
+
+    The model is in evaluation mode meanwhile.
 
     max_tokens: take whole windows, evenly spread over the split, until they hold so many tokens; bits per byte are not
         known then.
@@ -102,14 +104,14 @@ def measure_perplexity(
 
 
 def _share(num_windows: int, ranks: dist.ProcessGroup | None) -> tuple[list[int], int]:
-    """This rank's windows of a batch, as many as every other rank's, and how many of them are to be counted."""
+    """Return this rank's windows of a batch, as many as every other rank's, and how many of them are to be counted."""
     rank, num_ranks = (0, 1) if ranks is None else (dist.get_rank(ranks), ranks.size())
     own = list(range(rank, num_windows, num_ranks))
     return own + [0] * (-(-num_windows // num_ranks) - len(own)), len(own)
 
 
 def bigram_stood_earlier(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Whether (input, target) occurred earlier in the row: inputs, targets (int64, [B, T]) -> bool [B, T]."""
+    """Mark where (input, target) occurred earlier in the row: inputs, targets (int64, [B, T]) -> bool [B, T]."""
     bigrams = (inputs << 32 | targets).numpy()
     earlier = np.ones(bigrams.shape, dtype=bool)
     for row, bigrams_T in enumerate(bigrams):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tinyexperts.errors import InputError
 from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount
 from tinyexperts.ops.activation import Activation, activate, check_activation
+from tinyexperts.ops.rank_groups import RankGroups
 
 
 class DenseFFN(FeedForward):
@@ -44,14 +46,14 @@ class DenseFFN(FeedForward):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Normal weights of variance 1 / fan-in."""
+        """Draw normal weights of variance 1 / fan-in."""
         if self.up.weight.is_meta:
             return
         for linear in (self.up, self.down):
             nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features), generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (float, [..., D]) -> y (same shape and dtype)."""
+        """Map x (float, [..., D]) -> y (same shape and dtype)."""
         y: Tensor = self.down(activate(self.up(x), self.activation))
         return y
 
@@ -61,3 +63,24 @@ class DenseFFN(FeedForward):
     def num_parameters(self) -> ParameterCount:
         total = self.up.weight.numel() + self.down.weight.numel()
         return ParameterCount(active=total, total=total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """A dense feed-forward layer."""
+
+    hidden_dim: int | None = None
+    """Hidden neurons; default: 4 * d_model."""
+    activation: Activation = "gelu"
+    """Activation of the hidden neurons."""
+
+    def build(
+        self,
+        d_model: int,
+        *,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        ranks: RankGroups | None = None,
+    ) -> DenseFFN:
+        """Make the layer, which has no table and is the same on all ranks."""
+        return DenseFFN(d_model, **vars(self), device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -93,7 +94,7 @@ class ExpertChoiceMoE(FeedForward):
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertChoiceMoE:
-        """A cast leaves the thresholds in fp32: in bf16 the small steps of their running mean would round to none."""
+        """Keep the thresholds in fp32 in a cast: in bf16 the small steps of their running mean would round to 0."""
         before = {"threshold": self.threshold, "num_batches_tracked": self.num_batches_tracked}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
@@ -107,7 +108,7 @@ class ExpertChoiceMoE(FeedForward):
             self.threshold = self.threshold.float()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Normal weights of variance 1 / fan-in; thresholds of a uniform router."""
+        """Draw normal weights of variance 1 / fan-in; thresholds of a uniform router."""
         if self.up.is_meta:
             return
         for weight, fan_in in (
@@ -120,7 +121,7 @@ class ExpertChoiceMoE(FeedForward):
         self.num_batches_tracked.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (float, [..., D]) -> y (same shape and dtype)."""
+        """Map x (float, [..., D]) -> y (same shape and dtype)."""
         x_MD = x.reshape(-1, x.shape[-1])
         logits_ME = self.router(x_MD)
         scores_ME = logits_ME.to(torch.promote_types(logits_ME.dtype, torch.float32)).softmax(-1)
@@ -153,7 +154,7 @@ class ExpertChoiceMoE(FeedForward):
 
     @torch.no_grad()
     def _update_threshold(self, top_scores: Tensor, capacity: int, num_tokens: int) -> None:
-        """Running mean (momentum 0.01, plain mean at first) of the middle between the last taken and the first left."""
+        """Move the running mean (momentum 0.01, plain at first) of the middle between the last taken and the next."""
         if capacity == num_tokens:  # nothing was left, so that nothing is too low
             cut_off = torch.zeros_like(self.threshold)
         else:
@@ -174,12 +175,37 @@ class ExpertChoiceMoE(FeedForward):
         return y_MD
 
     def flops_per_token(self) -> Flops:
-        """On average over a large batch; of a small one the capacity is rounded up."""
+        """Count the average over a large batch; of a small one the capacity is rounded up."""
         expert = 2 * (self.up.numel() + self.down.numel()) // len(self.up)
         return Flops(router=2 * self.router.weight.numel(), experts=round(self.capacity_factor * expert))
 
     def num_parameters(self) -> ParameterCount:
-        """Active on average: capacity_factor experts a token."""
+        """Count the parameters; active are, on average, capacity_factor experts a token."""
         router, experts = self.router.weight.numel(), self.up.numel() + self.down.numel()
         active = round(self.capacity_factor * experts / len(self.up))
         return ParameterCount(active=router + active, total=router + experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoiceMoEConfig:
+    """An expert-choice mixture of dense experts."""
+
+    num_experts: int = 128
+    """Experts."""
+    capacity_factor: float = 1.0
+    """Experts a token gets on average."""
+    hidden_dim: int | None = None
+    """Hidden neurons of one expert; default: 4 * d_model."""
+    activation: Activation = "gelu"
+    """Activation of the hidden neurons."""
+
+    def build(
+        self,
+        d_model: int,
+        *,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        ranks: RankGroups | None = None,
+    ) -> ExpertChoiceMoE:
+        """Make the layer, which has no table."""
+        return ExpertChoiceMoE(d_model, **vars(self), device=device, ranks=ranks)

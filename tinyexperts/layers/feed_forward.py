@@ -41,20 +41,20 @@ class ParameterGroups:
 
 
 class FeedForward(nn.Module, ABC):
-    """A layer that maps x[..., D] to y[..., D], each token by its own."""
+    """A layer that maps x[..., D] to y[..., D], each token alone."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """x (float, [..., D]) -> y (same shape and dtype)."""
+        """Map x (float, [..., D]) -> y (same shape and dtype)."""
 
     @abstractmethod
     def flops_per_token(self) -> Flops:
-        """FLOPs a token of one forward pass."""
+        """Count the FLOPs a token of one forward pass."""
 
     @abstractmethod
     def num_parameters(self) -> ParameterCount:
-        """Active and total number of parameters, router included."""
+        """Count the active and total number of parameters, router included."""
 
     def parameter_groups(self) -> ParameterGroups:
-        """Which parameters are tables; by default none is."""
+        """Say which parameters are tables; by default none is."""
         return ParameterGroups(dense=list(self.parameters()), tables=[])

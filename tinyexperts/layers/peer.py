@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -84,7 +85,7 @@ class PEER(ProductKeyLayer):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """u (and w) normal of variance 1 / D, so that u . x starts at unit variance; v of a quarter of it.
+        """Draw u (and w) normal of variance 1 / D, so that u . x starts at unit variance; v of a quarter of it.
 
         The paper leaves this open; the quarter is what the first runs at small scale were made with.
         """
@@ -92,3 +93,38 @@ class PEER(ProductKeyLayer):
         self._draw_experts(1 / math.sqrt(self.model_dim), generator)
         with torch.no_grad():
             self.experts[:, -1].mul_(0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PEERConfig:
+    """A PEER layer."""
+
+    num_experts: int = 1024**2
+    """Single-neuron experts, a square."""
+    num_heads: int = 8
+    """Queries a token."""
+    experts_per_head: int = 16
+    """Experts that each query retrieves."""
+    query_dim: int = 128
+    """Width of a query, even."""
+    query_norm: QueryNorm = "batch"
+    """Normalisation of the queries."""
+    router_weights: RouterWeights = "softmax"
+    """The function that turns scores into router weights."""
+    activation: Activation = "gelu"
+    """Activation of the experts."""
+    gated: bool = False
+    """Gated neurons as experts."""
+    shared_sub_keys: bool = True
+    """One set of product keys for all heads, as in the paper."""
+
+    def build(
+        self,
+        d_model: int,
+        *,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        ranks: RankGroups | None = None,
+    ) -> PEER:
+        """Make the layer."""
+        return PEER(d_model, **vars(self), sparse=sparse, device=device, ranks=ranks)

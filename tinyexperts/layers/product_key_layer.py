@@ -63,7 +63,7 @@ class ProductKeyLayer(FeedForward):
 
     @torch.no_grad()
     def _draw_experts(self, std: float, generator: torch.Generator | None) -> None:
-        """Normal numbers; of a shared table those of the whole one, which is drawn in parts and not kept."""
+        """Draw normal numbers; of a shared table those of the whole one, which is drawn in parts and not kept."""
         if self.experts.is_meta:
             return
         if self.ranks is None:
@@ -80,7 +80,7 @@ class ProductKeyLayer(FeedForward):
         return self.experts.shape[2] * (1 if self.ranks is None else self.ranks.num_shards)
 
     def route(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        """The experts of each token, best first: x (float, [..., D]) -> Routing, each part [..., H, K].
+        """Choose the experts of each token, best first: x (float, [..., D]) -> Routing, each part [..., H, K].
 
         mask (bool, [...]): True for real tokens, as in forward. In training mode this is a forward pass of the router,
         and moves the running statistics of its batch norm, unless that is frozen: call `eval()` first to look.
@@ -89,7 +89,7 @@ class ProductKeyLayer(FeedForward):
         return routing
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (float, [..., D]) -> y (same shape and dtype).
+        """Map x (float, [..., D]) -> y (same shape and dtype).
 
         mask (bool, [...]): True for real tokens, False for padding, which query batch norm leaves out.
 

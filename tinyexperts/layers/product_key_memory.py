@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +20,7 @@ class ProductKeyMemory(ProductKeyLayer):
 
     Args:
         d_model: width D.
-        num_values: N, a square.
+        num_experts: N, a square.
         num_heads: H queries a token, whose outputs are summed.
         experts_per_head: K <= sqrt(N).
         query_dim: Q, even.
@@ -28,14 +29,14 @@ class ProductKeyMemory(ProductKeyLayer):
         ranks: the processes that share the layer's work, and its table by columns (see ProductKeyLayer).
 
     Raises:
-        InputError (a ValueError): num_values not a square, query_dim odd, experts_per_head > sqrt(num_values), an
+        InputError (a ValueError): num_experts not a square, query_dim odd, experts_per_head > sqrt(num_experts), an
             unknown option, ranks that do not divide d_model or leave less than 64 columns to each.
     """
 
     def __init__(
         self,
         d_model: int,
-        num_values: int = 1024**2,
+        num_experts: int = 1024**2,
         *,
         num_heads: int = 8,
         experts_per_head: int = 32,
@@ -48,7 +49,7 @@ class ProductKeyMemory(ProductKeyLayer):
     ) -> None:
         super().__init__(
             d_model,
-            num_values,
+            num_experts,
             vectors_per_expert=1,
             activation=None,
             num_heads=num_heads,
@@ -63,6 +64,33 @@ class ProductKeyMemory(ProductKeyLayer):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Values normal of variance 1 / D (Lample et al.)."""
+        """Draw values normal of variance 1 / D (Lample et al.)."""
         self.router.reset_parameters(generator)
         self._draw_experts(1 / math.sqrt(self.model_dim), generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductKeyMemoryConfig:
+    """A product-key memory."""
+
+    num_experts: int = 1024**2
+    """Values, a square."""
+    num_heads: int = 8
+    """Queries a token."""
+    experts_per_head: int = 32
+    """Values that each query retrieves."""
+    query_dim: int = 128
+    """Width of a query, even."""
+    query_norm: QueryNorm = "batch"
+    """Normalisation of the queries."""
+
+    def build(
+        self,
+        d_model: int,
+        *,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        ranks: RankGroups | None = None,
+    ) -> ProductKeyMemory:
+        """Make the layer."""
+        return ProductKeyMemory(d_model, **vars(self), sparse=sparse, device=device, ranks=ranks)

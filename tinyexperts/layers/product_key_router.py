@@ -1,4 +1,4 @@
-"""What PEER and product-key memory share: the query network, its normalisation, and exact product-key retrieval.
+"""The router that PEER and product-key memory share: query network, its norm, and exact product-key retrieval.
 
 Source: the paper (arXiv 2407.04153), section 2; its query batch norm is in query_batch_norm.py.
 The paper leaves the query's width, its bias and the initialisation open: here no bias (batch norm would remove it),
@@ -96,7 +96,7 @@ class ProductKeyRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Normal queries of variance 1 / D; sub-keys uniform on the unit sphere; the norm as torch makes it."""
+        """Draw normal queries of variance 1 / D; sub-keys uniform on the unit sphere; the norm as torch makes it."""
         if self.sub_keys.is_meta:  # torch takes 10 ms to draw nothing
             return
         nn.init.normal_(self.query.weight, std=1 / math.sqrt(self.query.in_features), generator=generator)
@@ -141,11 +141,11 @@ class ProductKeyRouter(nn.Module):
         return Routing(*(t.view(shape) for t in (ids, scores, weights)))
 
     def flops_per_token(self) -> int:
-        """Of the query network and the scores of all sub-keys of both halves."""
+        """Count the FLOPs of the query network and the scores of all sub-keys of both halves."""
         return 2 * self.query.weight.numel() + 2 * self.num_heads * self.num_sub_keys * self.query_dim
 
     def num_parameters(self) -> int:
-        """All of them take part in every token."""
+        """Count the parameters, all of which take part in every token."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 

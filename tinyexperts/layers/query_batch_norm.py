@@ -87,7 +87,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
                 setattr(self, name, statistic.float())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QueryBatchNorm:
-        """A cast to fewer bits than fp32 has leaves the running statistics as they were."""
+        """Keep the running statistics in a cast to fewer bits than fp32 has."""
         before = {name: getattr(self, name) for name in _STATISTICS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, statistic in before.items():
@@ -100,7 +100,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
         self._widen_statistics()  # which assign=True replaces by what the checkpoint holds
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QueryBatchNorm:
-        """A process group can't be copied: the copy shares it."""
+        """Copy all but the process group, which can't be copied: the copy shares it."""
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         if self.statistics_group is not None:
@@ -109,12 +109,12 @@ class QueryBatchNorm(nn.BatchNorm1d):
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: no process group, which is nothing outside its processes."""
+        """Return all but the process group, which is nothing outside its processes."""
         return {name: value for name, value in self.__dict__.items() if name != "statistics_group"}
 
     @property
     def is_frozen(self) -> bool:
-        """Whether there are parameters, and none requires a gradient."""
+        """True if there are parameters, and none requires a gradient."""
         parameters = [parameter for parameter in (self.weight, self.bias) if parameter is not None]
         return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 

@@ -1,4 +1,4 @@
-"""Whether a forward pass is a recomputation for the backward pass (activation checkpointing)."""
+"""The recomputation of a forward pass for the backward pass (activation checkpointing)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import torch
 
 
 def in_recomputation() -> bool:
-    """True while autograd runs a backward pass: state that a forward pass gathers must not move a second time."""
+    """Return True while autograd runs a backward pass: what a forward pass gathers must not move a second time."""
     # A traced graph gathers its statistics once, in its own forward part.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

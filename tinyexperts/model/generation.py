@@ -31,7 +31,7 @@ def generate(
             which the tiniest temperature above 0 draws.
         top_k: draw among the k likeliest tokens only.
         top_p: draw among the fewest likeliest tokens whose probabilities reach this sum.
-        generator: of the draws.
+        generator: the source of the draws.
         end_of_text_id: a row that has drawn this token repeats it, and generation ends when all rows have.
 
     Returns:
@@ -72,7 +72,7 @@ def generate(
 def _draw(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """The next token of each row, [B, 1], from logits [B, V]; of equal ones the first is the likelier."""
+    """Draw the next token of each row, [B, 1], from logits [B, V]; of equal ones the first is the likelier."""
     largest = logits.amax(-1, keepdim=True)
     if not bool((largest > float("-inf")).all()):
         raise InputError(f"the model's logits must be numbers, got {largest.min().item()} for the likeliest token")

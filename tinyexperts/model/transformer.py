@@ -55,13 +55,15 @@ class Transformer(nn.Module):
     columns, and everything else is the whole model on each rank.
     """
 
+    blocks: Sequence[Block]
+
     def __init__(
         self, config: TransformerConfig, *, sparse_tables: bool = False, ranks: RankGroups | None = None
     ) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]  # it is one of blocks, which its type can't say
             Block(
                 config,
                 config.expert_layer.build(config.d_model, sparse=sparse_tables, ranks=ranks)
@@ -87,7 +89,7 @@ class Transformer(nn.Module):
                 attention.output.weight.div_(math.sqrt(2 * len(self.blocks)))
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits of the token that follows each of `tokens`.
+        """Compute the logits of the token that follows each of `tokens`.
 
         Args:
             tokens (int64, [B, T]): with a cache, those that follow the ones it has seen; it is extended by them.
@@ -103,10 +105,10 @@ class Transformer(nn.Module):
         return logits
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss in nats a token (fp32, scalar) of the tokens that follow: `targets` (int64, [B, T]) after `tokens`.
+        """Compute the mean loss of the tokens that follow: `targets` (int64, [B, T]) after `tokens`.
 
-        Equals F.cross_entropy of the logits. On a CPU in fp32 these never exist whole: they are made, turned into
-        gradients and forgotten by chunks that stay in the cache.
+        It is in nats a token (fp32, scalar), and equals F.cross_entropy of the logits. On a CPU in fp32 these never
+        exist whole: they are made, turned into gradients and forgotten by chunks that stay in the cache.
 
         Raises:
             InputError: as `forward`.
@@ -122,7 +124,7 @@ class Transformer(nn.Module):
         )
 
     def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """What the head makes logits of (float, [B, T, D]); arguments and errors as in `forward`."""
+        """Return the final normalised hidden states (float, [B, T, D]); arguments and errors as in `forward`."""
         if tokens.dim() != 2:
             raise InputError(f"tokens must be [B, T], got {list(tokens.shape)}")
         start = 0 if cache is None else cache.length
@@ -142,7 +144,7 @@ class Transformer(nn.Module):
         return normed
 
     def flops_per_token(self, context_length: int) -> int:
-        """FLOPs a token of one forward pass over sequences of this length, routers, attention and head included."""
+        """Count the FLOPs a token of one forward pass over sequences of this length, of all modules."""
         return (
             sum(
                 block.attention.flops_per_token(context_length) + block.feed_forward.flops_per_token().total
@@ -152,11 +154,11 @@ class Transformer(nn.Module):
         )
 
     def router_flops_per_token(self) -> int:
-        """The part of flops_per_token that chooses experts."""
+        """Count the part of flops_per_token that chooses experts."""
         return sum(block.feed_forward.flops_per_token().router for block in self.blocks)
 
     def num_parameters(self) -> ParameterCount:
-        """All parameters, and those that take part in one token; of an untied embedding that is one row."""
+        """Count all parameters, and those that take part in one token; of an untied embedding that is one row."""
         counts = [block.feed_forward.num_parameters() for block in self.blocks]
         in_layers = {parameter for block in self.blocks for parameter in block.feed_forward.parameters()}
         total = sum(parameter.numel() for parameter in self.parameters() if parameter not in in_layers)

@@ -1,4 +1,4 @@
-"""Which parameters of a model are its token embedding and its head: what they are tells, not where they lie."""
+"""The token embedding and the head of a model, found by what they are, not by their place."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _outside_feed_forward(module: nn.Module, path: _Path = ()) -> Iterator[tuple
 
 
 def _said_by(module: nn.Module, method: str) -> list[nn.Module] | None:
-    """What a module says by a method of Hugging Face's models; None where it has no such method, or no answer."""
+    """Ask a module by a method of Hugging Face's models; None where it has no such method, or no answer."""
     ask = getattr(module, method, None)
     if not callable(ask):
         return None
@@ -66,7 +66,7 @@ def _said_by(module: nn.Module, method: str) -> list[nn.Module] | None:
 
 
 def _has_weight(module: nn.Module) -> bool:
-    """Whether it has a matrix of weights of its own, perhaps under a parametrisation."""
+    """Return True if it has a matrix of weights of its own, perhaps under a parametrisation."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() >= 2
 
@@ -112,7 +112,7 @@ def _makers_of_logits(model: nn.Module, embeddings: dict[_Path, nn.Module]) -> l
 def _nearest(
     taker: _Path, makers: list[_Path], embeddings: dict[_Path, nn.Module], order: dict[_Path, int]
 ) -> list[_Path]:
-    """The makers in the smallest module that holds the taker and one of them.
+    """Find the makers in the smallest module that holds the taker and one of them.
 
     In a module that holds an embedding, and so perhaps the head, only those that come before the taker.
     """
@@ -130,7 +130,7 @@ def _nearest(
 
 
 def _in_any_block(path: _Path, modules: dict[_Path, nn.Module]) -> tuple[object, ...]:
-    """What a layer has in common with its twins in other blocks: its path without numbers, and the block's shapes."""
+    """Return what a layer shares with its twins in other blocks: its path without numbers, and the block's shapes."""
     numbered = [depth for depth in range(1, len(path)) if re.search(r"\d", path[depth - 1])]
     if not numbered:
         return path

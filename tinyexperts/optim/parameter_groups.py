@@ -1,4 +1,4 @@
-"""Which parameter is trained how: the parameters of a language model by kind, and the optimisers made of them.
+"""The parameters of a language model by kind, and the optimizers made of them.
 
 Tables (one row an expert) get a learning rate of their own and no weight decay; hidden matrices, the token embedding,
 the head and the vectors (norm gains, biases) get AdamW with a rate by kind, and only the matrices decay.
@@ -169,7 +169,7 @@ def scale_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> None
 def expected_touched_share(num_tokens_per_step: int, retrieved_per_token: int, num_experts: int) -> float:
     """Return the expected share of a table's rows that a step touches, for ids drawn uniformly: 1 - (1 - 1/N)^(M P).
 
-    num_tokens_per_step: M, all sequences of all accumulated batches of one optimiser step
+    num_tokens_per_step: M, all sequences of all accumulated batches of one optimizer step
     retrieved_per_token: P, experts a token
     num_experts: N, rows of the table
 

@@ -1,4 +1,4 @@
-"""What clipping and the optimiser need of a table's sparse gradient: each touched row once, with its summed gradient.
+"""A table's sparse gradient as clipping and the optimizer need it: each touched row once, with its sum.
 
 The flag "coalesced" is lost on the way into `.grad`, and accumulation concatenates. torch's coalesce() sorts and
 copies, so it is called only where rows can repeat: rows in strictly increasing order (what `expert_mlp` returns) can't.

@@ -1,33 +1,53 @@
-"""What a model is made of, and what a pass through it holds, counted without its memory and without data.
+"""The costs of a model and of a training run, counted by shapes, without memory and without data.
 
-Parameters are counted by their shapes; activations by running a forward and a backward pass on fake tensors.
+FLOPs are those of the matrix products, as everywhere in this package (layers/feed_forward.py). The paper doesn't say
+whether it counted the router, so that every total can be had without it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tinyexperts.layers import ProductKeyLayer
+from tinyexperts.layers.feed_forward import ParameterCount
 from tinyexperts.model import Transformer, TransformerConfig
 from tinyexperts.optim import expected_touched_share, split_parameters
-from tinyexperts.training.device import autocast
+from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.distributed.sharding import sharded_dimension
+
+_FP32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class FlopsByModule:
+    """FLOPs a token of one forward pass."""
+
+    attention: int
+    dense_layers: int
+    query_network: int
+    """Query network of PEER and product-key memory; the router of a mixture of experts."""
+    sub_key_scores: int
+    experts: int
+    """Arithmetic of the retrieved rows, or of the chosen dense experts."""
+    head: int
+
+    @property
+    def router(self) -> int:
+        """The FLOPs that choose experts."""
+        return self.query_network + self.sub_key_scores
+
+    @property
+    def total(self) -> int:
+        """The FLOPs of all modules."""
+        return self.attention + self.dense_layers + self.router + self.experts + self.head
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSize:
     """One product-key layer: N experts of E vectors of width D, of which a token retrieves P."""
 
     num_experts: int
@@ -37,45 +57,51 @@ class Table:
 
     @property
     def numbers(self) -> int:
+        """The number of elements."""
         return self.num_experts * self.num_vectors * self.width
 
     def touched_share(self, num_tokens: float) -> float:
-        """Of the rows, that so many tokens are expected to touch."""
+        """Return the expected share of rows that num_tokens touch."""
         return expected_touched_share(round(num_tokens), self.retrieved, self.num_experts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSizes:
-    """What a model is made of: parameters of the blocks without tables, those outside of the blocks, tables."""
+class ModelCosts:
+    """The parameters of a model and the FLOPs of one forward pass."""
 
+    parameters: ParameterCount
+    num_matmul: int
+    """Parameters of matrix products: neither tables nor the embedding; a mixture's experts all count."""
     blocks: list[list[torch.Size]]
+    """Shapes of the parameters of each block, without tables."""
     outside: list[torch.Size]
-    tables: list[Table]
-    forward_flops: int
-    activation_bytes: float
-    """Whatever the number of tokens: the weights in bf16, say."""
-    activation_bytes_of_token: float
+    """Shapes of the parameters outside of the blocks."""
+    tables: list[TableSize]
+    forward_flops: FlopsByModule
 
     def dense(self, num_ranks: int) -> int:
-        """Numbers in all parameters but the tables, as FSDP2 lays them on so many ranks."""
+        """Count the numbers in all parameters but the tables, as FSDP2 lays them on num_ranks ranks."""
         return self.of_blocks(num_ranks) + self.outside_of_blocks(num_ranks)
 
     def of_blocks(self, num_ranks: int) -> int:
+        """Count those of the blocks."""
         return sum(_numbers_on(block, num_ranks) for block in self.blocks)
 
     def outside_of_blocks(self, num_ranks: int) -> int:
+        """Count those outside of the blocks."""
         return _numbers_on(self.outside, num_ranks)
 
     def largest_block(self, num_ranks: int) -> int:
+        """Count those of the largest block."""
         return max(_numbers_on(block, num_ranks) for block in self.blocks)
 
     def touched(self, num_tokens: float) -> float:
-        """Numbers in the rows of all tables that so many tokens are expected to touch."""
+        """Count the numbers in the rows of all tables that num_tokens are expected to touch."""
         return sum(table.numbers * table.touched_share(num_tokens) for table in self.tables)
 
 
 def _numbers_on(shapes: list[torch.Size], num_ranks: int) -> int:
-    """With the rows that FSDP2 adds to a parameter of which the ranks divide no dimension."""
+    """Count numbers with the rows that FSDP2 adds to a parameter of which the ranks divide no dimension."""
     numbers = 0
     for shape in shapes:
         sharded = shape[sharded_dimension(shape, num_ranks)]
@@ -83,21 +109,43 @@ def _numbers_on(shapes: list[torch.Size], num_ranks: int) -> int:
     return numbers
 
 
-@functools.lru_cache(maxsize=256)  # a pass on fake tensors takes seconds, and the runs of a study share their models
-def count_sizes(config: TransformerConfig, device: torch.device, precision: str) -> ModelSizes:
-    """Of a model that is trained in a precision on a kind of device, which need not be there."""
+@functools.lru_cache(maxsize=1024)
+def count_costs(config: TransformerConfig) -> ModelCosts:
+    """Count the parameters and FLOPs of a model; no weight is made."""
     with torch.device("meta"):
         model = Transformer(config)
+    attention = dense = query_network = scores = experts = 0
+    for number, block in enumerate(model.blocks):
+        attention += block.attention.flops_per_token(config.context_length)
+        layer, flops = block.feed_forward, block.feed_forward.flops_per_token()
+        if number not in config.blocks_with_experts:
+            dense += flops.total
+            continue
+        experts += flops.experts
+        of_queries = 2 * layer.router.query.weight.numel() if isinstance(layer, ProductKeyLayer) else flops.router
+        query_network += of_queries
+        scores += flops.router - of_queries
     tables = set(split_parameters(model).tables.values())
-    blocks = [[p for p in block.parameters() if p not in tables] for block in model.blocks]
+    blocks = [[parameter for parameter in block.parameters() if parameter not in tables] for block in model.blocks]
     inside = tables.union(*blocks)
-    # So many that activations rule: of few the peak is where all gradients are there.
-    few, many = (_peak_bytes(config, device, precision, num_sequences) for num_sequences in (64, 128))
-    return ModelSizes(
+    matrices = {parameter for parameter in model.parameters() if parameter.dim() > 1} - tables
+    if not config.tied_embeddings:
+        matrices -= {model.embedding.weight}
+    return ModelCosts(
+        forward_flops=FlopsByModule(
+            attention=attention,
+            dense_layers=dense,
+            query_network=query_network,
+            sub_key_scores=scores,
+            experts=experts,
+            head=2 * model.head.weight.numel(),
+        ),
+        parameters=model.num_parameters(),
+        num_matmul=sum(parameter.numel() for parameter in matrices),
         blocks=[[parameter.shape for parameter in block] for block in blocks],
         outside=[parameter.shape for parameter in model.parameters() if parameter not in inside],
         tables=[
-            Table(
+            TableSize(
                 num_experts=len(layer.experts),
                 num_vectors=layer.experts.shape[1],
                 width=layer.experts.shape[2],
@@ -106,54 +154,59 @@ def count_sizes(config: TransformerConfig, device: torch.device, precision: str)
             for layer in model.modules()
             if isinstance(layer, ProductKeyLayer)
         ],
-        forward_flops=model.flops_per_token(config.context_length),
-        activation_bytes=2 * few - many,
-        activation_bytes_of_token=(many - few) / (64 * config.context_length),
     )
 
 
-def _peak_bytes(config: TransformerConfig, device: torch.device, precision: str, num_sequences: int) -> int:
-    """The most that a forward and a backward pass hold at once, but for parameters and sparse gradients of tables."""
-    # Tables' gradients have as many rows as the data makes them touch: a size that is a symbol here. The tensors are
-    # those of a CPU, since torch makes none of a device that it was not built for.
-    with FakeTensorMode(shape_env=ShapeEnv()):
-        model = Transformer(config, sparse_tables=True)
-        tokens = torch.zeros(num_sequences, config.context_length, dtype=torch.int64)
-        with _LiveBytes() as live:
-            with autocast(precision, torch.device("cpu")):
-                if device.type == "cpu":
-                    loss = model.loss(tokens, tokens)
-                else:  # the logits are made whole
-                    loss = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
-            loss.backward()
-    return live.peak
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """The costs of one run, and how far its budget goes."""
+
+    forward_flops: FlopsByModule
+    """FLOPs a token of one forward pass; training costs three times as much."""
+    parameters_total: int
+    parameters_active: int
+    """Parameters that take part in one token."""
+    parameters_matmul: int
+    """Parameters of matrix products, as ModelCosts.num_matmul."""
+    forward_bytes: float
+    """Bytes of weights that a forward pass reads for a token: its rows of the tables and of the embedding, and its
+    share of the other weights, which are read once a micro-batch."""
+    tokens_per_step: int
+    num_steps: int
+
+    @property
+    def training_flops_per_step(self) -> int:
+        """The FLOPs of one optimizer step."""
+        return 3 * self.forward_flops.total * self.tokens_per_step
+
+    @property
+    def training_flops(self) -> int:
+        """The FLOPs of all steps."""
+        return self.training_flops_per_step * self.num_steps
+
+    @property
+    def training_flops_without_router(self) -> float:
+        """The FLOPs of all steps, those that choose experts left out."""
+        return self.training_flops * (1 - self.forward_flops.router / self.forward_flops.total)
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of all steps, repeated ones included."""
+        return self.tokens_per_step * self.num_steps
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make, as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._sizes: dict[int, int] = {}
-        self._now = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*arguments, **(options or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self._now)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        size, key = storage.nbytes(), storage._cdata
-        if isinstance(size, int) and key not in self._sizes:
-            self._sizes[key] = size
-            self._now += size
-            weakref.finalize(storage, self._remove, key)
-
-    def _remove(self, key: int) -> None:
-        self._now -= self._sizes.pop(key)
+def account(config: TrainConfig) -> Account:
+    """Count the costs of a run; no weight is made."""
+    model = count_costs(config.model)
+    rows = config.model.d_model + sum(table.retrieved * table.num_vectors * table.width for table in model.tables)
+    matrices = model.num_matmul * config.gradient_accumulation / config.tokens_per_step
+    step_flops = 3 * model.forward_flops.total * config.tokens_per_step
+    return Account(
+        forward_flops=model.forward_flops,
+        parameters_total=model.parameters.total,
+        parameters_active=model.parameters.active,
+        parameters_matmul=model.num_matmul,
+        forward_bytes=_FP32_BYTES * (rows + matrices),
+        tokens_per_step=config.tokens_per_step,
+        num_steps=config.num_steps or int((config.training_flops or 0) // step_flops),
+    )

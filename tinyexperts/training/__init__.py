@@ -1,11 +1,22 @@
 """Training: recipes, the loop, run folders, checkpoints, several processes."""
 
-from tinyexperts.training.checkpoint import load_model
-from tinyexperts.training.config import TrainConfig
-from tinyexperts.training.device import choose_device
-from tinyexperts.training.distributed.ranks import LostRank
-from tinyexperts.training.loop import Interrupted, train
-from tinyexperts.training.step import Diverged
+from typing import TYPE_CHECKING
+
+from tinyexperts.extras import require_extra
+from tinyexperts.lazy_exports import lazy_exports
+
+require_extra("train", __name__)
+
+if TYPE_CHECKING:
+    from tinyexperts.training.checkpoint import load_model
+    from tinyexperts.training.config import TrainConfig
+    from tinyexperts.training.device import choose_device
+    from tinyexperts.training.distributed.ranks import LostRank
+    from tinyexperts.training.loop import Interrupted, train
+    from tinyexperts.training.step import Diverged
+    from tinyexperts.training.trained_run import evaluate_run, generate_text
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, __file__)
 
 __all__ = [
     "Diverged",
@@ -13,6 +24,8 @@ __all__ = [
     "LostRank",
     "TrainConfig",
     "choose_device",
+    "evaluate_run",
+    "generate_text",
     "load_model",
     "train",
 ]

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -46,12 +48,12 @@ from tinyexperts.training.run_folder import read_config
 
 
 def checkpoints(run: str | os.PathLike[str]) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """List the whole checkpoints of a run, oldest first."""
     return sorted(path for path in Path(run, "checkpoints").glob("step-*") if path.suffix != ".partial")
 
 
 def last_good_checkpoint(run: Path) -> str:
-    """A clause that says which it is, for what a user is told of a failure."""
+    """Return a clause that names it, for the message of a failure."""
     found = checkpoints(run)
     return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
@@ -78,8 +80,8 @@ def save_checkpoint(
 class CheckpointWriter:
     """Writes the checkpoints of a run, one after the other; left, it waits for the last of them.
 
-    asynchronous: in a thread of its own, from a copy of all tensors; what the ranks then tell each other goes over a
-        gloo group of its own. Not by dcp.async_save, which knows neither files of a part of a table nor replicas that
+    asynchronous: in a thread of its own, from a copy of all tensors; the ranks then talk over a gloo group of its own.
+        Not by dcp.async_save, which knows neither files of a part of a table nor replicas that
         take turns with them (checkpoint_files.py)
     """
 
@@ -170,7 +172,7 @@ def _write_checkpoint(
 
 
 def _remove(checkpoint: Path) -> None:
-    """Renamed first: one that is half deleted must not be taken for good."""
+    """Delete a checkpoint, renamed first: one that is half deleted must not be taken for good."""
     gone = checkpoint.with_name(f"{checkpoint.name}.old.partial")
     checkpoint.rename(gone)
     shutil.rmtree(gone)
@@ -192,7 +194,7 @@ def load_checkpoint(
     """
     checkpoint = Path(checkpoint)
     manifest = verified_manifest(checkpoint, ranks)
-    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    reader = HuggingFaceStorageReader(str(checkpoint))
     weights = _weights(model, ranks)
     by_name = dict(model.named_parameters())
     own = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
@@ -211,7 +213,7 @@ def load_checkpoint(
                     stored[name] = as_part(tensor, parameter, ranks)
         try:
             with one_process_is_meant(), torch.device("cpu"):  # torch reads to its default device
-                dcp.load({**weights, **stored}, storage_reader=reader, no_dist=True)
+                load({**weights, **stored}, storage_reader=reader, no_dist=True)
         except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
             raise InputError(f"{checkpoint} does not fit the model: {reason(error)}") from error
         for name, tensor in weights.items():
@@ -221,11 +223,12 @@ def load_checkpoint(
         # AdamW's step counter lies beside its parameter, RowSparseAdam's on the CPU.
         stays = isinstance(optimizer, RowSparseAdam) and key == "step"
         optimizer.state[parameter][key] = tensor if stays else tensor.to(parameter.device)
-    return manifest["state"]
+    state: dict[str, Any] = manifest["state"]
+    return state
 
 
 def load_model(run: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Transformer:
-    """The model of a run at its last checkpoint, in evaluation mode.
+    """Load the model of a run at its last checkpoint, in evaluation mode.
 
     Raises:
         InputError: no run, no checkpoint, a damaged one, or weights that are not finite.
@@ -243,7 +246,7 @@ def load_model(run: str | os.PathLike[str], *, device: torch.device | str = "cpu
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all elements on this rank are; unlike torch.isfinite it makes no mask of the size of a table."""
+    """Return True if all elements on this rank are finite; unlike torch.isfinite, without a mask of their size."""
     tensor = local(tensor)
     if not tensor.is_floating_point() or not tensor.numel():
         return True
@@ -252,7 +255,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _nothing() -> None:
-    """What the other ranks do where the first does something."""
+    """Do nothing, where the first rank does something."""
 
 
 def _weights(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
@@ -277,7 +280,7 @@ def _tensors(model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) ->
 
 
 def _empty_state(parameter: Tensor, entry: Any, ranks: Ranks) -> Tensor:
-    """Memory for what lies on this rank of a tensor of an optimiser's state, stored as `entry`, on the CPU."""
+    """Make memory for this rank's part of a tensor of an optimiser's state, stored as `entry`, on the CPU."""
     dtype = entry.properties.dtype
     if isinstance(parameter, DTensor) and entry.size == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype)

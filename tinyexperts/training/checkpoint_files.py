@@ -20,6 +20,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from tinyexperts.errors import InputError
@@ -38,7 +40,7 @@ class Unwritten(Exception):
 
 
 def run_on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """What `work` returns on each rank.
+    """Do `work` on each rank; return what it returns on all.
 
     Raises:
         Unwritten: on all, where it failed on one.
@@ -78,7 +80,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dic
 
 
 def verified_manifest(checkpoint: Path, ranks: Ranks) -> dict[str, Any]:
-    """What manifest.json says, after each rank has read its share of the files.
+    """Return the content of manifest.json after each rank has verified its share of the files.
 
     Raises:
         InputError: a missing, truncated or altered file.
@@ -102,7 +104,7 @@ def verified_manifest(checkpoint: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """The first plain sentence in an error, or in those that a CheckpointException collects."""
+    """Return the first plain sentence in an error, or in those that a CheckpointException collects."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.errno:
@@ -114,14 +116,14 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def one_process_is_meant() -> Iterator[None]:
-    """That there is no process group needs no warning."""
+    """Silence the warning that there is no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def _is_written_in_parts(tensor: Tensor) -> bool:
-    """Tensors of FSDP2 are not: each rank has a small part of them."""
+    """Return True for a large tensor, unless it is FSDP2's: each rank has a small part of these."""
     if isinstance(tensor, DTensor) and tensor.device_mesh.ndim == 1:
         return False
     return tensor.numel() * tensor.element_size() > FILE_BYTES
@@ -129,17 +131,17 @@ def _is_written_in_parts(tensor: Tensor) -> bool:
 
 def _write_small(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
     if ranks.size == 1:
-        writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=dict.fromkeys(tensors, 1))
+        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=dict.fromkeys(tensors, 1))
         with one_process_is_meant():
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
+            save(tensors, storage_writer=writer, no_dist=True)
     else:
         assert ranks.groups is not None
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=ranks.groups.all_ranks)
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save(tensors, storage_writer=writer, process_group=ranks.groups.all_ranks)
 
 
 def _write_large(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
-    """The form in which DCP's safetensors hold a sharded tensor.
+    """Write tensors in the form in which DCP's safetensors hold a sharded tensor.
 
     Names and keys are those that dcp.HuggingFaceStorageReader reads. Replicas take turns with the files.
     """
@@ -151,7 +153,7 @@ def _write_large(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None
             start[-1] = ranks.groups.own_columns(whole.shape[-1]).start
             shard = f"-columns-{start[-1]:05d}"
         rows = max(1, FILE_BYTES * len(tensor) // (tensor.numel() * tensor.element_size()))
-        for number, part in enumerate(tensor.split(rows)):
+        for number, part in enumerate(torch.split(tensor, rows)):
             if not _is_own_turn(number, ranks):
                 continue
             start[0] = number * rows

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, Literal, TypeVar
 
 from tinyexperts.errors import InputError
 from tinyexperts.model import TransformerConfig
 
 
 def path_of(name: str, value: str | os.PathLike[str]) -> Path:
-    """Return what a caller gave as a path, of which files in UTF-8 are to tell.
+    """Return a caller's argument as a path that can be written to files in UTF-8.
 
     Raises:
         InputError: it is no path, or not UTF-8.
@@ -27,46 +28,29 @@ def path_of(name: str, value: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _check_at_least_1(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise InputError(f"{name} must be at least 1, got {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run. Learning rates are those of the peak; betas are Adam's."""
+class OptimizerConfig:
+    """The optimizers' settings. Learning rates are those of the peak; betas are Adam's."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    run: Path
-    """Folder of the run, made by it."""
-    data: Path
-    """Folder of the data set, made by `tinyexperts data prepare`."""
-    model: TransformerConfig
-    """The model."""
-    num_steps: int | None = None
-    """Length of the run in optimiser steps; give this or training_flops."""
-    training_flops: float | None = None
-    """Length of the run in FLOPs: three forward passes a step, routers and attention included."""
-    batch_size: int = 4
-    """Sequences of one micro-batch."""
-    gradient_accumulation: int = 1
-    """Micro-batches of one optimiser step."""
     matrix_learning_rate: float = 4e-3
-    """Of the hidden matrices and the norms' gains."""
+    """Learning rate of the hidden matrices and the norms' gains."""
     embedding_learning_rate: float = 0.096
-    """Of the token embedding (and of the head where the two are tied)."""
+    """Learning rate of the token embedding (and of the head where the two are tied)."""
     head_learning_rate: float = 8e-3
-    """Of the output head."""
+    """Learning rate of the output head."""
     table_learning_rate: float = 1e-2
-    """Of the tables of experts."""
+    """Learning rate of the tables of experts."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Of everything but the tables."""
+    """Betas of all parameters but the tables."""
     table_betas: tuple[float, float] = (0.9, 0.99)
-    """Of the tables."""
+    """Betas of the tables."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the hidden matrices; tables have none."""
-    schedule: Literal["cosine", "warmup_stable_decay"] = "warmup_stable_decay"
-    """cosine falls to a tenth of the peak; warmup_stable_decay falls linearly to 0 at the end."""
-    warmup_fraction: float = 0.05
-    """Share of the steps in which the learning rates rise."""
-    decay_fraction: float = 0.95
-    """Share of the steps in which they fall, for warmup_stable_decay."""
     gradient_clip: float | None = 1.0
     """Largest global gradient norm, tables included; None does not clip."""
     table_gradients: Literal["auto", "sparse", "dense"] = "auto"
@@ -75,33 +59,117 @@ class TrainConfig:
     table_second_moment: Literal["element", "row"] = "element"
     """element: a second moment for each number, as in Adam; row: one for each vector, which nearly halves the state of
     the tables. For sparse table gradients."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 computes under autocast; auto takes it on GPUs that have it, and fp32 on CPUs, where bf16 is slower."""
-    device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+
+    def __post_init__(self) -> None:
+        for name in ("matrix", "embedding", "head", "table"):
+            value = getattr(self, f"{name}_learning_rate")
+            if not 0 <= value < float("inf"):
+                raise InputError(f"optimizer.{name}_learning_rate must be at least 0, got {value}")
+        for name in ("betas", "table_betas"):
+            if not all(0 <= beta < 1 for beta in getattr(self, name)):
+                raise InputError(f"optimizer.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise InputError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise InputError(
+                f"optimizer.gradient_clip must be positive, or None for no clipping, got {self.gradient_clip}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The course of the learning rates over a run."""
+
+    shape: Literal["cosine", "warmup_stable_decay"] = "warmup_stable_decay"
+    """cosine falls to a tenth of the peak; warmup_stable_decay falls linearly to 0 at the end."""
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rates rise."""
+    decay_fraction: float = 0.95
+    """Share of the steps in which they fall, for warmup_stable_decay."""
+
+    def __post_init__(self) -> None:
+        names, fractions = "schedule.warmup_fraction and decay_fraction", (self.warmup_fraction, self.decay_fraction)
+        if min(fractions) < 0 or self.warmup_fraction > 1:
+            raise InputError(f"{names} must be between 0 and 1, got {fractions}")
+        if self.shape == "warmup_stable_decay" and sum(fractions) > 1 + 1e-9:
+            raise InputError(f"{names} must be at most 1 together, got {fractions}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """The checkpoints of a run."""
+
+    every: int = 500
+    """Steps between two checkpoints; the last step always has one."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    asynchronous: bool = False
+    """Write checkpoints while training continues, from a copy of all weights and moments in memory."""
+
+    def __post_init__(self) -> None:
+        _check_at_least_1("checkpoint.every", self.every)
+        _check_at_least_1("checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """The processes that torchrun starts, and how they find each other."""
+
     mesh: tuple[int, int] | None = None
     """Ranks that torchrun starts, as (replicate, table): table ranks share each table by its columns. Default: one
     group a node, as large as leaves 64 columns to each."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Of the exchanges between ranks; auto takes nccl on GPUs and gloo on CPUs."""
+    """Backend of the exchanges between ranks; auto takes nccl on GPUs and gloo on CPUs."""
     timeout_seconds: float = 600.0
-    """How long ranks wait for each other before the run ends and names those that did not answer."""
+    """Seconds that ranks wait for each other before the run ends and names those that did not answer."""
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None and min(self.mesh) < 1:
+            raise InputError(f"distributed.mesh must be two numbers of at least 1, got {self.mesh[0]} x {self.mesh[1]}")
+        if not 0 < self.timeout_seconds < float("inf"):
+            raise InputError(f"distributed.timeout_seconds must be positive, got {self.timeout_seconds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    run: Path
+    """Folder of the run, made by it."""
+    data: Path
+    """Folder of the data set, made by `tinyexperts data prepare`."""
+    model: TransformerConfig
+    """The model."""
+    num_steps: int | None = None
+    """Length of the run in optimizer steps; give this or training_flops."""
+    training_flops: float | None = None
+    """Length of the run in FLOPs: three forward passes a step, routers and attention included."""
+    batch_size: int = 4
+    """Sequences of one micro-batch."""
+    gradient_accumulation: int = 1
+    """Micro-batches of one optimizer step."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizers."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The course of the learning rates."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """The checkpoints."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Several processes."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 computes under autocast; auto takes it on GPUs that have it, and fp32 on CPUs, where bf16 is slower."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
     threads: int | None = None
     """CPU threads; default: as torch chooses. Results are bit-equal only for equal numbers of threads."""
     seed: int = 0
-    """Of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     validation_every: int = 100
     """Steps between two validations."""
     validation_tokens: int = 32768
     """Tokens of one validation, in windows evenly spread over the held-out split."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints; the last step has one always."""
-    asynchronous_checkpoints: bool = False
-    """Write checkpoints while training goes on, from a copy of all weights and moments in memory."""
-    keep_checkpoints: int = 2
-    """Checkpoints to keep."""
 
     def __post_init__(self) -> None:
         for name in ("run", "data"):
@@ -112,44 +180,34 @@ class TrainConfig:
                 "(--num-steps 100 --training-flops None, for example)"
             )
         for name in (
-            "num_steps",
-            "batch_size",
-            "gradient_accumulation",
-            "threads",
-            "log_every",
-            "validation_every",
-            "validation_tokens",
-            "checkpoint_every",
-            "keep_checkpoints",
+            *("num_steps", "batch_size", "gradient_accumulation", "threads"),
+            *("log_every", "validation_every", "validation_tokens"),
         ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+            _check_at_least_1(name, getattr(self, name))
         if self.training_flops is not None and not 0 < self.training_flops < float("inf"):
             raise InputError(f"training_flops must be positive, got {self.training_flops}")
-        for name in ("matrix", "embedding", "head", "table"):
-            value = getattr(self, f"{name}_learning_rate")
-            if not 0 <= value < float("inf"):
-                raise InputError(f"{name}_learning_rate must be at least 0, got {value}")
-        for name in ("betas", "table_betas"):
-            if not all(0 <= beta < 1 for beta in getattr(self, name)):
-                raise InputError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        if self.mesh is not None and min(self.mesh) < 1:
-            raise InputError(f"mesh must be two numbers of at least 1, got {self.mesh[0]} x {self.mesh[1]}")
-        if not 0 < self.timeout_seconds < float("inf"):
-            raise InputError(f"timeout_seconds must be positive, got {self.timeout_seconds}")
-        if not self.weight_decay >= 0:
-            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise InputError(f"gradient_clip must be positive, or None for no clipping, got {self.gradient_clip}")
-        fractions = (self.warmup_fraction, self.decay_fraction)
-        if min(fractions) < 0 or self.warmup_fraction > 1:
-            raise InputError(f"warmup_fraction and decay_fraction must be between 0 and 1, got {fractions}")
-        if self.schedule == "warmup_stable_decay" and sum(fractions) > 1 + 1e-9:
-            raise InputError(f"warmup_fraction and decay_fraction must be at most 1 together, got {fractions}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be between 0 and 2^63 - 1, got {self.seed}")
 
     @property
     def tokens_per_step(self) -> int:
+        """The number of tokens of one optimizer step."""
         return self.batch_size * self.gradient_accumulation * self.model.context_length
+
+
+Config = TypeVar("Config", bound=Any)
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return a configuration with some settings changed, each by its dotted name: "optimizer.weight_decay"."""
+    changes: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        part, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(part, {})[rest] = value
+        else:
+            changes[part] = value
+    for part, inner in nested.items():
+        changes[part] = with_settings(getattr(config, part), inner)
+    return replace(config, **changes)

@@ -1,4 +1,4 @@
-"""Where a run computes, and in what precision."""
+"""The device and the precision of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinyexperts.errors import InputError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is cuda where there is one, else cpu.
+    """Return the device of that name; "auto" is cuda where there is one, else cpu.
 
     Raises:
         InputError: torch knows or has no such device.
@@ -30,20 +30,20 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """ "fp32" or "bf16"; "auto" takes bf16 on GPUs that compute in it, and fp32 elsewhere, where bf16 is slower."""
+    """Return "fp32" or "bf16"; "auto" takes bf16 on GPUs that compute in it, fp32 elsewhere, where bf16 is slower."""
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """The context in which forward passes run."""
+    """Return the context in which forward passes run."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 @contextmanager
 def report_out_of_memory(device: torch.device | str) -> Iterator[None]:
-    """Where a model is made or moved.
+    """Turn the failure to allocate a model's memory into an InputError.
 
     Raises:
         InputError: it does not fit into the device's memory.

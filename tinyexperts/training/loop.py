@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from tinyexperts.errors import InputError
+from torch.optim import Optimizer
+
+from tinyexperts.errors import EarlyExit, InputError
 from tinyexperts.evaluation import measure_perplexity
 from tinyexperts.optim import cosine, scale_learning_rates, warmup_stable_decay
 from tinyexperts.training import run_folder
@@ -26,7 +28,7 @@ from tinyexperts.training.checkpoint import (
     last_good_checkpoint,
     load_checkpoint,
 )
-from tinyexperts.training.config import TrainConfig
+from tinyexperts.training.config import ScheduleConfig, TrainConfig
 from tinyexperts.training.device import autocast
 from tinyexperts.training.distributed.launch import init_distributed
 from tinyexperts.training.distributed.sharding import reshard_after_eval
@@ -35,13 +37,18 @@ from tinyexperts.training.run import Run, make_run
 from tinyexperts.training.run_start import agree_on_resume, check_same_data, claim_folder, resume_command
 from tinyexperts.training.step import optimizer_step
 
+# Kinds of parameters -> the names of their learning rates in metrics, as in OptimizerConfig.
+_KINDS = {"matrices": "matrix", "embedding": "embedding", "head": "head", "tables": "table", "vectors": "vector"}
 
-class Interrupted(Exception):
+
+class Interrupted(EarlyExit):
     """The run was saved and stopped; the message says how to resume it.
 
     signal: what asked a training for it: Ctrl-C, SIGTERM, SIGHUP, or SIGUSR2, by which submitit tells that a job's time
         is over; None for a study that was stopped
     """
+
+    exit_code = 130
 
     def __init__(self, message: str, *, signal: int | None = None) -> None:
         super().__init__(message)
@@ -99,7 +106,7 @@ def train(
 
 
 def _place(run: Run) -> str:
-    """Where it is computed, in words."""
+    """Return the place of the computation, in words."""
     if run.ranks.mesh is None:
         return str(run.device)
     return f"{run.ranks.size} ranks ({' x '.join(map(str, run.ranks.mesh.shape))}) on {run.device.type}"
@@ -113,14 +120,14 @@ def _steps(
     stop: Callable[[], int],
     command: Sequence[str] | None,
 ) -> None:
-    """The loop: what `state` says was done is not done again."""
+    """Make the steps; what `state` says was done is not done again."""
     config = run.config
     with CheckpointWriter(
-        config.run, keep=config.keep_checkpoints, ranks=run.ranks, asynchronous=config.asynchronous_checkpoints
+        config.run, keep=config.checkpoint.keep, ranks=run.ranks, asynchronous=config.checkpoint.asynchronous
     ) as writer:
         while state["step"] < run.num_steps:
             started = time.perf_counter()
-            scale_learning_rates(run.optimizers, _schedule(config, state["step"], run.num_steps))
+            scale_learning_rates(run.optimizers, _schedule(config.schedule, state["step"], run.num_steps))
             loss, gradient_norm = optimizer_step(run, state["step"])
             seconds = time.perf_counter() - started
             state["step"] += 1
@@ -135,15 +142,15 @@ def _steps(
                     "tokens_per_second": config.tokens_per_step / seconds,
                     "flops_per_second": run.flops_per_step / seconds,
                 }
-                learning_rate = run.optimizers[0].param_groups[0]["lr"]
-                numbers = {"gradient_norm": gradient_norm, "learning_rate": learning_rate, "seconds": state["seconds"]}
+                numbers = {"gradient_norm": gradient_norm, "seconds": state["seconds"]}
+                numbers |= _learning_rates(run.optimizers)
                 _record(run, metrics, "train", step, loss=mean_loss, **done, **numbers, **speed)
                 bar.update(step, loss=mean_loss, **speed)
             if step % config.validation_every == 0 or is_last:
                 validation_loss = _validation_loss(run)
                 _record(run, metrics, "validation", step, loss=validation_loss, **done, seconds=state["seconds"])
             stopped = int(max(run.ranks.all_gather_scalar(stop())))
-            if stopped or step % config.checkpoint_every == 0 or is_last:
+            if stopped or step % config.checkpoint.every == 0 or is_last:
                 _check_weights(run, step)
                 writer.save(step, run.model, run.optimizers, state)
             if stopped and not is_last:
@@ -154,7 +161,7 @@ def _steps(
 
 
 def _record(run: Run, metrics: run_folder.Metrics | None, split: str, step: int, **values: float) -> None:
-    """Write a measurement; that there is no room for it all ranks are told."""
+    """Write a measurement; all ranks raise if there is no room for it."""
     with run.ranks.raise_on_all_ranks():
         if metrics is not None:
             metrics.write(split, step, **values)
@@ -175,7 +182,7 @@ def _validation_loss(run: Run) -> float:
 
 
 def _check_weights(run: Run, step: int) -> None:
-    """A checkpoint that holds a weight that is not finite must not push out a good one."""
+    """Refuse a weight that is not finite: its checkpoint must not push out a good one."""
     with run.ranks.raise_on_all_ranks():
         for name, parameter in run.model.named_parameters():
             if not is_finite(parameter):
@@ -183,9 +190,17 @@ def _check_weights(run: Run, step: int) -> None:
                 raise InputError(f"step {step} left weights that are not finite in {name}; {last}")
 
 
-def _schedule(config: TrainConfig, step: int, num_steps: int) -> float:
+def _learning_rates(optimizers: Sequence[Optimizer]) -> dict[str, float]:
+    """Return the learning rate of each kind of parameter; that of vectors only where it is not the matrices'."""
+    rates = {group["name"]: group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
+    if rates.get("vectors") == rates.get("matrices"):
+        rates.pop("vectors", None)
+    return {f"{_KINDS[name]}_learning_rate": rate for name, rate in rates.items()}
+
+
+def _schedule(config: ScheduleConfig, step: int, num_steps: int) -> float:
     warmup_steps = round(config.warmup_fraction * num_steps)
-    if config.schedule == "cosine":
+    if config.shape == "cosine":
         return cosine(step, num_steps=num_steps, warmup_steps=warmup_steps)
     decay_steps = min(round(config.decay_fraction * num_steps), num_steps - warmup_steps)
     return warmup_stable_decay(step, num_steps=num_steps, warmup_steps=warmup_steps, decay_steps=decay_steps)
@@ -214,5 +229,5 @@ def _stop_signal() -> Iterator[Callable[[], int]]:
                     signal.signal(number, note)
         yield lambda: came[0] if came else 0
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for listened, handler in before.items():
+            signal.signal(listened, handler)

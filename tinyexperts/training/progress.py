@@ -1,4 +1,4 @@
-"""What a person sees of a run: one bar with the loss, the speed and the time left."""
+"""The display of a run: one bar with the loss, the speed and the time left."""
 
 from __future__ import annotations
 

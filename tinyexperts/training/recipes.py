@@ -1,29 +1,23 @@
-"""Recipes: functions that return a full configuration, one for each kind of sparse layer.
+"""Recipes: functions that return a full configuration, one for each kind of expert layer.
 
 All four share the size and the learning rates that a first look at tiny scale settled on two CPU cores: D = 64, 4
-blocks, the third with the sparse layer; a vocabulary of 4,096; ReLU^2 in the dense layers. A run of 3.2e12 training
+blocks, the third with the expert layer; a vocabulary of 4,096; ReLU^2 in the dense layers. A run of 3.2e12 training
 FLOPs takes one core a minute or two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from tinyexperts.model import (
-    DenseConfig,
-    ExpertChoiceMoEConfig,
-    PEERConfig,
-    ProductKeyMemoryConfig,
-    TransformerConfig,
-)
+from tinyexperts.layers import DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig
+from tinyexperts.model import ExpertLayerConfig, TransformerConfig
 from tinyexperts.training.config import TrainConfig
 
 _DENSE = DenseConfig(activation="relu2")
 
 
-def _tiny(
-    name: str, expert_layer: DenseConfig | ExpertChoiceMoEConfig | ProductKeyMemoryConfig | PEERConfig
-) -> TrainConfig:
+def _tiny(name: str, expert_layer: ExpertLayerConfig) -> TrainConfig:
     model = TransformerConfig(
         vocab_size=4096,
         context_length=256,
@@ -38,20 +32,29 @@ def _tiny(
 
 
 def dense() -> TrainConfig:
-    """A plain transformer: the twin that every sparse layer is measured against."""
+    """Make a plain transformer: the twin that every expert layer is measured against."""
     return _tiny("dense", _DENSE)
 
 
 def expert_choice_moe() -> TrainConfig:
-    """16 experts of the dense layer's size in the middle block, one a token on average (the paper: 128 experts)."""
+    """Put 16 experts of the dense layer's size in the middle block, one a token on average (the paper: 128 experts)."""
     return _tiny("expert-choice-moe", ExpertChoiceMoEConfig(num_experts=16, activation="relu2"))
 
 
 def product_key_memory() -> TrainConfig:
-    """65,536 values in the middle block, 4 heads x 32 a token (the paper: 1024^2 values, 8 x 32)."""
-    return _tiny("product-key-memory", ProductKeyMemoryConfig(num_values=256**2, num_heads=4, query_dim=32))
+    """Put 65,536 values in the middle block, 4 heads x 32 a token (the paper: 1024^2 values, 8 x 32)."""
+    return _tiny("product-key-memory", ProductKeyMemoryConfig(num_experts=256**2, num_heads=4, query_dim=32))
 
 
 def peer() -> TrainConfig:
-    """65,536 single-neuron experts in the middle block, 4 heads x 16 a token (the paper: 1024^2 experts, 8 x 16)."""
+    """Put 65,536 single-neuron experts in the middle block, 4 heads x 16 a token (the paper: 1024^2, 8 x 16)."""
     return _tiny("peer", PEERConfig(num_experts=256**2, num_heads=4, experts_per_head=16, query_dim=32))
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "peer": peer,
+    "dense": dense,
+    "expert-choice-moe": expert_choice_moe,
+    "product-key-memory": product_key_memory,
+}
+"""The recipes by the names that they have on the command line."""

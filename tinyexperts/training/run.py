@@ -1,4 +1,4 @@
-"""What a run is made of: data, model, optimisers, and the choices that its configuration leaves to the machine."""
+"""The parts of a run: data, model, optimizers, and the choices that its configuration leaves to the machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 
 from tinyexperts.data import TokenDataset, TokenLoader
 from tinyexperts.errors import InputError
-from tinyexperts.layers import ProductKeyLayer
+from tinyexperts.layers import PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import Transformer
 from tinyexperts.optim import build_optimizers, expected_touched_share
-from tinyexperts.training.config import TrainConfig
+from tinyexperts.training.config import OptimizerConfig, TrainConfig
 from tinyexperts.training.device import choose_device, choose_precision, report_out_of_memory
 from tinyexperts.training.distributed.ranks import ALONE, Ranks
 from tinyexperts.training.distributed.sharding import shard_dense_part
@@ -84,7 +84,7 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
         dataset=dataset,
         loader=loader,
         model=model,
-        optimizers=_optimizers(config, model, sparse_tables),
+        optimizers=_optimizers(config.optimizer, model, sparse_tables),
         device=device,
         precision=choose_precision(config.precision, device),
         num_steps=num_steps,
@@ -94,19 +94,19 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
 
 
 def choose_table_gradients(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
-    """Whether tables get sparse gradients, and a sentence that says why."""
-    layer = config.model.expert_layer.build(config.model.d_model, device="meta")
-    if not isinstance(layer, ProductKeyLayer):
+    """Choose between sparse and dense gradients of the tables; return True for sparse, and a sentence that says why."""
+    layer, choice = config.model.expert_layer, config.optimizer.table_gradients
+    if not isinstance(layer, PEERConfig | ProductKeyMemoryConfig):
         return False, "no tables"
-    share = expected_touched_share(config.tokens_per_step, layer.retrieved_per_token, len(layer.experts))
-    sparse = config.table_gradients == "sparse"
-    if config.table_gradients == "auto":
+    share = expected_touched_share(config.tokens_per_step, layer.num_heads * layer.experts_per_head, layer.num_experts)
+    sparse = choice == "sparse"
+    if choice == "auto":
         sparse = device.type == "cpu" or share < SPARSE_BELOW_SHARE
     kind = "sparse (RowSparseAdam)" if sparse else "dense (AdamW)"
-    return sparse, f"table gradients {kind}: a step touches up to {share:.0%} of {len(layer.experts):,} rows"
+    return sparse, f"table gradients {kind}: a step touches up to {share:.0%} of {layer.num_experts:,} rows"
 
 
-def _optimizers(config: TrainConfig, model: Transformer, sparse_tables: bool) -> list[Optimizer]:
+def _optimizers(config: OptimizerConfig, model: Transformer, sparse_tables: bool) -> list[Optimizer]:
     return build_optimizers(
         model,
         sparse_tables=sparse_tables,

@@ -19,22 +19,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from tinyexperts.data import TokenDataset, Tokenizer
 from tinyexperts.errors import InputError
 from tinyexperts.files import exclusive_lock, write_atomically
+from tinyexperts.training import config_file
 from tinyexperts.training.config import TrainConfig
 
-_CONFIG = TypeAdapter(TrainConfig)
-
-_TAIL_BYTES = 65536  # of metrics.jsonl, ample for its last lines
-
-# Where a run lies and who does it: what may change between two sittings.
-_MAY_CHANGE = {"run", "data", "mesh", "backend", "timeout_seconds", "asynchronous_checkpoints"}
+# The fields that may differ on resume: location and execution, not the experiment.
+_MAY_CHANGE = {
+    *("run", "data", "distributed.mesh", "distributed.backend", "distributed.timeout_seconds"),
+    "checkpoint.asynchronous",
+}
 
 
 def lock(run: Path) -> AbstractContextManager[None]:
@@ -48,7 +45,7 @@ def lock(run: Path) -> AbstractContextManager[None]:
 
 
 def check_free(run: Path) -> None:
-    """A new run needs a folder of its own.
+    """Refuse a folder that a new run can't have for its own.
 
     Raises:
         InputError: the folder holds a run already, or anything else.
@@ -60,7 +57,7 @@ def check_free(run: Path) -> None:
 
 
 def is_run(run: Path) -> bool:
-    """Whether a run was begun in the folder."""
+    """Return True if a run was begun in the folder."""
     return (run / "config.json").is_file()
 
 
@@ -69,7 +66,7 @@ def create(config: TrainConfig, tokenizer: Tokenizer, description: dict[str, Any
     check_free(config.run)
     tokenizer.save(config.run / "tokenizer.json")
     write_atomically(config.run / "run.json", json.dumps(description, indent=2))
-    write_atomically(config.run / "config.json", _CONFIG.dump_json(config, indent=2).decode())
+    write_atomically(config.run / "config.json", config_file.to_json(config))
 
 
 def forget(run: Path, *, with_folder: bool) -> None:
@@ -87,24 +84,22 @@ def forget(run: Path, *, with_folder: bool) -> None:
 
 
 def read_config(run: str | os.PathLike[str]) -> TrainConfig:
-    """The configuration of a run.
+    """Read the configuration of a run.
 
     Raises:
         InputError: no run there, or a configuration that this version can't read.
     """
     path = Path(run, "config.json")
     try:
-        return _CONFIG.validate_json(path.read_bytes())
+        return config_file.from_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"{run} is not the folder of a run: {path.name} can't be read ({error.strerror})") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise InputError(f"{path} does not hold a configuration: {where}: {first['msg']}") from None
+    except InputError as error:
+        raise InputError(f"{path} does not hold a configuration: {error}") from None
 
 
 def check_unchanged(config: TrainConfig) -> None:
-    """A resumed run must be the run that was begun.
+    """Check that a resumed run is the run that was begun.
 
     Raises:
         InputError: names the fields that differ, with both values.
@@ -116,7 +111,7 @@ def check_unchanged(config: TrainConfig) -> None:
 
 
 def check_data(run: Path, dataset: TokenDataset) -> None:
-    """A resumed run goes on with the tokens that it was begun with; where their folder lies doesn't matter.
+    """Check that a resumed run has the tokens that it was begun with, in whatever folder.
 
     Raises:
         InputError: the data set was made by another tokenizer, or holds other tokens; or run.json can't be read.
@@ -147,14 +142,6 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, A
     return found
 
 
-def write_evaluation(run: Path, summary: dict[str, Any], usage_shares: dict[str, Tensor]) -> None:
-    """Write evaluation.json, and each layer's share of router weight by expert (fp64, [N]) beside it as .npy."""
-    for layer in summary["expert_usage"]:
-        layer["file"] = f"expert-usage-{layer['layer']}.npy"
-        np.save(run / layer["file"], usage_shares[layer["layer"]].numpy(), allow_pickle=False)
-    write_atomically(run / "evaluation.json", json.dumps(summary, indent=2))
-
-
 def append_sample(run: Path, prompt: str, completion: str) -> None:
     """Add a sample to samples.json.
 
@@ -172,7 +159,7 @@ def append_sample(run: Path, prompt: str, completion: str) -> None:
 
 
 def check_tokenizer(run: Path, dataset: TokenDataset) -> None:
-    """A model reads the tokens of its own tokenizer only.
+    """Check that a data set was made by the tokenizer of the run: a model reads no other tokens.
 
     Raises:
         InputError: the data set was made by another one.
@@ -183,26 +170,6 @@ def check_tokenizer(run: Path, dataset: TokenDataset) -> None:
             f"{dataset.folder} was made by another tokenizer than that of the run {run}: "
             f"sha256 {dataset.tokenizer.hash[:12]} and {own.hash[:12]}"
         )
-
-
-def last_metrics(path: Path) -> dict[str, dict[str, Any]]:
-    """The last whole line of each split in a metrics.jsonl that may be growing; empty where there is none yet."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            tail = file.read()
-    except FileNotFoundError:
-        return {}
-    last: dict[str, dict[str, Any]] = {}
-    for raw in tail.splitlines():
-        try:
-            line = json.loads(raw)
-        except ValueError:  # the first line may be cut by the tail, the last one half written
-            continue
-        if isinstance(line, dict) and "split" in line:
-            last[line["split"]] = line
-    return last
 
 
 class Metrics:
@@ -233,8 +200,9 @@ class Metrics:
 
 
 def _step_of(line: str) -> float:
-    """A line that a kill cut short belongs to no checkpoint."""
+    """Return the step of a line; one that a kill cut short belongs to no checkpoint."""
     try:
-        return json.loads(line)["step"]
+        step: float = json.loads(line)["step"]
+        return step
     except (ValueError, KeyError):
         return float("inf")

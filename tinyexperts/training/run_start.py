@@ -1,4 +1,4 @@
-"""How the ranks begin a run's folder, or go on with it: all of them, with the same data, or none."""
+"""The begin of a run's folder, or its resumption: by all ranks, with the same data, or by none."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tinyexperts.training.run import Run
 
 
 def agree_on_resume(resume: bool, config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether to go on from a checkpoint: as told, or where torchrun has started the ranks of a run again.
+    """Return True to resume from a checkpoint: as asked, or if torchrun has started the ranks of a run again.
 
     Raises:
-        InputError: some were told to, others not.
+        InputError: some were asked to, others not.
     """
     told = ranks.all_gather_object((resume, run_folder.is_run(config.run)))
     if len({asked for asked, _ in told}) > 1:
@@ -34,7 +34,7 @@ def agree_on_resume(resume: bool, config: TrainConfig, ranks: Ranks) -> bool:
 
 
 def check_same_data(run: Run) -> None:
-    """Each rank reads its own data set, perhaps from a disk of its own.
+    """Check that all ranks have the same data set: each reads its own, perhaps from a disk of its own.
 
     Raises:
         InputError: they are not the same.
@@ -105,7 +105,7 @@ def _describe(run: Run, command: Sequence[str] | None) -> dict[str, Any]:
 
 
 def resume_command(ranks: Ranks, command: Sequence[str] | None) -> str:
-    """What goes on with a run; `command` is what it was begun with, None where that was Python."""
+    """Return the command that resumes a run; `command` is what it was begun with, None where that was Python."""
     if command is None:
         return "train(config, resume=True)" + ("" if ranks.size == 1 else f" on each of {ranks.size} ranks")
     if command[0] != "train":  # a study goes on with its runs by itself
@@ -114,7 +114,7 @@ def resume_command(ranks: Ranks, command: Sequence[str] | None) -> str:
 
 
 def _command(ranks: Ranks, arguments: Sequence[str]) -> str:
-    """What starts the run; how several nodes find each other is left to the reader.
+    """Return the command that starts the run; how several nodes find each other is left to the reader.
 
     Without the two dashes torchrun would take --run for the beginning of an option of its own.
     """

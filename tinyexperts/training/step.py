@@ -37,11 +37,11 @@ def optimizer_step(run: Run, step: int) -> tuple[float, float]:
             loss = run.model.loss(batch.inputs.to(run.device), batch.targets.to(run.device))
         # Gradients are summed over micro-batches and ranks, so that those of the mean loss come out.
         with deferred_gradients(run.optimizers):
-            (loss / (config.gradient_accumulation * ranks.size)).backward()
+            torch.autograd.backward(loss / (config.gradient_accumulation * ranks.size))
         losses.append(loss.detach())
         sequence_ids += batch.sequence_ids.tolist()
     mean_loss = statistics.fmean(ranks.all_gather_scalar(torch.stack(losses).mean().item()))
-    gradient_norm = clip_gradient_norm_(run.model.parameters(), config.gradient_clip, ranks.groups).item()
+    gradient_norm = clip_gradient_norm_(run.model.parameters(), config.optimizer.gradient_clip, ranks.groups).item()
     if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
         of_all = [sequence for of_rank in ranks.all_gather_object(sequence_ids) for sequence in of_rank]
         raise Diverged(

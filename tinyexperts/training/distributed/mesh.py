@@ -17,10 +17,11 @@ from tinyexperts.training.distributed.ranks import Ranks
 
 
 def with_mesh(ranks: Ranks, shape: tuple[int, int], device_type: str) -> Ranks:
+    """Return the ranks with the groups of a mesh of this shape (replicate, table)."""
     # By hand: the groups that init_device_mesh makes wait half an hour, whatever the others' time-out.
     places = torch.arange(ranks.size, device="cpu").view(shape)
-    columns, _ = dist.new_subgroups_by_enumeration(places.tolist(), timeout=ranks.timeout)
-    replicas, _ = dist.new_subgroups_by_enumeration(places.T.tolist(), timeout=ranks.timeout)
+    columns, _ = dist.new_subgroups_by_enumeration(places.tolist(), timeout=ranks.timeout)  # type: ignore[no-untyped-call]
+    replicas, _ = dist.new_subgroups_by_enumeration(places.T.tolist(), timeout=ranks.timeout)  # type: ignore[no-untyped-call]
     mesh = DeviceMesh.from_group([replicas, columns], device_type, mesh=places, mesh_dim_names=("replicate", "table"))
     assert ranks.groups is not None
     groups = replace(ranks.groups, column_ranks=columns, replica_ranks=replicas if shape[0] > 1 else None)
@@ -28,19 +29,20 @@ def with_mesh(ranks: Ranks, shape: tuple[int, int], device_type: str) -> Ranks:
 
 
 def mesh_shape(config: TrainConfig, size: int) -> tuple[int, int]:
-    """(replicate, table) of `size` ranks: as configured, or the largest table group of a node that the width allows.
+    """Return (replicate, table): as configured, or with the largest table group of a node that the width allows.
 
     Raises:
         InputError: the configured mesh does not multiply up to `size`.
     """
-    if config.mesh is not None:
-        if math.prod(config.mesh) != size:
+    mesh = config.distributed.mesh
+    if mesh is not None:
+        if math.prod(mesh) != size:
             raise InputError(
-                f"mesh must multiply up to the number of ranks, {size}, got {config.mesh[0]} x {config.mesh[1]} "
+                f"distributed.mesh must multiply up to the number of ranks, {size}, got {mesh[0]} x {mesh[1]} "
                 "(torchrun --nproc-per-node starts several)"
             )
-        return config.mesh
-    if config.table_second_moment == "row":  # a mean over all columns
+        return mesh
+    if config.optimizer.table_second_moment == "row":  # a mean over all columns
         return size, 1
     width, of_node = config.model.d_model, int(os.environ.get("LOCAL_WORLD_SIZE", size))
     fitting = [

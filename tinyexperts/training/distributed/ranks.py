@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import Store
 
-from tinyexperts.errors import InputError
+from tinyexperts.errors import EarlyExit, InputError
 from tinyexperts.ops.rank_groups import RankGroups
 
 # How long the ranks that a broken connection stopped wait for each other before they name those that did not notice;
@@ -25,34 +26,33 @@ from tinyexperts.ops.rank_groups import RankGroups
 _GRACE_SECONDS = 5.0
 
 
-class LostRank(Exception):
+class LostRank(EarlyExit):
     """A rank did not answer, or is gone; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """The processes of a run, as seen from this one; `groups` and `mesh` are None where it is the only one.
-
-    restarted: an earlier attempt of the same torchrun had begun the run
-    timeout: how long they wait for each other
-    """
+    """The processes of a run, as seen from this one; `groups` and `mesh` are None where it is the only one."""
 
     rank: int = 0
     size: int = 1
     restarted: bool = False
+    """True if an earlier attempt of the same torchrun had begun the run."""
     timeout: timedelta | None = None
+    """The time that ranks wait for each other."""
     groups: RankGroups | None = None
     mesh: DeviceMesh | None = None
-    store: dist.Store | None = None
-    launch: dist.Store | None = None  # of all attempts of one torchrun
+    store: Store | None = None
+    launch: Store | None = None
+    """The store of all attempts of one torchrun."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """True for the rank that writes what is written once."""
         return self.rank == 0
 
     def all_gather_scalar(self, value: float) -> list[float]:
-        """A number of each rank, in their order; costs less than `all_gather_object`."""
+        """Gather a number of each rank, in their order; costs less than `all_gather_object`."""
         if self.groups is None:
             return [value]
         values = [torch.zeros((), dtype=torch.float64, device="cpu") for _ in range(self.size)]
@@ -60,7 +60,7 @@ class Ranks:
         return [each.item() for each in values]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order; small ones."""
+        """Gather the values of all ranks, in their order; small ones."""
         values = [value] * self.size
         if self.groups is not None:
             dist.all_gather_object(values, value, group=self.groups.all_ranks)
@@ -68,7 +68,7 @@ class Ranks:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """What one rank refuses all refuse; to be entered by all, and to hold no exchange between them.
+        """Re-raise one rank's error on all ranks; all must enter, and no exchange between them may be inside.
 
         Raises:
             InputError: on all, that of the lowest rank that has one or an OSError.
@@ -86,13 +86,13 @@ class Ranks:
             raise InputError(sentence) from refusal
 
     def note_begun(self) -> None:
-        """To be said by the first: a restart by torchrun goes on with the run; one after a refusal is refused again."""
+        """Note that the run has begun: a restart by torchrun resumes it; after a refusal it is refused again."""
         if self.launch is not None:
             self.launch.set("begun", "")
 
     @contextmanager
     def name_lost_ranks(self) -> Iterator[None]:
-        """Where ranks wait for each other.
+        """Turn the failure of an exchange into a LostRank that names the ranks.
 
         Raises:
             LostRank: an exchange timed out or a connection broke; names the ranks that did not notice.
@@ -108,7 +108,7 @@ class Ranks:
             raise LostRank(f"{lost} (rank {self.rank} was told: {reason})") from error
 
     def _who_is_lost(self, *, timed_out: bool) -> str:
-        """Each rank that gave up signs; those that have not signed after a while hang or are gone."""
+        """Name lost ranks: each rank that gave up signs; those that have not signed after a while hang or are gone."""
         assert self.store is not None
         assert self.timeout is not None
         lost: list[int] = []

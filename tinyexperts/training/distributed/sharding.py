@@ -1,4 +1,4 @@
-"""How a model lies on the ranks: tables by columns, as the layers make them, everything else by FSDP2."""
+"""The distribution of a model over ranks: tables by columns, as the layers make them, all else by FSDP2."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def shard_dense_part(model: Transformer, ranks: Ranks) -> None:
 
 
 def sharded_dimension(shape: torch.Size, num_ranks: int) -> int:
-    """Which dimension of a parameter lies in parts on the ranks: the first, unless it is shorter than they are many.
+    """Return the dimension of a parameter that is cut into parts: the first, unless it is shorter than they are many.
 
     FSDP2 would fill up sub-keys [2, sqrt(N), K] to as many rows as ranks. It cuts evenly in other dimensions alone.
     """
@@ -52,14 +52,14 @@ def reshard_after_eval(model: Transformer) -> None:
 
 
 def as_part(tensor: Tensor, parameter: Tensor, ranks: Ranks) -> Tensor:
-    """A parameter or a part of its optimiser's state as what it is of the whole: a DTensor, where it is a part."""
+    """Return a parameter, or a part of its optimizer's state, as a DTensor where it is a part of the whole."""
     if not isinstance(parameter, ColumnShard) or tensor.shape != parameter.shape:
         return tensor
     placements = [Replicate(), Shard(tensor.dim() - 1)]
-    part: Tensor = DTensor.from_local(tensor, ranks.mesh, placements, run_check=False)  # type: ignore[no-untyped-call]
+    part: Tensor = DTensor.from_local(tensor, ranks.mesh, placements, run_check=False)
     return part
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this rank."""
+    """Return this rank's local shard."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

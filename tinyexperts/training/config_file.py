@@ -1,0 +1,148 @@
+"""The JSON of a TrainConfig, as run folders and studies keep it: version 2, and the upgrade of version 1.
+
+Version 1 (without a number) had all settings of training side by side, and told the kinds of layers apart by their
+fields, some of which had other names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json as parse_json
+
+from tinyexperts.errors import InputError
+from tinyexperts.layers import DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig
+from tinyexperts.training.config import OptimizerConfig, TrainConfig
+
+VERSION = 2
+
+KINDS = {
+    "dense": DenseConfig,
+    "expert_choice_moe": ExpertChoiceMoEConfig,
+    "product_key_memory": ProductKeyMemoryConfig,
+    "peer": PEERConfig,
+}
+
+# Version 1: the settings that have moved into a group, and the other names of fields of the model and its layers.
+_GROUPS = ("optimizer", "schedule", "checkpoint", "distributed")
+_MOVED = {
+    **{field.name: f"optimizer.{field.name}" for field in fields(OptimizerConfig)},
+    "schedule": "schedule.shape",
+    "warmup_fraction": "schedule.warmup_fraction",
+    "decay_fraction": "schedule.decay_fraction",
+    "checkpoint_every": "checkpoint.every",
+    "keep_checkpoints": "checkpoint.keep",
+    "asynchronous_checkpoints": "checkpoint.asynchronous",
+    "mesh": "distributed.mesh",
+    "backend": "distributed.backend",
+    "timeout_seconds": "distributed.timeout_seconds",
+}
+_RENAMED = {
+    "sparse_layer": "expert_layer",
+    "layers_with_peer": "expert_blocks",
+    "num_values": "num_experts",
+    "values_per_head": "experts_per_head",
+}
+# The field by which a layer of version 1 was known, in this order; every layer of it has all of its fields.
+_KIND_OF_FIELD = {
+    "capacity_factor": "expert_choice_moe",
+    "num_values": "product_key_memory",
+    "gated": "peer",
+    "": "dense",
+}
+
+
+def to_json(config: TrainConfig) -> str:
+    """Return the text of a configuration's file."""
+    return json.dumps(to_content(config), indent=2)
+
+
+def from_json(text: str | bytes) -> TrainConfig:
+    """Return the configuration that a file of this version or of an earlier one holds.
+
+    Raises:
+        InputError: no JSON, or as from_content.
+    """
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"the whole: Invalid JSON: {error}") from None
+    return from_content(content)
+
+
+def to_content(config: TrainConfig) -> dict[str, Any]:
+    """Return a configuration as plain values for JSON, with the version and the kind of its expert layer."""
+    content = TypeAdapter(TrainConfig).dump_python(config, mode="json")
+    kind = next(name for name, each in KINDS.items() if type(config.model.expert_layer) is each)
+    content["model"]["expert_layer"] = {"kind": kind, **content["model"]["expert_layer"]}
+    return {"version": VERSION, **content}
+
+
+def from_content(content: Any) -> TrainConfig:
+    """Return the configuration that plain values from JSON stand for.
+
+    Raises:
+        InputError: names the field that is unknown, missing or bad; or a later version wrote it.
+    """
+    version = content.get("version", 1) if isinstance(content, dict) else VERSION
+    if version not in range(1, VERSION + 1):
+        raise InputError(f"version {version} is not one that this tinyexperts reads, 1 to {VERSION}")
+    if version == 1:
+        content = _upgrade(content)
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name != "version"}
+        model = content.get("model")
+        if isinstance(model, dict) and isinstance(model.get("expert_layer"), dict):
+            content["model"] = {**model, "expert_layer": _read_layer(model["expert_layer"])}
+    config: TrainConfig = _read(TrainConfig, content, "")
+    return config
+
+
+def _read_layer(content: dict[str, Any]) -> Any:
+    kind = content.get("kind")
+    if kind not in KINDS:
+        raise InputError(f"model.expert_layer.kind: must be one of {', '.join(KINDS)}, got {kind!r}")
+    content = {name: value for name, value in content.items() if name != "kind"}
+    return _read(KINDS[kind], content, "model.expert_layer.")
+
+
+def _read(kind: Any, content: Any, place: str) -> Any:
+    try:
+        value = TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{(place + '.'.join(map(str, first['loc']))) or 'the whole'}: {first['msg']}") from None
+    for name in _unknown_fields(value, content):
+        raise InputError(f"{place}{name}: Unexpected keyword argument")
+    return value
+
+
+def _unknown_fields(value: Any, content: dict[str, Any]) -> Iterator[str]:
+    names = {field.name for field in fields(value)}
+    for name, inner in content.items():
+        if name not in names:
+            yield name
+        elif isinstance(inner, dict):
+            yield from (f"{name}.{each}" for each in _unknown_fields(getattr(value, name), inner))
+
+
+def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of version 2 from that of version 1; an unknown field stays, to be refused by its name."""
+    upgraded: dict[str, Any] = {name: {} for name in _GROUPS}
+    for name, value in content.items():
+        group, _, new_name = _MOVED.get(name, name).rpartition(".")
+        (upgraded[group] if group else upgraded)[new_name] = value
+    model = content.get("model")
+    if isinstance(model, dict):
+        model = {_RENAMED.get(name, name): value for name, value in model.items()}
+        layer = model.get("expert_layer")
+        if isinstance(layer, dict):
+            kind = next(kind for field, kind in _KIND_OF_FIELD.items() if not field or field in layer)
+            layer = {_RENAMED.get(name, name): value for name, value in layer.items()}
+            model["expert_layer"] = {"kind": kind, **layer}
+        upgraded["model"] = model
+    return upgraded

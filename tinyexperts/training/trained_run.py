@@ -1,0 +1,154 @@
+"""The use of a trained run: its evaluation on a text, and text that it generates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tinyexperts.data import EncodedText, TokenDataset, Tokenizer, TokenSplit, printable
+from tinyexperts.data.files import paths_of
+from tinyexperts.errors import InputError
+from tinyexperts.evaluation import Evaluation, evaluate
+from tinyexperts.model import generate
+from tinyexperts.training import run_folder
+from tinyexperts.training.checkpoint import load_model
+from tinyexperts.training.config import path_of
+from tinyexperts.training.device import choose_device
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEvaluation:
+    """The evaluation of a run on one text."""
+
+    evaluation: Evaluation
+    text: str
+    """The name of the text."""
+    remarks: tuple[str, ...]
+    """Sentences about text that was left out, or that the tokenizer lost."""
+
+
+def evaluate_run(
+    run: StrPath,
+    *,
+    data: StrPath | None = None,
+    files: Sequence[StrPath] = (),
+    text_field: str = "text",
+    split: str = "validation",
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    threads: int | None = None,
+) -> RunEvaluation:
+    """Evaluate the model of a run, by default on the whole held-out split of its own data.
+
+    The results on that split are kept in the run folder (evaluation.json and files of its own).
+
+    Args:
+        run: folder of the run.
+        data: another data set, prepared with the tokenizer of this run.
+        files: files and folders to measure on instead of a data set.
+        text_field: field or column that holds the text, for .jsonl, .json, .csv and .parquet files.
+        split: split of the data set: validation or train.
+        max_tokens: whole windows, evenly spread over the text, until they hold this many tokens; None: all.
+        batch_size: windows in one forward pass.
+        device: auto is cuda where there is one, else cpu.
+        threads: CPU threads; None: as torch chooses.
+
+    Raises:
+        InputError: no run, no checkpoint, text made by another tokenizer, or a setting out of range.
+    """
+    if files and data is not None:
+        raise InputError(f"give either --data or --files, got {data} and {len(files)} files")
+    for option, value in (("--max-tokens", max_tokens), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} must be at least 1, got {value}")
+    _set_threads(threads)
+    run = path_of("run", run)
+    model = load_model(run, device=choose_device(device))
+    text: EncodedText | TokenSplit
+    remarks: list[str] = []
+    if files:
+        paths = paths_of(files)
+        text = EncodedText(paths, Tokenizer.load(run / "tokenizer.json"), text_field=text_field)
+        remarks += [f"left out: {sentence}" for sentence in text.skipped]
+        if text.num_empty:
+            remarks.append(f"left out: {text.num_empty:,} documents without text")
+        name = " ".join(map(printable, paths))
+    else:
+        folder = run_folder.read_config(run).data if data is None else path_of("data", data)
+        dataset = TokenDataset.open(folder)
+        run_folder.check_tokenizer(run, dataset)
+        text = dataset.split(split)  # type: ignore[arg-type]  # which refuses any other name
+        name = f"{printable(folder)} ({split})"
+    if text.text_loss:
+        remarks.append(str(text.text_loss))
+    evaluation = evaluate(model, text, batch_size=batch_size, max_tokens=max_tokens)
+    if not files and data is None and split == "validation" and max_tokens is None:
+        evaluation.save(run)
+    return RunEvaluation(evaluation=evaluation, text=name, remarks=tuple(remarks))
+
+
+def generate_text(
+    run: StrPath,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+) -> str:
+    """Continue a text by the model of a run; return the continuation.
+
+    Args:
+        run: folder of the run.
+        prompt: text to continue.
+        max_new_tokens: tokens to add at most; None: 64, or what the model's context still holds.
+        temperature: 0 takes the likeliest token each time.
+        top_k: draw among the k likeliest tokens only.
+        top_p: draw among the likeliest tokens that hold this probability together.
+        seed: seed of the draws.
+        device: auto is cuda where there is one, else cpu.
+        threads: CPU threads; None: as torch chooses.
+
+    Raises:
+        InputError: no run, no checkpoint, a prompt that is no UTF-8 or too long, or a setting out of range.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt must be UTF-8, got {prompt!r}") from error
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed must be between 0 and 2^63 - 1, got {seed}")
+    _set_threads(threads)
+    run, where = path_of("run", run), choose_device(device)
+    model = load_model(run, device=where)
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(64, model.config.context_length - len(ids)))
+    tokens = generate(
+        model,
+        torch.tensor([ids], device=where),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=torch.Generator(where).manual_seed(seed),
+        end_of_text_id=tokenizer.end_of_text_id,
+    )[0].tolist()
+    return tokenizer.decode(token for token in tokens[len(ids) :] if token != tokenizer.end_of_text_id)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
