@@ -25,21 +25,28 @@ from rich.console import Console
 from tinyexperts.data import PrepareConfig, TokenDataset, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
-from tinyexperts.planning.accounting import account
+from tinyexperts.planning.model_costs import account
+from tinyexperts.study import grid
 from tinyexperts.study import run_study as study_runner
-from tinyexperts.study import studies
-from tinyexperts.study import study as grid
+from tinyexperts.study.all_studies import STUDIES
+from tinyexperts.study.methods import METHODS, look_of
 from tinyexperts.study.run_study import StudyConfig, run_study
 from tinyexperts.study.runner import slurm
-from tinyexperts.study.runner.run_display import run_display
-from tinyexperts.study.runner.run_status import print_status
+from tinyexperts.study.runner.display import display_of
+from tinyexperts.study.runner.planned_run import finish_run
+from tinyexperts.study.runner.status import print_status
 from tinyexperts.study.runner.study_folder import StudyFolder
-from tinyexperts.study.runner.study_run import run_of_study
-from tinyexperts.study.scales import METHODS, scale_named
+from tinyexperts.study.scales import scale_named
+from tinyexperts.study.studies.isoflop import ISOFLOP
+from tinyexperts.study.studies.num_experts import NUM_EXPERTS
+from tinyexperts.study.studies.query_norm import USAGE
 from tinyexperts.training import Interrupted
 from tinyexperts.training.checkpoint import checkpoints
-from tinyexperts.training.run_folder import last_metrics
+from tinyexperts.training.config import with_settings
+from tinyexperts.training.last_metrics import last_metrics
+from tinyexperts.training.recipes import RECIPES
 
+NAMES = [method.name for method in METHODS]
 SCALES = ("minute", "laptop", "gpu", "paper")
 
 
@@ -48,11 +55,10 @@ def scale(name="minute", data=Path("data/none"), vocab_size=300):
 
 
 @pytest.mark.parametrize("name", SCALES)
-@pytest.mark.parametrize("make", studies.STUDIES, ids=lambda make: make.__name__)
-def test_every_study_can_be_planned_at_every_scale(make, name):
-    study = make(scale(name, vocab_size=4096))
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_every_study_can_be_planned_at_every_scale(study, name):
     assert study.question.endswith("?")
-    runs = [run for stage in study.stages for run in stage({})]
+    runs = [run for stage in study.stages(scale(name, vocab_size=4096)) for run in stage({})]
     assert len({run.name for run in runs}) == len(runs)
     # Untuned, a method's default is a point of the grid, too.
     assert len({repr(run.config) for run in runs}) >= len(runs) - len(METHODS)
@@ -63,8 +69,16 @@ def test_every_study_can_be_planned_at_every_scale(make, name):
         assert run.config.model.d_model == run.axes["width"]
 
 
+def test_every_recipe_is_the_method_of_one_row():
+    assert sorted(method.recipe_name for method in METHODS) == sorted(RECIPES)
+    for method in METHODS:
+        assert type(scale().layers[method.name]) is type(method.recipe().model.expert_layer)
+        assert look_of(method.name) == look_of(method.recipe_name) == method
+    assert (look_of("other").label, look_of("other").color) == ("other", "#5b5f66")
+
+
 def test_the_papers_own_settings():
-    runs = studies.isoflop(scale("paper", vocab_size=32000)).stages[2]({})
+    runs = ISOFLOP.stages(scale("paper", vocab_size=32000))[2]({})
     assert {run.config.training_flops for run in runs} == {6e18, 2e19}
     assert {run.config.model.num_layers for run in runs} == {12}
     assert {run.config.model.blocks_with_experts for run in runs} == {(6,)}
@@ -72,13 +86,13 @@ def test_the_papers_own_settings():
     layers = {run.method: run.config.model.expert_layer for run in runs}
     assert layers["moe"].num_experts == 128
     assert layers["moe"].hidden_dim is None, "each the size of the dense MLP"
-    assert (layers["pkm"].num_values, layers["pkm"].num_heads, layers["pkm"].experts_per_head) == (1024**2, 8, 32)
+    assert (layers["pkm"].num_experts, layers["pkm"].num_heads, layers["pkm"].experts_per_head) == (1024**2, 8, 32)
     assert (layers["peer"].num_experts, layers["peer"].num_heads, layers["peer"].experts_per_head) == (1024**2, 8, 16)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_the_account_of_a_run_is_that_of_its_model(method):
-    config = studies.isoflop(scale("laptop", vocab_size=512)).stages[2]({})[0].config
+    config = ISOFLOP.stages(scale("laptop", vocab_size=512))[2]({})[0].config
     layer = scale("laptop").layers[method]
     config = replace(config, model=replace(config.model, d_model=64, num_heads=4, expert_layer=layer))
     cost, model = account(config), Transformer(config.model)
@@ -108,8 +122,8 @@ def test_the_account_of_a_run_is_that_of_its_model(method):
 
 
 def test_tuning_decides_the_settings_of_the_main_runs():
-    study = studies.isoflop(scale())
-    losses = {run.name: 5.0 for run in study.stages[0]({})}
+    stages = ISOFLOP.stages(scale())
+    losses = {run.name: 5.0 for run in stages[0]({})}
     losses["tune-peer-table-x2-seed0"] = 4.9
     losses["tune-peer-table-x0.5-seed0"] = 4.95
     losses["tune-peer-batch-x0.5-seed0"] = 4.99
@@ -117,27 +131,27 @@ def test_tuning_decides_the_settings_of_the_main_runs():
     losses["tune-moe-head-x2-seed0"] = float("nan")
     base = scale().base
     # Each winner is tried once more, twice as far; a batch of one sequence can't be halved again.
-    further = {run.name: run.config for run in study.stages[1](losses)}
+    further = {run.name: run.config for run in stages[1](losses)}
     assert set(further) == {"tune-peer-table-x4-seed0", "tune-dense-head-x0.25-seed0"}
-    assert further["tune-peer-table-x4-seed0"].table_learning_rate == 4 * base.table_learning_rate
+    assert further["tune-peer-table-x4-seed0"].optimizer.table_learning_rate == 4 * base.optimizer.table_learning_rate
     farther = losses | {"tune-peer-table-x4-seed0": 4.95, "tune-dense-head-x0.25-seed0": 4.7}
-    dense = next(run.config for run in study.stages[2](farther) if run.method == "dense")
-    assert dense.head_learning_rate == base.head_learning_rate / 4
-    by_method = {run.method: run.config for run in study.stages[2](losses)}
-    assert by_method["peer"].table_learning_rate == 2 * base.table_learning_rate
+    dense = next(run.config for run in stages[2](farther) if run.method == "dense")
+    assert dense.optimizer.head_learning_rate == base.optimizer.head_learning_rate / 4
+    by_method = {run.method: run.config for run in stages[2](losses)}
+    assert by_method["peer"].optimizer.table_learning_rate == 2 * base.optimizer.table_learning_rate
     assert by_method["peer"].batch_size == base.batch_size // 2
-    assert by_method["peer"].head_learning_rate == base.head_learning_rate
-    assert by_method["dense"].head_learning_rate == base.head_learning_rate / 2
-    assert by_method["moe"].head_learning_rate == base.head_learning_rate
-    assert not [run for run in study.stages[0]({}) if run.method in ("dense", "moe") and "table" in run.name]
+    assert by_method["peer"].optimizer.head_learning_rate == base.optimizer.head_learning_rate
+    assert by_method["dense"].optimizer.head_learning_rate == base.optimizer.head_learning_rate / 2
+    assert by_method["moe"].optimizer.head_learning_rate == base.optimizer.head_learning_rate
+    assert not [run for run in stages[0]({}) if run.method in ("dense", "moe") and "table" in run.name]
 
 
 def test_the_last_budget_is_spent_on_each_methods_best_width():
     small = scale()
-    study = studies.isoflop(small)
-    tuning, _, main, extend = study.stages
+    stages = ISOFLOP.stages(small)
+    tuning, _, main, extend = stages
     assert extend({}) == []
-    ahead = grid.expected_runs(study)
+    ahead = grid.expected_runs(stages)
     assert [run.name for run in ahead[:88]] == [run.name for run in [*tuning({}), *main({})]]
     # The smallest width takes the most tokens.
     assert {(run.config.training_flops, run.axes["width"]) for run in ahead[88:]} == {(3e8, 8)}
@@ -152,13 +166,13 @@ def test_the_last_budget_is_spent_on_each_methods_best_width():
     assert {run.method: run.axes["width"] for run in runs} == best | {"moe": 8}
     assert [run.axes["seed"] for run in runs] == [0] * 4 + [1] * 4
     assert {run.config.training_flops for run in runs} == {small.last_budget}
-    rates = {run.method: run.config.table_learning_rate for run in runs}
-    assert rates["peer"] == 2 * small.base.table_learning_rate
-    assert studies.isoflop(scale("paper", vocab_size=4096)).stages[3](losses) == []
+    rates = {run.method: run.config.optimizer.table_learning_rate for run in runs}
+    assert rates["peer"] == 2 * small.base.optimizer.table_learning_rate
+    assert ISOFLOP.stages(scale("paper", vocab_size=4096))[3](losses) == []
 
 
 def test_a_budget_without_a_step_and_a_small_corpus_are_refused():
-    run = studies.num_experts(scale()).stages[0]({})[0]
+    run = NUM_EXPERTS.stages(scale())[0]({})[0]
     poor = replace(run, config=replace(run.config, training_flops=10.0))
     with pytest.raises(InputError, match=rf"the budget of {run.name}, 10 FLOPs, affords no step: one costs "):
         grid.check_grid([poor], 10**9)
@@ -181,13 +195,13 @@ def children(monkeypatch):
             for job in jobs:
                 if len(self.started) >= self.stop_after:
                     break
-                *_, verb, folder, name = job.stages[0].command
+                *_, verb, folder, name = job.commands[0].arguments
                 assert verb == "run"
                 self.started = (*self.started, name)
                 try:
                     if name in self.fail:
                         raise InputError(f"running of {name} failed")
-                    run_of_study(Path(folder), name)
+                    finish_run(Path(folder), name)
                 except InputError as error:
                     failed(name, str(error))
 
@@ -205,7 +219,7 @@ def config(tiny_data, tmp_path):
 
 
 def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     assert len(children.started) == 8
     folder = StudyFolder(config.output)
     for run in folder.planned_runs():
@@ -219,26 +233,27 @@ def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
         )
         assert not (path / "checkpoints").exists()
     assert "8 runs planned so far, 8 done, 0 running, 0 begun, 0 waiting, 0 failed" in capsys.readouterr().out
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     assert len(children.started) == 8
     # Results on a text that has changed since are not to stand beside those of the old one.
     (config.evaluation_corpora[0] / "a.txt").write_text("the red cat sees a blue cat " * 20)
     with pytest.raises(InputError, match=r"evaluation_sha256 was .*poems.*, is .*choose another --output"):
-        run_study(studies.num_experts, config)
+        run_study(NUM_EXPERTS, config)
     # A folder of an older version does not say what its text was.
     path = config.output / "study.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "evaluation_sha256"}))
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     assert len(children.started) == 8
 
 
-@pytest.mark.parametrize("methods", [("dense", "peer"), pytest.param(METHODS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("methods", [("dense", "peer"), pytest.param(NAMES, marks=pytest.mark.slow)])
 def test_the_main_study_from_start_to_report(config, children, methods):
-    def make(scale):
+    def stages(scale):
         base = replace(scale.base, batch_size=8)  # as many FLOPs in fewer steps
-        return studies.isoflop(replace(scale, layers={method: scale.layers[method] for method in methods}, base=base))
+        return ISOFLOP.stages(replace(scale, layers={method: scale.layers[method] for method in methods}, base=base))
 
-    run_study(make, replace(config, evaluation_tokens=64))
+    study = replace(ISOFLOP, stages=stages)
+    run_study(study, replace(config, evaluation_tokens=64))
     folder = StudyFolder(config.output)
     planned = [run.axes["stage"] for run in folder.planned_runs()]
     assert planned.count("main") == 14 * len(methods)
@@ -251,7 +266,7 @@ def test_the_main_study_from_start_to_report(config, children, methods):
     assert page.count("At 3e+08 FLOPs PEER reaches a lower loss than") == 3
     assert len(list((config.output / "tables").glob("*.csv"))) == 11
     with pytest.raises(InputError, match="evaluation_tokens was 64, is None"):
-        run_study(make, config)
+        run_study(study, config)
 
 
 @pytest.mark.slow
@@ -311,24 +326,24 @@ def test_the_main_study_by_its_command_though_its_process_is_killed(config, tmp_
 
 
 def test_what_is_cut_off_is_resumed_and_only_that(config, children):
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     folder = StudyFolder(config.output)
     names = [run.name for run in folder.planned_runs()]
     (folder.run_path(names[3]) / "evaluation-poems.json").unlink()  # cut off before: its checkpoint is there again
     shutil.rmtree(folder.run_path(names[5]))
     folder.run_path(names[3]).joinpath("evaluation.json").unlink()
     children.started = ()
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     assert sorted(children.started) == [names[3], names[5]]
     assert all(folder.status(run).state == "done" for run in folder.planned_runs())
 
 
 def test_a_failed_run_stops_no_other_and_is_told_and_tried_again(config, children, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
-    name = studies.num_experts(scale()).stages[0]({})[2].name
+    name = NUM_EXPERTS.stages(scale())[0]({})[2].name
     children.fail = (name,)
     with pytest.raises(InputError, match=f"1 runs failed, {name} among them; the same command tries them again"):
-        run_study(studies.num_experts, config)
+        run_study(NUM_EXPERTS, config)
     folder = StudyFolder(config.output)
     states = {run.name: folder.status(run) for run in folder.planned_runs()}
     assert states[name].state == "failed"
@@ -338,37 +353,37 @@ def test_a_failed_run_stops_no_other_and_is_told_and_tried_again(config, childre
     assert "7 done, 0 running, 0 begun, 0 waiting, 1 failed" in printed
     assert f"running of {name} failed" in printed
     children.fail, children.started = (), ()
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     assert children.started == (name,)
     assert folder.status(folder.planned_run(name)).state == "done"
 
 
 def test_a_stage_waits_for_failed_runs_to_be_tried_again_and_stays_as_it_was_planned(config, children, capsys):
-    def make(scale):
-        study = studies.isoflop(replace(scale, layers={"dense": scale.layers["dense"]}))
-        return replace(study, stages=study.stages[:3])
+    def stages(scale):
+        return ISOFLOP.stages(replace(scale, layers={"dense": scale.layers["dense"]}))[:3]
 
+    study = replace(ISOFLOP, stages=stages)
     name = "tune-dense-head-x2-seed0"
     children.fail = (name,)
     told = rf"1 of \d runs of stage 1 failed \({name}: running of {name} failed\), and what comes next depends on them"
     with pytest.raises(InputError, match=told):
-        run_study(make, config)
+        run_study(study, config)
     folder = StudyFolder(config.output)
     assert {run.axes["stage"] for run in folder.planned_runs()} == {"tuning"}
     assert len(folder.losses()) == len(folder.planned_runs()) - 1
     children.started = ()
     with pytest.raises(InputError, match=f"1 runs failed, {name} among them"):  # again; the others go on without it
-        run_study(make, config)
+        run_study(study, config)
     assert children.started[0] == name
     assert [stage.without for stage in folder.stages()] == [[], [name], [name]]
     planned = {run.name: run.config for run in folder.planned_runs()}
     losses = folder.losses()
     assert len(losses) == len(planned) - 1
     children.fail, children.started = (), ()
-    run_study(make, config)  # now it succeeds, and were it the best by far: what was planned was planned
+    run_study(study, config)  # now it succeeds, and were it the best by far: what was planned was planned
     path = folder.run_path(name) / "evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"loss": 0.1}))
-    run_study(make, config)
+    run_study(study, config)
     assert children.started == (name,)
     assert {run.name: run.config for run in folder.planned_runs()} == planned
     assert folder.losses() == losses | {name: 0.1}
@@ -379,18 +394,18 @@ def test_a_stage_waits_for_failed_runs_to_be_tried_again_and_stays_as_it_was_pla
 def test_no_stage_is_planned_where_most_runs_of_the_one_before_failed(config, children):
     """As on a full disk: that a run failed twice says nothing of its settings then."""
 
-    def make(scale):
-        study = studies.isoflop(replace(scale, layers={"dense": scale.layers["dense"]}))
-        return replace(study, stages=study.stages[:3])
+    def stages(scale):
+        return ISOFLOP.stages(replace(scale, layers={"dense": scale.layers["dense"]}))[:3]
 
-    children.fail = tuple(run.name for run in make(scale()).stages[0]({}))
+    study = replace(ISOFLOP, stages=stages)
+    children.fail = tuple(run.name for run in stages(scale())[0]({}))
     for _ in range(3):
         with pytest.raises(InputError, match=r"9 of 9 runs of stage 1 failed .* if they are less than half"):
-            run_study(make, config)
+            run_study(study, config)
     folder = StudyFolder(config.output)
     assert len(folder.stages()) == 1
     children.fail = ()
-    run_study(make, config)
+    run_study(study, config)
     assert len(folder.losses()) == len(folder.planned_runs()) > 20
 
 
@@ -411,35 +426,36 @@ def test_a_failure_after_progress_is_a_first_one(config, children):
 def run_study_of_nothing(config):
     """Planned, and no run of it started."""
     with pytest.raises(InputError, match="8 runs failed"):
-        run_study(studies.num_experts, config)
+        run_study(NUM_EXPERTS, config)
 
 
 def test_a_study_that_was_moved_goes_on_where_it_lies(config, children):
     children.stop_after = 3
     with pytest.raises(InputError, match="5 runs failed"):
-        run_study(studies.num_experts, config)
+        run_study(NUM_EXPERTS, config)
     moved = config.output.with_name("moved")
     config.output.rename(moved)
     children.stop_after, children.started = 10**9, ()
-    run_study(studies.num_experts, replace(config, output=moved))
+    run_study(NUM_EXPERTS, replace(config, output=moved))
     assert len(children.started) == 5
     assert not config.output.exists()
     assert len(StudyFolder(moved).losses()) == 8
 
 
 def test_another_grid_and_other_data_are_refused(config, children, tmp_path):
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
 
     def slower(scale):
-        return studies.num_experts(replace(scale, base=replace(scale.base, table_learning_rate=1e-4)))
+        base = with_settings(scale.base, {"optimizer.table_learning_rate": 1e-4})
+        return NUM_EXPERTS.stages(replace(scale, base=base))
 
     def fewer(scale):
-        return studies.num_experts(replace(scale, experts=scale.experts[:1]))
+        return NUM_EXPERTS.stages(replace(scale, experts=scale.experts[:1]))
 
     with pytest.raises(InputError, match="was planned with other settings: choose another --output"):
-        run_study(slower, config)
+        run_study(replace(NUM_EXPERTS, stages=slower), config)
     with pytest.raises(InputError, match="was planned with another grid: choose another --output"):
-        run_study(fewer, config)
+        run_study(replace(NUM_EXPERTS, stages=fewer), config)
     texts, other = tmp_path / "texts", tmp_path / "other"
     texts.mkdir()
     for number in range(20):
@@ -452,7 +468,7 @@ def test_another_grid_and_other_data_are_refused(config, children, tmp_path):
     try:
         other.rename(config.data)
         with pytest.raises(InputError, match=r"data_sha256 was .*, is .*choose another --output"):
-            run_study(studies.num_experts, config)
+            run_study(NUM_EXPERTS, config)
     finally:
         config.data.rename(other)
         before.rename(config.data)
@@ -461,34 +477,37 @@ def test_another_grid_and_other_data_are_refused(config, children, tmp_path):
 def test_a_death_while_a_stage_is_planned_leaves_nothing_behind(config, children):
     """Its files are there, and stages.json is not yet; meanwhile other results have come, and the plan is another."""
     folder = StudyFolder(config.output)
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     first, second = folder.planned_runs()[:2]
     planned = replace(first, name="half-planned")
-    folder.plan([planned, replace(second, name="half-planned-too")])
+    folder.write_planned([planned, replace(second, name="half-planned-too")])
     assert "half-planned" not in {run.name for run in folder.planned_runs()}
-    changed = replace(planned, config=replace(planned.config, table_learning_rate=0.5))
-    folder.plan([changed])
-    assert folder.planned_run("half-planned").config.table_learning_rate == 0.5
+    changed = replace(planned, config=with_settings(planned.config, {"optimizer.table_learning_rate": 0.5}))
+    folder.write_planned([changed])
+    assert folder.planned_run("half-planned").config.optimizer.table_learning_rate == 0.5
 
 
 def test_a_run_that_diverged_is_told_and_not_tried_again(config, children):
-    def make(scale):
-        study = studies.num_experts(scale)
-
+    def stages(scale):
         def stage(losses):
-            first, *others = study.stages[0](losses)
-            return [replace(first, config=replace(first.config, matrix_learning_rate=1e30)), *others]
+            first, *others = NUM_EXPERTS.stages(scale)[0](losses)
+            return [
+                replace(first, config=with_settings(first.config, {"optimizer.matrix_learning_rate": 1e30})),
+                *others,
+            ]
 
-        return replace(study, stages=(stage, lambda losses: []))
+        return stage, lambda losses: []
 
-    run_study(make, config)
+    study = replace(NUM_EXPERTS, stages=stages)
+
+    run_study(study, config)
     folder = StudyFolder(config.output)
     first, *others = [folder.status(folder.planned_run(name)) for name in folder.stages()[0].runs]
     assert first.state == "failed"
     assert "gave a loss of nan" in first.reason
     assert {status.state for status in others} == {"done"}
     children.started = ()
-    run_study(make, config)
+    run_study(study, config)
     assert children.started == ()
 
 
@@ -499,7 +518,7 @@ def test_a_run_at_which_another_process_is_at_work_is_waited_for(config, childre
     run = folder.planned_runs()[0]
     folder.note_failure(run.name, "another thing")
     command = [sys.executable, "-m", "tinyexperts", "study", "run", str(config.output), run.name]
-    with folder.at_work(run.name):
+    with folder.run_lock(run.name):
         waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert waiting.stderr.readline() == f"another process is at work on {run.name}: waiting for it\n"
         status = folder.status(run)
@@ -513,13 +532,13 @@ def test_the_minutes_end_a_slice_and_the_next_goes_on(config, children, monkeypa
     clock = iter([0.0, 1.0, 1000.0])
     monkeypatch.setattr(study_runner.time, "monotonic", lambda: next(clock))
     with pytest.raises(Interrupted, match="the minutes are over"):
-        run_study(studies.num_experts, replace(config, minutes=8.0))
+        run_study(NUM_EXPERTS, replace(config, minutes=8.0))
     assert "3 done, 0 running, 0 begun, 5 waiting" in capsys.readouterr().out
     monkeypatch.undo()
     done = children.started
     children.stop_after, children.started = 10**9, ()
     monkeypatch.setattr(study_runner, "run_jobs", children.run_jobs)
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     assert len(children.started) == 5
     assert not set(children.started) & set(done)
 
@@ -527,36 +546,36 @@ def test_the_minutes_end_a_slice_and_the_next_goes_on(config, children, monkeypa
 def test_what_a_later_stage_lacks_is_told_before_the_first(config, children, monkeypatch):
     monkeypatch.setattr(grid, "MAX_EPOCHS", 1e-3)
     with pytest.raises(InputError, match="they would be repeated"):
-        run_study(studies.num_experts, config)
+        run_study(NUM_EXPERTS, config)
     monkeypatch.undo()
     for name, content, told in (("a.pdf", b"%PDF\0", "a.pdf is binary"), ("b.txt", b" \n", "b.txt has no text")):
         path = config.output.with_name(name)
         path.write_bytes(content)
         with pytest.raises(InputError, match=told):
-            run_study(studies.num_experts, replace(config, evaluation_corpora=(path,)))
+            run_study(NUM_EXPERTS, replace(config, evaluation_corpora=(path,)))
     assert (children.started, config.output.exists()) == ((), False)
 
 
 def test_a_second_process_on_a_study_is_refused(config):
     config.output.mkdir()
     with FileLock(config.output / "lock"), pytest.raises(InputError, match="another process runs the study in"):
-        run_study(studies.num_experts, config)
+        run_study(NUM_EXPERTS, config)
 
 
 def test_another_study_in_the_same_folder_is_refused(config, children):
     children.stop_after = 0
     run_study_of_nothing(config)
     with pytest.raises(InputError, match=r"study was 'num-experts', is 'usage'.*choose another --output"):
-        run_study(studies.usage, config)
+        run_study(USAGE, config)
     (config.output / "study.json").unlink()
     with pytest.raises(InputError, match="exists and is not the folder of a study"):
-        run_study(studies.num_experts, config)
+        run_study(NUM_EXPERTS, config)
     with pytest.raises(InputError, match=r"it has no study\.json"):
         print_status(StudyFolder(config.output))
 
 
 def test_a_half_deleted_run_is_told(config, children):
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     folder = StudyFolder(config.output)
     run = folder.planned_runs()[0]
     (folder.run_path(run.name) / "config.json").unlink()
@@ -577,20 +596,20 @@ def test_a_half_deleted_run_is_told(config, children):
     assert other.name not in folder.losses()
     shutil.rmtree(folder.run_path(other.name))
     before = folder.losses()
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     assert folder.losses().keys() - before.keys() == {run.name, other.name}
 
 
 def test_a_result_that_was_deleted_is_measured_again_with_all_others(config, children):
     """The weights are gone by then, and are made anew."""
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     folder = StudyFolder(config.output)
     path = folder.run_path(folder.planned_runs()[0].name)
     kept = json.loads((path / "evaluation.json").read_text())
     (path / "evaluation.json").write_text(json.dumps(kept | {"loss": 99.0}))
     (path / "evaluation-poems.json").unlink()
     children.started = ()
-    run_study(studies.num_experts, config)
+    run_study(NUM_EXPERTS, config)
     assert children.started == (path.name,)
     assert json.loads((path / "evaluation.json").read_text())["loss"] == pytest.approx(kept["loss"])
 
@@ -599,10 +618,12 @@ def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, capsys, monkeypatc
     monkeypatch.setenv("COLUMNS", "200")
     output = tmp_path / "study"
 
-    def make(scale):
-        return studies.isoflop(replace(scale, layers={"peer": scale.layers["peer"]}))
+    def stages(scale):
+        return ISOFLOP.stages(replace(scale, layers={"peer": scale.layers["peer"]}))
 
-    run_study(make, StudyConfig(scale="paper", data=tmp_path / "none", output=output, dry_run=True))
+    run_study(
+        replace(ISOFLOP, stages=stages), StudyConfig(scale="paper", data=tmp_path / "none", output=output, dry_run=True)
+    )
     printed = capsys.readouterr().out
     assert not output.exists()
     assert "peer-d1024-c2e19-seed2" in printed
@@ -638,14 +659,14 @@ def test_an_unknown_run_is_told(config, children):
     children.stop_after = 0
     run_study_of_nothing(config)
     with pytest.raises(InputError, match="plans no run nonsense"):
-        run_of_study(config.output, "nonsense")
+        finish_run(config.output, "nonsense")
 
 
 @pytest.mark.slow
 def test_submitit_runs_what_is_left_and_tells_failures(config, children, monkeypatch):
     children.stop_after = 6
     with pytest.raises(InputError, match="2 runs failed"):
-        run_study(studies.num_experts, config)
+        run_study(NUM_EXPERTS, config)
     folder = StudyFolder(config.output)
     waiting = [run for run in folder.planned_runs() if folder.status(run).state == "waiting"]
     planned = config.output / "planned" / f"{waiting[1].name}.json"
@@ -708,7 +729,8 @@ def test_a_job_whose_time_is_over_is_saved_and_queued_again(config, children, mo
     name = folder.planned_runs()[0].name
     planned = config.output / "planned" / f"{name}.json"
     content = json.loads(planned.read_text())
-    content["config"] |= {"training_flops": 10 * content["config"]["training_flops"], "checkpoint_every": 10**6}
+    content["config"] |= {"training_flops": 10 * content["config"]["training_flops"]}
+    content["config"]["checkpoint"]["every"] = 10**6
     planned.write_text(json.dumps(content))
     where, submitted, warned, saved = folder.run_path(name), [], [], set()
     monkeypatch.setattr(submitit.AutoExecutor, "submit", noted(submitit.AutoExecutor.submit, submitted))
@@ -731,7 +753,7 @@ def test_a_job_whose_time_is_over_is_saved_and_queued_again(config, children, mo
     assert folder.status(folder.planned_run(name)).state == "done"
     ended = (where / "evaluation.json").read_text()
     shutil.rmtree(where)
-    run_of_study(config.output, name)
+    finish_run(config.output, name)
     assert (where / "evaluation.json").read_text() == ended
 
 
@@ -744,7 +766,7 @@ def test_a_job_without_a_result_is_told_with_its_state():
 def test_a_few_runs_that_are_left_of_many_have_the_bar_of_all(tmp_path):
     def shown(num_done):
         console = Console(file=io.StringIO(), force_terminal=True, width=120)
-        with run_display(
+        with display_of(
             [tmp_path / "a", tmp_path / "b"], console=console, title="stage 1: ", num_done=num_done
         ) as bars:
             bars.begin(tmp_path / "a", "running")
@@ -766,4 +788,4 @@ def noted(method, results):
 def test_slurm_is_refused_where_there_is_none(config, children, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="wants a machine of a Slurm cluster"):
-        run_study(studies.num_experts, replace(config, executor="slurm"))
+        run_study(NUM_EXPERTS, replace(config, executor="slurm"))

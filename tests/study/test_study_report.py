@@ -10,31 +10,38 @@ import shlex
 import shutil
 import statistics
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tyro
 
-from tinyexperts.cli.parser import RECIPES
 from tinyexperts.errors import InputError
-from tinyexperts.planning.accounting import account
+from tinyexperts.planning.model_costs import account
 from tinyexperts.report.numbers import MISSING
 from tinyexperts.report.table import Table
-from tinyexperts.study import studies
-from tinyexperts.study.analysis.ablation_analysis import AblationAnalysis
-from tinyexperts.study.analysis.claim import verdict_on
+from tinyexperts.study.all_studies import STUDIES
 from tinyexperts.study.analysis.figures import loss_curves
+from tinyexperts.study.analysis.findings import verdict_on
 from tinyexperts.study.analysis.fits.seed_interval import SeedInterval
-from tinyexperts.study.analysis.isoflop_analysis import IsoFlopAnalysis
-from tinyexperts.study.analysis.isoflop_tables import isoflop_tables
-from tinyexperts.study.analysis.study_figures import difference_trend, residuals
-from tinyexperts.study.analysis.study_points import read_points
-from tinyexperts.study.analysis.study_report import write_study_report
-from tinyexperts.study.runner.study_folder import StudyFolder, StudySettings
+from tinyexperts.study.analysis.frame import HELD_OUT, read_runs
+from tinyexperts.study.runner.study_folder import StudyFolder
+from tinyexperts.study.runner.study_record import StudySettings
 from tinyexperts.study.scales import scale_named
+from tinyexperts.study.studies.isoflop import ISOFLOP
+from tinyexperts.study.studies.isoflop.analysis import IsoFlopAnalysis
+from tinyexperts.study.studies.isoflop.figures import difference_trend, residuals
+from tinyexperts.study.studies.isoflop.tables import isoflop_tables
+from tinyexperts.study.studies.num_experts import NUM_EXPERTS
+from tinyexperts.study.studies.optimizer import OPTIMIZER
+from tinyexperts.study.studies.placement import PLACEMENT
+from tinyexperts.study.study import Study
+from tinyexperts.study.study_report import write_study_report
 from tinyexperts.study.train_command import train_command
 from tinyexperts.training import TrainConfig, recipes
+from tinyexperts.training.config import CheckpointConfig, OptimizerConfig
+from tinyexperts.training.recipes import RECIPES
 
 # Per method: by how much it is better than dense at any budget, in nats, and how far its seeds lie apart.
 ADVANTAGE = {"dense": 0.0, "moe": 0.03, "pkm": 0.05, "peer": 0.05}
@@ -50,14 +57,14 @@ def isoflop_loss(run):
     return 6 - 0.2 * math.log10(budget) + curve - ADVANTAGE[run.method] + NOISE[seed] + own
 
 
-def fill(path, make, loss, *, corpora=(), skip=()):
+def fill(path, study, loss, *, corpora=(), skip=()):
     """A study folder at laptop scale whose runs ended with the given losses."""
-    folder, study = StudyFolder(path), make(scale_named("laptop", data=Path("data/none"), vocab_size=512))
+    folder, stages = StudyFolder(path), study.stages(scale_named("laptop", data=Path("data/none"), vocab_size=512))
     folder.begin(StudySettings(study=study.name, scale="laptop", data="data/none", evaluation_corpora=corpora))
     known = {}
-    for stage in study.stages:
+    for stage in stages:
         runs = stage(known)
-        folder.plan(runs)
+        folder.write_planned(runs)
         for run in runs:
             if run.name in skip:
                 continue
@@ -105,7 +112,7 @@ def isoflop(tmp_path_factory):
     """With one run that failed, told in words that HTML must escape."""
     failed = "peer-d96-c3e13-seed2"
     folder = fill(
-        tmp_path_factory.mktemp("isoflop") / "study", studies.isoflop, isoflop_loss, corpora=("texts/poems",),
+        tmp_path_factory.mktemp("isoflop") / "study", ISOFLOP, isoflop_loss, corpora=("texts/poems",),
         skip=(failed,),
     )  # fmt: skip
     folder.note_failure(failed, "<script>alert(1)</script> & more", diverged=True)
@@ -115,7 +122,7 @@ def isoflop(tmp_path_factory):
 @pytest.fixture(scope="module")
 def isoflop_page(isoflop):
     """Its report, with the tables beside it."""
-    return write_study_report(isoflop, command="tinyexperts study isoflop")
+    return write_study_report(ISOFLOP, isoflop, command="tinyexperts study isoflop")
 
 
 def rows_of(folder, name):
@@ -124,8 +131,7 @@ def rows_of(folder, name):
 
 
 def test_the_verdicts_follow_the_intervals(isoflop):
-    points = read_points(isoflop).done
-    claims = {claim.claim: claim for claim in IsoFlopAnalysis(points).claims()}
+    claims = {claim.text: claim for claim in IsoFlopAnalysis(read_runs(isoflop)).claims()}
     for budget in ("3e+12", "1e+13", "3e+13"):
         against_dense = claims[f"At {budget} FLOPs PEER reaches a lower loss than dense"]
         assert against_dense.verdict == "reproduced"
@@ -134,75 +140,84 @@ def test_the_verdicts_follow_the_intervals(isoflop):
         assert claims[f"At {budget} FLOPs PEER reaches a lower loss than PKM"].verdict == "can't tell"
 
 
+def without(runs, is_out, state):
+    """The runs, of which some are in another state, their results unknown."""
+    frame = runs.frame.copy()
+    frame.loc[is_out, "state"] = state
+    return replace(runs, frame=frame)
+
+
+def with_losses(runs, losses, *, budget):
+    """The runs with other losses at a budget: by method, width and seed."""
+    frame = runs.frame.copy()
+    for method, widths in losses.items():
+        for width, values in widths.items():
+            for seed, loss in enumerate(values):
+                at = (frame.method == method) & (frame.budget == budget) & (frame.width == width)
+                frame.loc[at & (frame.stage == "main") & (frame.seed == seed), HELD_OUT] = loss
+    return replace(runs, frame=frame)
+
+
 def test_each_method_stands_at_its_own_best_size(isoflop):
-    points = read_points(isoflop).done
-    analysis = IsoFlopAnalysis(points)
+    runs = read_runs(isoflop)
+    analysis = IsoFlopAnalysis(runs)
     for budget in analysis.budgets[:3]:
         for method in ADVANTAGE:
-            best, means = analysis.best(method, budget), [g.mean_loss() for g in analysis.of(method, budget)]
-            assert best.mean_loss() == min(means)
-            assert best.first.run.axes["width"] in (48, 64)
-            sizes = {g.first.run.axes["width"]: g.first.cost.parameters_active for g in analysis.of(method, budget)}
+            best, means = analysis.best(method, budget), analysis.losses(method, budget).mean(axis=1)
+            assert means[best] == means.min()
+            assert best in (48, 64)
+            at = runs.done[(runs.done.method == method) & (runs.done.budget == budget) & (runs.done.stage == "main")]
+            sizes = dict(zip(at.width, at.parameters_active, strict=True))
             if method != "moe":
                 assert sizes[48] < analysis.fit(method, budget, "active").optimum < sizes[64]
     # The last budget is run at the best size alone, where no parabola can be laid.
     for method in ADVANTAGE:
-        (last,) = analysis.of(method, 1e14)
-        assert last.first.run.axes["width"] == analysis.best(method, 3e13).first.run.axes["width"]
+        (last,) = analysis.losses(method, 1e14).index
+        assert last == analysis.best(method, 3e13)
         assert analysis.fit(method, 1e14, "active").refusal == "a parabola needs three sizes, got 1"
     # A size that lacks a seed is never the best: its mean would be of other seeds.
-    lacking = analysis.of("peer", 3e13)[-1]
-    assert len(lacking.points) == 2
-    assert analysis.best("peer", 3e13) is not lacking
+    lacking = analysis.losses("peer", 3e13).iloc[-1]
+    assert lacking.notna().sum() == 2
+    assert analysis.best("peer", 3e13) != lacking.name
 
 
 def test_runs_that_are_to_come_leave_a_budget_unfinished(isoflop):
     """Width 48 lacks two seeds of PEER's, and width 64 has not been run: what is there may be the best, or not."""
-    points = read_points(isoflop).done
-    at = {"method": "peer", "budget": 1e13}
-
-    def is_open(run):
-        here = (run.method, run.axes["budget"]) == tuple(at.values()) and run.axes["stage"] == "main"
-        return here and (run.axes["width"] == 64 or (run.axes["width"] == 48 and run.config.seed > 0))
-
-    kept = [point for point in points if not is_open(point.run)]
-    open_runs = [point.run for point in points if is_open(point.run)]
-    assert len(open_runs) == 5
-    analysis = IsoFlopAnalysis(kept, open_runs)
+    runs = read_runs(isoflop)
+    frame = runs.frame
+    here = (frame.method == "peer") & (frame.budget == 1e13) & (frame.stage == "main")
+    is_open = here & ((frame.width == 64) | ((frame.width == 48) & (frame.seed > 0)))
+    assert is_open.sum() == 5
+    analysis = IsoFlopAnalysis(without(runs, is_open, "to come"))
     assert analysis.best("peer", 1e13) is None
-    claims = {claim.claim: claim for claim in analysis.claims()}
+    claims = {claim.text: claim for claim in analysis.claims()}
     claim = claims["At 1e+13 FLOPs PEER reaches a lower loss than dense"]
     assert (claim.verdict, claim.evidence) == ("unfinished", "runs are still to come")
-    # With one seed of each width they can be compared over that seed, but not judged.
-    first = [point for point in points if not is_open(point.run) or point.seed == 0]
-    analysis = IsoFlopAnalysis(first, [run for run in open_runs if run.config.seed > 0])
-    losses = {g.first.run.axes["width"]: g.losses()[0] for g in analysis.of("peer", 1e13)}
-    assert analysis.best("peer", 1e13).first.run.axes["width"] == min(losses, key=losses.get)
-    (claim,) = [c for c in analysis.claims() if c.claim == claim.claim]
+    # With one seed of each width they can be compared over that seed, but nothing is decided.
+    analysis = IsoFlopAnalysis(without(runs, is_open & (frame.seed > 0), "to come"))
+    assert analysis.best("peer", 1e13) == analysis.losses("peer", 1e13)[0].idxmin()
+    (claim,) = [c for c in analysis.claims() if c.text == claim.text]
     assert claim.verdict == "unfinished"
     assert claim.evidence.endswith(" nats, no interval, one seed")
 
 
 def test_a_width_that_lost_a_seed_neither_wins_nor_decides(isoflop):
     """Width 96 has its seed 0 alone, in which width 48 is the better one; in the mean of all seeds 64 is."""
-    points = read_points(isoflop).done
-    at = [p for p in points if (p.run.method, p.run.axes["budget"], p.run.axes["stage"]) == ("dense", 1e13, "main")]
-    kept = [p for p in at if p.run.axes["width"] in (48, 64) or (p.run.axes["width"], p.seed) == (96, 0)]
-    for point in kept:
-        point_loss = {48: (3.0, 3.5, 3.5), 64: (3.1, 3.0, 3.1), 96: (5.0, 5.0, 5.0)}[point.run.axes["width"]]
-        point.losses["held out"] = point_loss[point.seed]
-    analysis = IsoFlopAnalysis(kept)
-    assert analysis.best("dense", 1e13).first.run.axes["width"] == 64
+    runs = read_runs(isoflop)
+    losses = {48: (3.0, 3.5, 3.5), 64: (3.1, 3.0, 3.1), 96: (5.0, 5.0, 5.0)}
+    runs = with_losses(runs, {"dense": losses}, budget=1e13)
+    frame = runs.frame
+    here = (frame.method == "dense") & (frame.budget == 1e13)
+    is_out = here & ((frame.width == 32) | ((frame.width == 96) & (frame.seed > 0)))
+    assert IsoFlopAnalysis(without(runs, is_out, "failed")).best("dense", 1e13) == 64
 
 
 def test_unfinished_budgets_are_marked_in_every_table(isoflop):
-    points = read_points(isoflop).done
-    open_runs = [p.run for p in points if p.run.method == "pkm" and p.run.axes["budget"] == 1e13 and p.seed == 2]
-    open_runs = [run for run in open_runs if run.axes["stage"] == "main"]
-    names = {run.name for run in open_runs}
-    assert len(names) == 4
-    analysis = IsoFlopAnalysis([p for p in points if p.run.name not in names], open_runs)
-    tables = {table.name: table for table in isoflop_tables(analysis)}
+    runs = read_runs(isoflop)
+    frame = runs.frame
+    is_open = (frame.method == "pkm") & (frame.budget == 1e13) & (frame.seed == 2) & (frame.stage == "main")
+    assert is_open.sum() == 4
+    tables = {table.name: table for table in isoflop_tables(IsoFlopAnalysis(without(runs, is_open, "to come")))}
     for row in tables["differences"].rows:
         assert (row[-1] == "unfinished") == (row[:2] == ("1e+13", "PKM"))
     multipliers = {row[:2]: row for row in tables["compute-multiplier"].rows}
@@ -214,20 +229,18 @@ def test_an_ablation_with_runs_to_come_has_no_verdict(tmp_path):
     def loss(run):
         return 4 - 0.02 * math.log2(run.axes["num_experts"]) + NOISE[run.axes["seed"]]
 
-    points = read_points(fill(tmp_path / "study", studies.num_experts, loss)).done
-    largest = [p.run for p in points if (p.run.axes["num_experts"], p.run.axes["budget"]) == (262144, 3e12)]
-    names = {run.name for run in largest}
-    kept = [point for point in points if point.run.name not in names]
-    claims = AblationAnalysis("num-experts", kept, largest).claims()
+    runs = read_runs(fill(tmp_path / "study", NUM_EXPERTS, loss))
+    largest = (runs.frame.num_experts == 262144) & (runs.frame.budget == 3e12)
+    claims = NUM_EXPERTS.findings(without(runs, largest, "to come")).findings
     assert [claim.verdict for claim in claims] == ["unfinished", "reproduced"]
 
 
-def test_a_best_width_at_the_end_of_the_grid_is_told(isoflop):
-    points = read_points(isoflop).done
-    narrow = [point for point in points if point.run.axes["width"] <= 48]
-    told = [doubt for doubt in IsoFlopAnalysis(narrow).doubts() if "width" in doubt]
-    assert told[0] == "dense: the best width at 3e+12 FLOPs is the last that was tried, 48."
-    assert not [doubt for doubt in IsoFlopAnalysis(points).doubts() if "best width" in doubt]
+def test_a_best_width_at_the_end_of_the_grid_is_said(isoflop):
+    runs = read_runs(isoflop)
+    narrow = replace(runs, frame=runs.frame[runs.frame.width <= 48])
+    found = [doubt for doubt in IsoFlopAnalysis(narrow).doubts() if "width" in doubt]
+    assert found[0] == "dense: the best width at 3e+12 FLOPs is the last that was tried, 48."
+    assert not [doubt for doubt in IsoFlopAnalysis(runs).doubts() if "best width" in doubt]
 
 
 def test_the_report_is_whole_and_escaped(isoflop, isoflop_page):
@@ -247,10 +260,9 @@ def test_the_report_is_whole_and_escaped(isoflop, isoflop_page):
 
 @pytest.mark.usefixtures("isoflop_page")
 def test_the_tables_hold_what_was_measured(isoflop):
-    points = read_points(isoflop).done
-    analysis = IsoFlopAnalysis(points)
+    analysis = IsoFlopAnalysis(read_runs(isoflop))
     row = next(row for row in rows_of(isoflop, "perplexity") if (row["FLOPs"], row["method"]) == ("1e+13", "PEER"))
-    best = analysis.best("peer", 1e13).mean_loss()
+    best = analysis.at_best("peer", 1e13).mean()
     assert float(row["held out"]) == pytest.approx(math.exp(best), abs=0.01)
     assert float(row["poems"]) == pytest.approx(math.exp(best + 0.25), abs=0.01)
     paper = [row for row in rows_of(isoflop, "perplexity") if row["FLOPs"] == "paper, 2e+19"]
@@ -266,20 +278,22 @@ def test_the_tables_hold_what_was_measured(isoflop):
     poems = differences["1e+13", "dense", "poems"]
     assert (new["mean"], poems["mean"]) == ("\N{MINUS SIGN}0.050", "\N{MINUS SIGN}0.050")
     # In PEER's 125 s dense gets from 1e13 FLOPs, 100 s, to a fifth of the way to 3e13, on a logarithmic scale.
-    falls = analysis.best("dense", 1e13).mean_loss() - analysis.best("dense", 3e13).mean_loss()
+    falls = analysis.at_best("dense", 1e13).mean() - analysis.at_best("dense", 3e13).mean()
     at_equal_time = differences["1e+13", "dense", "held out, at equal time"]
     expected = -0.05 + falls * math.log(1.25) / math.log(3)
     assert float(at_equal_time["mean"].replace("\N{MINUS SIGN}", "-")) == pytest.approx(expected, abs=2e-3)
     assert at_equal_time["outcome"] == "not judged"
-    peer, dense_before, dense_now = (analysis.best(*of) for of in (("peer", 1e13), ("dense", 3e12), ("dense", 1e13)))
-    share = peer.first.cost.forward_flops.router / peer.first.cost.forward_flops.total
-    spent = [math.log(g.first.cost.training_flops) for g in (peer, dense_before, dense_now)]
+    three = [analysis.best_runs(*of) for of in (("peer", 1e13), ("dense", 3e12), ("dense", 1e13))]
+    peer, dense_before, dense_now = (runs[HELD_OUT].mean() for runs in three)
+    router = three[0].query_network_flops + three[0].sub_key_scores_flops
+    share = (router / three[0].total_flops).iloc[0]
+    spent = [math.log(runs.training_flops.iloc[0]) for runs in three]
     place = (spent[0] + math.log(1 - share) - spent[1]) / (spent[2] - spent[1])
-    reached = (1 - place) * dense_before.mean_loss() + place * dense_now.mean_loss()
+    reached = (1 - place) * dense_before + place * dense_now
     without_router = float(
         differences["1e+13", "dense", "held out, router not counted"]["mean"].replace("\N{MINUS SIGN}", "-")
     )
-    assert without_router == pytest.approx(peer.mean_loss() - reached, abs=6e-4)
+    assert without_router == pytest.approx(peer - reached, abs=6e-4)
     assert without_router < -0.053, "more than at equal counts with it"
     flops = next(row for row in rows_of(isoflop, "flops") if row["method"] == "PEER")
     parts = [float(value.rstrip("%")) for value in list(flops.values())[3:]]
@@ -310,23 +324,21 @@ def test_the_tables_hold_what_was_measured(isoflop):
     by_width = {(row["FLOPs"], row["baseline"], row["width"]): row for row in rows_of(isoflop, "differences-by-width")}
     assert len(by_width) == 3 * (3 + 4 + 3 + 1)
     for width in (32, 48, 64, 96):
-        ours, theirs = (
-            next(g for g in analysis.of(m, 1e13) if g.first.run.axes["width"] == width) for m in ("peer", "dense")
-        )
-        expected = np.mean([ours.losses()[seed] - theirs.losses()[seed] for seed in ours.losses()])
+        ours, theirs = (analysis.losses(method, 1e13).loc[width] for method in ("peer", "dense"))
+        expected = (ours - theirs).mean()
         told = by_width["1e+13", "dense", str(width)]
         assert float(told["mean"].replace("\N{MINUS SIGN}", "-")) == pytest.approx(expected, abs=6e-4)
     assert by_width["3e+13", "PKM", "96"]["seeds"] == "2"
 
 
 def test_every_run_stands_in_the_report_by_itself(isoflop, isoflop_page):
-    points = {point.run.name: point for point in read_points(isoflop).done}
+    runs = read_runs(isoflop).done
     rows = {row["run"]: row for row in rows_of(isoflop, "runs")}
-    assert rows.keys() == points.keys()
+    assert list(rows) == list(runs.name)
     for name, row in rows.items():
-        assert float(row["loss, held out"]) == pytest.approx(points[name].loss, abs=6e-5)
-        assert float(row["loss, poems"]) == pytest.approx(points[name].losses["poems"], abs=6e-5)
-        speed = points[name].cost.training_flops / float(row["seconds of training"])
+        assert float(row["loss, held out"]) == pytest.approx(runs[HELD_OUT][name], abs=6e-5)
+        assert float(row["loss, poems"]) == pytest.approx(runs["loss, poems"][name], abs=6e-5)
+        speed = runs.training_flops[name] / float(row["seconds of training"])
         assert float(row["training FLOPs a second"]) == pytest.approx(speed, rel=0.02)
     median = statistics.median(float(row["training FLOPs a second"]) for row in rows.values())
     told = re.search(r"The median is ([\d.e+]+)\.", isoflop_page.read_text(encoding="utf-8"))
@@ -342,18 +354,17 @@ def test_one_seed_has_no_interval():
 
 @pytest.mark.usefixtures("isoflop_page")
 def test_the_residuals_are_those_of_the_law_and_tell_a_run_astray(isoflop):
-    points = read_points(isoflop).done
-    analysis = IsoFlopAnalysis(points)
-    ours = analysis.points_of("peer")
-    of_peer = IsoFlopAnalysis(ours)
-    law = of_peer.laws["peer"]
-    predicted = [law.loss(P=p.cost.parameters_active, D=p.cost.num_tokens) for p in ours]
-    np.testing.assert_allclose(law.residuals, np.array([p.loss for p in ours]) - predicted, atol=1e-9)
+    runs = read_runs(isoflop)
+    analysis = IsoFlopAnalysis(runs)
+    of_peer = IsoFlopAnalysis(replace(runs, frame=runs.frame[runs.frame.method == "peer"]))
+    law, ours = of_peer.laws["peer"], of_peer.runs
+    predicted = [law.loss(P=p, D=d) for p, d in zip(ours.parameters_active, ours.num_tokens, strict=True)]
+    np.testing.assert_allclose(law.residuals, ours[HELD_OUT] - predicted, atol=1e-9)
     rows = [row for row in rows_of(isoflop, "optimum") if row["FLOPs"] == "1e+13"]
     fit = analysis.fit("dense", 1e13, "active")
     assert float(rows[0]["residuals, nats (RMS)"]) == pytest.approx(np.sqrt((fit.residuals**2).mean()), abs=1e-3)
     assert "Residuals of the laws" in residuals(of_peer).svg
-    few = IsoFlopAnalysis(ours[-4:])
+    few = IsoFlopAnalysis(replace(runs, frame=ours[-4:]))
     assert "peer" not in few.laws
     assert residuals(few) is None
 
@@ -361,14 +372,13 @@ def test_the_residuals_are_those_of_the_law_and_tell_a_run_astray(isoflop):
 @pytest.mark.usefixtures("isoflop_page")
 def test_every_row_has_its_command(isoflop):
     commands = {row["run"]: row["command"] for row in rows_of(isoflop, "commands")}
-    points = read_points(isoflop).done
-    analysis = IsoFlopAnalysis(points)
-    tuning = [point.run for point in analysis.tuning]
-    assert len(tuning) == 40
-    for run in [*(group.first.run for group in analysis.groups), *tuning]:
+    runs = read_runs(isoflop)
+    analysis = IsoFlopAnalysis(runs)
+    assert len(analysis.tuning) == 40
+    for run in [runs.planned[name] for name in (*analysis.points.name, *analysis.tuning.name)]:
         words = shlex.split(commands[run.name])
         assert words[:2] == ["tinyexperts", "train"]
-        recipe = {r.__name__.replace("_", "-"): r for r in RECIPES}[words[2]]
+        recipe = RECIPES[words[2]]
         parsed = tyro.cli(TrainConfig, default=recipe(), args=words[3:], config=(tyro.conf.AvoidSubcommands,))
         assert parsed == replace(run.config, run=Path("runs", run.name))
 
@@ -378,8 +388,9 @@ def test_a_command_writes_out_every_kind_of_setting():
     layer = replace(config.model.expert_layer, gated=True, shared_sub_keys=False, query_norm="none")
     model = replace(config.model, expert_layer=layer, expert_blocks=(0, 2), tied_embeddings=True)
     config = replace(
-        config, run=Path("a folder"), model=model, betas=(0.8, 0.95), gradient_clip=None, num_steps=7,
-        training_flops=None, threads=1,
+        config, run=Path("a folder"), model=model, num_steps=7,
+        training_flops=None, threads=1, checkpoint=CheckpointConfig(asynchronous=True),
+        optimizer=OptimizerConfig(betas=(0.8, 0.95), gradient_clip=None),
     )  # fmt: skip
     words = shlex.split(train_command("peer", config))
     parsed = tyro.cli(TrainConfig, default=recipes.peer(), args=words[3:], config=(tyro.conf.AvoidSubcommands,))
@@ -390,12 +401,12 @@ def test_an_ablation_is_judged_by_the_ends_of_its_axis(tmp_path):
     def loss(run):
         return 4 - 0.02 * math.log2(run.axes["num_experts"]) + NOISE[run.axes["seed"]]
 
-    folder = fill(tmp_path / "study", studies.num_experts, loss)
-    points = read_points(folder).done
-    claims = AblationAnalysis("num-experts", points).claims()
+    folder = fill(tmp_path / "study", NUM_EXPERTS, loss)
+    runs = read_runs(folder)
+    claims = NUM_EXPERTS.findings(runs).findings
     assert [claim.verdict for claim in claims] == ["reproduced", "reproduced"]
-    assert "(262,144 against 4,096)" in claims[0].claim
-    page = write_study_report(folder, command="x").read_text(encoding="utf-8")
+    assert "(262,144 against 4,096)" in claims[0].text
+    page = write_study_report(NUM_EXPERTS, folder, command="x").read_text(encoding="utf-8")
     assert page.count("<figure>") == 2, "loss and unevenness"
     rows = rows_of(folder, "points")
     assert len(rows) == 8
@@ -405,7 +416,7 @@ def test_an_ablation_is_judged_by_the_ends_of_its_axis(tmp_path):
     assert float(low) <= -0.12 <= float(high)
     assert rows[0]["95 % interval"] == MISSING
     fewest = {"num_experts": 64**2, "budget": 3e12}
-    cost = next(point.cost for point in points if fewest.items() <= point.run.axes.items())
+    cost = account(next(run.config for run in runs.planned.values() if fewest.items() <= run.axes.items()))
     assert rows[0]["training FLOPs"] == f"{cost.training_flops:.3e}"
     assert float(rows[0]["without router"]) < float(rows[0]["training FLOPs"])
 
@@ -417,8 +428,8 @@ def test_an_ablation_is_told_without_the_router_too(tmp_path):
         flops = account(run.config).training_flops_without_router
         return 30 - 0.9 * math.log(flops) - 0.02 * math.log2(run.axes["num_experts"] / 64**2) + NOISE[run.axes["seed"]]
 
-    folder = fill(tmp_path / "study", studies.num_experts, loss)
-    write_study_report(folder, command="x")
+    folder = fill(tmp_path / "study", NUM_EXPERTS, loss)
+    write_study_report(NUM_EXPERTS, folder, command="x")
     rows = rows_of(folder, "points")
     told = [row["the same, router not counted"] for row in rows]
     assert told == [MISSING, *(f"\N{MINUS SIGN}{saved:.3f}" for saved in (0.04, 0.08, 0.12))] * 2
@@ -427,25 +438,25 @@ def test_an_ablation_is_told_without_the_router_too(tmp_path):
     low, high = rows[3]["its 95 % interval"].replace("\N{MINUS SIGN}", "-").split(" to ")
     assert float(low) <= -0.12 <= float(high)
 
-    fill(tmp_path / "one", studies.placement, lambda run: 4.0)
-    write_study_report(StudyFolder(tmp_path / "one"), command="x")
+    fill(tmp_path / "one", PLACEMENT, lambda run: 4.0)
+    write_study_report(PLACEMENT, StudyFolder(tmp_path / "one"), command="x")
     assert "the same, router not counted" not in rows_of(StudyFolder(tmp_path / "one"), "points")[0]
 
 
-def test_optimisers_are_compared_each_at_its_own_best_rate(tmp_path):
+def test_optimizers_are_compared_each_at_its_own_best_rate(tmp_path):
     """Those with a moment a row are 0.03 better than sparse, at thrice its rate; dense ones 0.01 worse, at a third."""
-    tuned = scale_named("laptop", data=Path("x"), vocab_size=9).peer_settings["table_learning_rate"]
+    tuned = scale_named("laptop", data=Path("x"), vocab_size=9).peer_settings["optimizer.table_learning_rate"]
     best = {"sparse-element": (1, 0.0), "sparse-row": (3, -0.03), "dense-element": (0.3, 0.01)}
 
     def loss(run):
         rate = run.axes["table_learning_rate"] / tuned
-        name = f"{run.config.table_gradients}-{run.config.table_second_moment}"
+        name = f"{run.config.optimizer.table_gradients}-{run.config.optimizer.table_second_moment}"
         factor, difference = best[name]
         return 4 + difference + 0.1 * abs(math.log(rate / factor)) + NOISE[run.axes["seed"]]
 
-    folder = fill(tmp_path / "study", studies.optimiser, loss)
-    write_study_report(folder, command="x")
-    rows = {row["optimiser"]: row for row in rows_of(folder, "optimisers")}
+    folder = fill(tmp_path / "study", OPTIMIZER, loss)
+    write_study_report(OPTIMIZER, folder, command="x")
+    rows = {row["optimizer"]: row for row in rows_of(folder, "optimizers")}
     assert {name: float(row["table learning rate"]) for name, row in rows.items()} == pytest.approx(
         {"sparse": 5e-3, "sparse-row": 1.5e-2, "dense": 1.5e-3}
     )
@@ -455,8 +466,8 @@ def test_optimisers_are_compared_each_at_its_own_best_rate(tmp_path):
 
 
 def test_placements_are_compared_with_the_papers_block(tmp_path):
-    folder = fill(tmp_path / "study", studies.placement, lambda run: 4 + 0.01 * run.axes["block"])
-    write_study_report(folder, command="x")
+    folder = fill(tmp_path / "study", PLACEMENT, lambda run: 4 + 0.01 * run.axes["block"])
+    write_study_report(PLACEMENT, folder, command="x")
     told = {row["block"]: row["loss against the middle block"] for row in rows_of(folder, "points")}
     assert told == {"0": "\N{MINUS SIGN}0.020", "1": "\N{MINUS SIGN}0.010", "2": MISSING, "3": "+0.010"}
 
@@ -468,31 +479,31 @@ def test_ablations_have_the_settings_that_were_tuned():
     words = shlex.split(command)
     tuned = tyro.cli(TrainConfig, default=recipes.peer(), args=words[3:], config=(tyro.conf.AvoidSubcommands,))
     scale = scale_named("laptop", data=Path("x"), vocab_size=9)
-    assert {name: getattr(tuned, name) for name in scale.peer_settings} == scale.peer_settings
+    assert {name: attrgetter(name)(tuned) for name in scale.peer_settings} == scale.peer_settings
     assert "batch_size" in scale.peer_settings
-    (run, *_) = studies.num_experts(scale).stages[0]({})
-    assert {name: getattr(run.config, name) for name in scale.peer_settings} == scale.peer_settings
+    (run, *_) = NUM_EXPERTS.stages(scale)[0]({})
+    assert {name: attrgetter(name)(run.config) for name in scale.peer_settings} == scale.peer_settings
 
 
-@pytest.mark.parametrize("make", studies.STUDIES[1:], ids=lambda make: make.__name__)
-def test_every_ablation_has_a_report(make, tmp_path):
-    folder = fill(tmp_path / "study", make, lambda run: 4 + NOISE[run.axes["seed"]])
-    page = write_study_report(folder, command="x").read_text(encoding="utf-8")
+@pytest.mark.parametrize("study", STUDIES[1:], ids=lambda study: study.name)
+def test_every_ablation_has_a_report(study, tmp_path):
+    folder = fill(tmp_path / "study", study, lambda run: 4 + NOISE[run.axes["seed"]])
+    page = write_study_report(study, folder, command="x").read_text(encoding="utf-8")
     assert page.count("<figure>") == 2, "loss and unevenness"
     assert "Every point of the grid" in page
     assert "reproduced</strong>" not in page, "equal losses decide nothing"
 
 
 def test_without_a_finished_run_there_is_no_report(tmp_path):
-    study = studies.Study(name="usage", scale="laptop", question="?", stages=())
-    folder = fill(tmp_path / "study", lambda scale: study, None)
+    study = Study(name="usage", summary="", question="?", stages=lambda scale: (), findings=NUM_EXPERTS.findings)
+    folder = fill(tmp_path / "study", study, None)
     (folder.path / "planned").mkdir()
     with pytest.raises(InputError, match=r"no run of the study in .* is done"):
-        write_study_report(folder, command="x")
+        write_study_report(study, folder, command="x")
 
 
 def test_the_command_writes_the_report_of_a_study_as_it_stands(run_cli, tmp_path):
-    study = fill(tmp_path / "study", studies.num_experts, lambda run: 4.0 + NOISE[run.axes["seed"]]).path
+    study = fill(tmp_path / "study", NUM_EXPERTS, lambda run: 4.0 + NOISE[run.axes["seed"]]).path
     report = study / "report.html"
     code, out, _ = run_cli("study", "report", study)
     assert (code, out.strip()) == (0, str(report))
@@ -558,20 +569,21 @@ def test_columns_of_words_are_told_from_columns_of_numbers():
 
 
 def test_the_trend_shows_zero_and_no_interval_where_there_is_none(isoflop):
-    points = read_points(isoflop).done
-    found = difference_trend(IsoFlopAnalysis(points)).svg
+    runs = read_runs(isoflop)
+    found = difference_trend(IsoFlopAnalysis(runs)).svg
     assert "against dense \N{MINUS SIGN}0.050" in found
     # With one seed there is no interval to draw: three caps less for each budget's bars.
-    one = difference_trend(IsoFlopAnalysis([point for point in points if point.seed == 0])).svg
+    one = difference_trend(IsoFlopAnalysis(replace(runs, frame=runs.frame[runs.frame.seed == 0]))).svg
     assert one.count("<use") < found.count("<use")
-    only = IsoFlopAnalysis([point for point in points if point.run.axes["budget"] == 1e13])
+    only = IsoFlopAnalysis(replace(runs, frame=runs.frame[runs.frame.budget == 1e13]))
     assert difference_trend(only) is None
     labels = [text for text in re.findall(r">([^<]+)</text>", found) if text.strip() in ("0.0", "0.00", "0")]
     assert labels, "zero is inside of the frame"
 
 
 def test_the_trend_holds_every_interval_of_three_seeds(isoflop):
-    analysis = IsoFlopAnalysis([point for point in read_points(isoflop).done if point.run.axes["budget"] < 2e13])
+    runs = read_runs(isoflop)
+    analysis = IsoFlopAnalysis(replace(runs, frame=runs.frame[runs.frame.budget < 2e13]))
     ends = [end for budget in analysis.budgets for end in analysis.difference("moe", budget).bounds]
     assert max(ends) - min(ends) > 0.5, "those of the uneven method are wide"
     labels = re.findall(r">([^<]+)</text>", difference_trend(analysis).svg)
@@ -588,8 +600,7 @@ def test_a_best_value_at_the_end_of_what_was_tried_is_told(tmp_path):
     def falling(run):
         return loss(run) - 0.2 * (run.name == "tune-peer-table-x4-seed0")
 
-    points = read_points(fill(tmp_path / "study", studies.isoflop, falling)).done
-    analysis = IsoFlopAnalysis(points)
+    analysis = IsoFlopAnalysis(read_runs(fill(tmp_path / "study", ISOFLOP, falling)))
     assert len(analysis.tuning) == 40 + 2
     widths = "dense 64, MoE 64, PKM 64, PEER 64"
     one_width = f"At 1e+14 FLOPs one width was run of each ({widths}): a better one may exist."
@@ -597,35 +608,41 @@ def test_a_best_value_at_the_end_of_what_was_tried_is_told(tmp_path):
 
 
 def test_no_seed_takes_part_in_choosing_the_width_at_which_it_is_compared(isoflop):
-    points = read_points(isoflop).done
     losses = {
         "dense": {32: (9, 9, 9), 48: (3.0, 3.4, 3.5), 64: (3.3, 3.2, 3.1), 96: (9, 9, 9)},
         "peer": {32: (9, 9, 9), 48: (2, 2, 2), 64: (3, 3, 3), 96: (9, 9, 9)},
     }
-    for point in points:
-        if point.run.method in losses and point.run.axes["budget"] == 1e13:
-            point.losses["held out"] = losses[point.run.method][point.run.axes["width"]][point.seed]
-    found = IsoFlopAnalysis(points).difference_with_widths_of_other_seeds("dense", 1e13)
+    runs = with_losses(read_runs(isoflop), losses, budget=1e13)
+    found = IsoFlopAnalysis(runs).difference_with_widths_of_other_seeds("dense", 1e13)
     # Seeds 1 and 2 choose width 64 for seed 0; 0 and 2 choose 64 for seed 1, by 0.05; 0 and 1 choose 48 for seed 2.
     assert found.values == pytest.approx((2 - 3.3, 2 - 3.2, 2 - 3.5))
-    one = IsoFlopAnalysis([point for point in points if point.seed == 0])
+    one = IsoFlopAnalysis(replace(runs, frame=runs.frame[runs.frame.seed == 0]))
     assert one.difference_with_widths_of_other_seeds("dense", 1e13) is None
 
 
 def test_losses_that_are_not_finite_are_no_difference(isoflop):
-    points = read_points(isoflop).done
-    for point in points:
-        if point.run.method == "dense" and point.seed == 1:
-            point.result.evaluation["loss_by_copy"]["stood_earlier"] = math.nan
-    difference = IsoFlopAnalysis(points).difference_of_part("dense", 1e13, "stood_earlier")
+    runs = read_runs(isoflop)
+    frame = runs.frame.copy()
+    frame.loc[(frame.method == "dense") & (frame.seed == 1), "stood_earlier"] = math.nan
+    difference = IsoFlopAnalysis(replace(runs, frame=frame)).difference("dense", 1e13, "stood_earlier")
     assert len(difference.values) == 2
 
 
 def test_curves_that_share_no_seconds_are_drawn(isoflop):
-    points = read_points(isoflop).done
-    pair = [point.result for point in points if point.run.method == "peer"][:2]
-    shifted = replace(
-        pair[1], validation=tuple({**line, "seconds": line["seconds"] + 1e4} for line in pair[1].validation)
-    )
-    runs = [replace(result, method="peer") for result in (pair[0], shifted)]
+    results = [each for each in read_runs(isoflop).results.values() if each.name.startswith("peer-")][:2]
+    later = tuple({**line, "seconds": line["seconds"] + 1e4} for line in results[1].validation)
+    runs = [replace(each, method="peer") for each in (results[0], replace(results[1], validation=later))]
     assert "It ends at PEER" in loss_curves(runs, "seconds").svg
+
+
+def test_a_folder_of_the_study_that_was_called_optimiser_still_opens(tmp_path):
+    folder = fill(tmp_path / "study", OPTIMIZER, lambda run: 4 + NOISE[run.axes["seed"]])
+    for path in (folder.path / "study.json", *folder.path.glob("planned/*.json")):
+        path.write_text(
+            path.read_text().replace('"optimizer": "', '"optimiser": "').replace('"optimizer",', '"optimiser",')
+        )
+    assert '"optimiser"' in (folder.path / "study.json").read_text()
+    assert all('"optimiser": "' in path.read_text() for path in folder.path.glob("planned/*.json"))
+    assert folder.settings().study == "optimizer"
+    write_study_report(OPTIMIZER, folder, command="x")
+    assert {row["optimizer"] for row in rows_of(folder, "optimizers")} == {"sparse", "sparse-row", "dense"}

@@ -1,1 +1,5 @@
-"""What every page and table is made of: the style of figures, numbers as text, tables, the page."""
+"""The parts of every report: the style of figures, numbers as text, tables, the page."""
+
+from tinyexperts.extras import require_extra
+
+require_extra("study", __name__)

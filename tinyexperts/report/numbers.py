@@ -45,5 +45,5 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def signed(value: float | None) -> str:
-    """Return a difference with its sign, three decimals and a true minus."""
-    return MISSING if value is None else f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+    """Return a difference with its sign, three decimals and a true minus; a dash for None and NaN."""
+    return MISSING if value is None or math.isnan(value) else f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")

@@ -7,22 +7,31 @@ and training and serving draw nothing.
 from __future__ import annotations
 
 import io
+import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from markupsafe import Markup
+
+from tinyexperts.report.numbers import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
 WIDTH, HEIGHT = 470, 320  # of the drawing, in its own units; the page scales it
 GREY, INK = "#8a8f98", "#30343b"
-_STYLE = {
+# A curve begins with its fall from chance; a frame that held this share of the axis would flatten the rest.
+FALL = 0.3
+# The share of an axis that the name of a tick takes at least.
+_TICK_ROOM = 0.12
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tinyexperts",
     "font.size": 11.5,
@@ -40,53 +49,126 @@ _STYLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A drawn figure: its caption for readers, and its SVG with a text alternative."""
+    """A finished figure."""
 
     caption: str
     svg: Markup
+    """The figure with its text alternative."""
 
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Figures drawn inside look like all others."""
+    """Give the figures drawn inside the style of all others."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
         yield
 
 
-def new_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    """A figure of the report's size with one frame."""
-    from matplotlib.figure import Figure
+class Plot:
+    """One figure under way, in house style: curves and marks, a label at the end of each, at last a drawing."""
 
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
-    axes.tick_params(length=3)
-    return figure, axes
+    def __init__(self, x_label: str, y_label: str) -> None:
+        from matplotlib.figure import Figure
 
+        self._figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
+        self._figure.patch.set_alpha(0)
+        self.axes: Axes = self._figure.add_subplot()
+        self.axes.patch.set_alpha(0)
+        self.axes.set(xlabel=x_label, ylabel=y_label)
+        self.axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
+        self.axes.tick_params(length=3)
+        self._ends: list[tuple[float, float, str, str]] = []
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """A label at the end of each curve, moved apart where they would overlap, and back as a group into the frame."""
-    bottom, top = axes.get_ylim()
-    gap = 0.065 * (top - bottom)
-    ordered = sorted(ends, key=lambda end: end[1])
-    heights: list[float] = []
-    for _, y, _, _ in ordered:
-        heights.append(y if not heights else max(y, heights[-1] + gap))
-    shift = (heights[-1] - ordered[-1][1]) / 2
-    shift = min(shift, heights[0] - bottom)
-    shift = max(shift, heights[-1] - top)
-    right = max(x for x, *_ in ends)
-    for (_, _, text, color), height in zip(ordered, heights, strict=True):
-        axes.annotate(text, (right, height - shift), (9, 0), textcoords="offset points", va="center", color=color)
+    @property
+    def reading(self) -> str:
+        """The labels of the curves' ends in one line."""
+        return ", ".join(text for *_, text, _ in self._ends)
+
+    def label_end(self, x: float, y: float, text: str, color: str) -> None:
+        """Put a label at the end of a curve."""
+        self._ends.append((x, y, text, color))
+
+    def zero_line(self) -> None:
+        """Draw the line where two are equal."""
+        self.axes.axhline(0, color=GREY, linewidth=1.2)
+
+    def curves(self, curves: Sequence[np.ndarray], color: str, *, alpha: float = 0.55) -> np.ndarray:
+        """Draw a thin curve for each seed, and return their mean over the part of the axis that all cover."""
+        for curve in curves:
+            self.axes.plot(curve[:, 0], curve[:, 1], color=color, linewidth=0.9, alpha=alpha)
+        x = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+        x = x[(x >= max(curve[0, 0] for curve in curves)) & (x <= min(curve[-1, 0] for curve in curves))]
+        return np.column_stack([x, np.mean([np.interp(x, curve[:, 0], curve[:, 1]) for curve in curves], axis=0)])
+
+    def mean_curve(self, mean: np.ndarray, color: str) -> None:
+        """Draw the bold curve of a mean."""
+        self.axes.plot(mean[:, 0], mean[:, 1], color=color, linewidth=2.4)
+
+    def marks(self, x: ArrayLike, y: ArrayLike, color: str, marker: str, size: float, **style: Any) -> None:
+        """Draw marks without a line."""
+        self.axes.plot(x, y, linestyle="", marker=marker, markersize=size, color=color, **style)
+
+    def means(self, x: ArrayLike, seeds: Sequence[Sequence[float]], means: Sequence[float], **style: Any) -> None:
+        """Draw a line through means, and a small mark for each seed."""
+        self.axes.plot(x, means, **style)
+        for position, values in zip(np.atleast_1d(x), seeds, strict=True):
+            self.marks([position] * len(values), values, style["color"], style.get("marker", "o"), 3, alpha=0.6)
+
+    def log_x(self, values: np.ndarray, *, room: float) -> None:
+        """Make the axis logarithmic, with ticks at the values that leave room for their names."""
+        axes = self.axes
+        axes.set_xscale("log")
+        axes.set_xlim(values.min() / 1.15, values.max() * room)
+        ticks: list[float] = []
+        apart = _TICK_ROOM * math.log(values.max() * room / values.min())
+        for value in np.unique(values)[::-1]:  # from the largest, which is named always
+            if not ticks or math.log(ticks[-1] / value) >= apart:
+                ticks.append(float(value))
+        axes.set_xticks(ticks)
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
+        axes.spines["bottom"].set_color(GREY)
+        axes.tick_params(colors=INK)
+
+    def frame(self, curves: Sequence[np.ndarray], *, room: float) -> None:
+        """Set limits that show what follows the first fall, with room at the right for the labels."""
+        from matplotlib.ticker import MaxNLocator
+
+        axes, end = self.axes, max(curve[-1, 0] for curve in curves)
+        values = np.concatenate([curve[curve[:, 0] >= FALL * end, 1] for curve in curves])
+        margin = 0.06 * (np.ptp(values) or 1.0)
+        axes.set_xlim(0, room * end)
+        axes.set_ylim(values.min() - margin, values.max() + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xticks([float(tick) for tick in axes.get_xticks() if 0 <= tick <= 1.001 * end])
+        axes.spines["bottom"].set_bounds(0, end)
+
+    def drawing(self, name: str, *, caption: str, text: str) -> Drawing:
+        """Finish the figure; name: of its ids on the page, text: its alternative for those who can't see it."""
+        if self._ends:
+            self._draw_labels()
+        return Drawing(caption=caption, svg=svg_of(self._figure, name, text))
+
+    def _draw_labels(self) -> None:
+        """Move the labels apart where they would overlap, and back as a group into the frame."""
+        bottom, top = self.axes.get_ylim()
+        gap = 0.065 * (top - bottom)
+        ordered = sorted(self._ends, key=lambda end: end[1])
+        heights: list[float] = []
+        for _, y, _, _ in ordered:
+            heights.append(y if not heights else max(y, heights[-1] + gap))
+        shift = (heights[-1] - ordered[-1][1]) / 2
+        shift = min(shift, heights[0] - bottom)
+        shift = max(shift, heights[-1] - top)
+        right = max(x for x, *_ in self._ends)
+        for (_, _, text, color), height in zip(ordered, heights, strict=True):
+            at, offset = (right, height - shift), (9, 0)
+            self.axes.annotate(text, at, offset, textcoords="offset points", va="center", color=color)
 
 
 def svg_of(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an SVG element that scales with the page, its ids its own among other figures on the page."""
+    """Return a figure as an SVG element that scales with the page, with ids of its own among other figures."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     ET.register_namespace("", "http://www.w3.org/2000/svg")

@@ -9,28 +9,36 @@ from dataclasses import dataclass
 
 from tinyexperts.report.numbers import MISSING
 
-# With its unit; two of them are an interval.
-_ONE = r"[-+\N{MINUS SIGN}]?[\d.,]+(?:e[-+]?\d+)?(?: ?[kMGTB%])?"
+# A number with its unit or its power of ten; two of them are an interval.
+_ONE = r"[-+\N{MINUS SIGN}]?[\d.,]+(?:e[-+]?\d+)?(?: ?[kMGTB%]| \N{MULTIPLICATION SIGN} 10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)?"
 _END = "(?:" + _ONE + "|open)"
-_NUMBER = re.compile("(?:" + _END + "(?: to " + _END + ")?|" + MISSING + ")?")
+_NUMBER = re.compile("(?:" + _END + "(?: to " + _END + ")?|not finite|" + MISSING + ")?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells are what a reader sees; `note` says how to read them; a folded one is opened by who looks something up."""
+    """Rows of text as a reader sees them."""
 
     name: str
+    """The name of its file."""
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    """How to read the table; each line is a paragraph."""
+    colors: tuple[str, ...] = ()
+    """The color of the dot before each row; empty: no dots."""
+    ends_in_mean: bool = False
+    """The last row is the mean of the others."""
     is_folded: bool = False
+    """The page shows the table when it is asked for."""
 
     def is_text(self, column: int) -> bool:
-        """Whether a column holds words rather than numbers, and is set to the left."""
+        """Return True if a column holds words, which are set to the left, rather than numbers."""
         return any(not _NUMBER.fullmatch(row[column]) for row in self.rows)
 
     def as_csv(self) -> str:
+        """Return the columns and rows as CSV."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)
@@ -38,6 +46,7 @@ class Table:
         return text.getvalue()
 
     def as_markdown(self) -> str:
+        """Return the title, the table and its note as Markdown."""
         lines = [f"### {self.title}", "", _line(self.columns), _line(("---",) * len(self.columns))]
         lines += [_line(row) for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else []), ""])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich import box
@@ -18,10 +18,18 @@ from tinyexperts.data.shards.reader import TokenDataset
 from tinyexperts.errors import InputError
 from tinyexperts.report.numbers import format_count
 from tinyexperts.study.analysis.comparison import compare_methods
-from tinyexperts.study.analysis.report import write_report
-from tinyexperts.study.analysis.run_results import RunResult, read_run
-from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Job, Stage, run_jobs
-from tinyexperts.training import Interrupted
+from tinyexperts.study.analysis.findings import Findings
+from tinyexperts.study.analysis.frame import StudyRuns
+from tinyexperts.study.analysis.results import Results, read_results
+from tinyexperts.study.analysis.runs_report import findings_of
+from tinyexperts.study.grid import GridRun, Stage
+from tinyexperts.study.methods import method_named
+from tinyexperts.study.run_study import StudyConfig, run_stages
+from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Command, Job, run_jobs
+from tinyexperts.study.runner.study_folder import StudyFolder
+from tinyexperts.study.runner.study_record import StudySettings
+from tinyexperts.study.study import Study
+from tinyexperts.study.study_report import write_study_report
 from tinyexperts.training.config import path_of
 
 METHODS = ("peer", "dense")
@@ -30,7 +38,7 @@ TITLE = "PEER and its dense twin at equal training FLOPs"
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What the demo trains and where it writes."""
+    """The runs of the demo, and its folder."""
 
     output: Path = Path("runs/demo")
     """Folder of the corpus, the runs and report.html."""
@@ -39,9 +47,9 @@ class DemoConfig:
     seeds: tuple[int, ...] = (0, 1)
     """Each method is trained once for each seed."""
     num_parallel: int = 2
-    """Runs side by side, one core each."""
+    """Runs at a time, one core each."""
     prompts: tuple[str, ...] = ("import os\n\n\ndef ", "class ")
-    """What each trained model continues for the report."""
+    """Texts that each trained model continues for the report."""
     max_new_tokens: int = 64
     """Length of each continuation, in tokens."""
 
@@ -64,89 +72,91 @@ class DemoConfig:
         """Folder of the prepared corpus."""
         return self.output / "data"
 
-    @property
-    def runs(self) -> tuple[Path, ...]:
-        """The run folders as they start: methods in turn, so that both cores end at about the same time."""
-        return tuple(self.output / f"{method}-seed{seed}" for seed in self.seeds for method in METHODS)
-
 
 def run_demo(config: DemoConfig) -> None:
-    """Prepare the corpus, train and evaluate every run, write the report, and print what came out.
+    """Prepare the corpus, train, evaluate and sample every run, write the report, and print the results.
 
-    What an earlier call with these settings finished is kept, what it began is continued.
+    Runs that an earlier call with these settings finished are kept, those that it began are continued.
 
-    Raises InputError where a run failed, after the others have ended and the report is written; Interrupted on Ctrl-C,
-    after the runs are saved.
+    Raises:
+        InputError: a run failed, after the others have ended and the report is written; a folder of another study.
+        Interrupted: on Ctrl-C, after the runs are saved.
     """
-    console = Console(stderr=True)
-    _check_same_settings(config)
-    if config.data.exists():
-        TokenDataset.open(config.data)
-    else:
-        prepare(PrepareConfig(output=config.data))
-    jobs = [job for folder in config.runs if (job := _job(config, folder)).stages]
-    try:
-        failures = run_jobs(jobs, num_parallel=config.num_parallel, environment=ENVIRONMENT, console=console)
-    except KeyboardInterrupt:
-        message = "stopped; what was trained is saved, and the same command again goes on from there"
-        raise Interrupted(message) from None
-    report = config.output / "report.html"
-    folders = sorted(config.runs, key=lambda folder: folder.name)
-    write_report(folders, report, command=shlex.join(["tinyexperts", *sys.argv[1:]]), title=TITLE)
-    _print_results([read_run(folder) for folder in folders], report)
-    if failures:
-        raise InputError("; ".join(failures.values()))
+    folder = StudyFolder(config.output)
+    settings = StudySettings(study=DEMO.name, scale="demo", data=str(config.data), runs=".", keeps_checkpoints=True)
+    with folder.exclusive_lock():
+        folder.begin(settings)
+        if not config.data.exists():
+            prepare(PrepareConfig(output=config.data))
+        num_train_tokens = TokenDataset.open(config.data).split("train").num_tokens
+        execution = StudyConfig(data=config.data, output=config.output, num_parallel=config.num_parallel)
+        run_stages(folder, DEMO.stages(config), execution, num_train_tokens, show=partial(_show, folder, config))
+        failed = [status.reason for run in folder.planned_runs() if (status := folder.status(run)).state != "done"]
+        if failed:
+            raise InputError("; ".join(map(str, failed)))
 
 
-def _check_same_settings(config: DemoConfig) -> None:
-    """Runs of one report share their budget: another one needs another folder."""
-    path = config.output / "demo.json"
-    settings = {"training_flops": config.training_flops}
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} can't be read ({error}); delete it or choose another --output") from error
-        if before != settings:
-            raise InputError(
-                f"{config.output} was begun with {before}, got {settings}; choose another --output or delete it"
-            )
-    else:
-        config.output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings), encoding="utf-8")
+def _stages(config: DemoConfig) -> tuple[Stage]:
+    def train(losses: Mapping[str, float]) -> list[GridRun]:
+        # Methods in turn, so that both cores end at about the same time.
+        return [_run(config, method, seed) for seed in config.seeds for method in METHODS]
+
+    return (train,)
 
 
-def _job(config: DemoConfig, folder: Path) -> Job:
-    """What is still to be done for a run: nothing where it is trained, evaluated and sampled."""
-    stages = []
-    if not (folder / "evaluation.json").exists():
-        stages.append(Stage(name="training", command=train_command(config, folder)))
-        stages.append(Stage(name="evaluating", command=(*PROGRAM, "evaluate", str(folder))))
-    sampled = [sample["prompt"] for sample in read_run(folder).samples]
-    for prompt in config.prompts:
-        if prompt not in sampled:
-            stages.append(Stage(name="sampling", command=sample_command(config, folder, prompt)))
-    return Job(folder=folder, stages=tuple(stages), log=config.output / "logs" / f"{folder.name}.log")
+def _run(config: DemoConfig, method: str, seed: int) -> GridRun:
+    name = f"{method}-seed{seed}"
+    settings = replace(
+        method_named(method).recipe(),
+        run=config.output / name,
+        data=config.data,
+        training_flops=config.training_flops,
+        seed=seed,
+        threads=1,
+        validation_every=50,
+        validation_tokens=8192,
+    )
+    return GridRun(name=name, method=method, axes={"seed": seed}, config=settings)
 
 
-def train_command(config: DemoConfig, folder: Path) -> tuple[str, ...]:
-    """The command that trains a run, or continues it where its folder is there."""
-    method, seed = folder.name.split("-seed")
-    arguments = [
-        *("train", method, "--run", str(folder), "--data", str(config.data), "--seed", seed),
-        *("--training-flops", str(config.training_flops), "--threads", "1", "--no-progress"),
-        *("--validation-every", "50", "--validation-tokens", "8192"),
+def _findings(runs: StudyRuns) -> Findings:
+    found = findings_of(list(runs.results.values()), baseline="dense")
+    return replace(found, title=TITLE, repeatable=list(runs.results))
+
+
+DEMO = Study(
+    name="demo",
+    summary="Train PEER and its dense twin at equal training FLOPs on this Python's standard library, to a report.",
+    question="At equal training FLOPs, does PEER reach a lower loss than its dense twin?",
+    stages=_stages,
+    findings=_findings,
+)
+
+
+def _show(folder: StudyFolder, config: DemoConfig) -> None:
+    """Sample the models, write the report and print the results; nothing where no run is done."""
+    done = [folder.run_path(name) for name in folder.losses()]
+    if not done:
+        return
+    jobs = [job for path in done if (job := _sampling(config, path, folder.log_path(path.name))).commands]
+    run_jobs(jobs, num_parallel=config.num_parallel, environment=ENVIRONMENT, console=Console(stderr=True))
+    report = write_study_report(DEMO, folder, command=shlex.join(["tinyexperts", *sys.argv[1:]]))
+    _print_results([read_results(path) for path in done], report)
+
+
+def _sampling(config: DemoConfig, path: Path, log: Path) -> Job:
+    """Return the commands that continue the prompts by a run's model and keep the texts in the run's folder."""
+    sampled = [sample["prompt"] for sample in read_results(path).samples]
+    options = ("--max-new-tokens", str(config.max_new_tokens), "--seed", "0", "--save")
+    commands = [
+        Command(name="sampling", arguments=(*PROGRAM, "generate", str(path), "--prompt", prompt, *options))
+        for prompt in config.prompts
+        if prompt not in sampled
     ]
-    return (*PROGRAM, *arguments, *(["--resume"] if (folder / "config.json").exists() else []))
+    return Job(folder=path, commands=tuple(commands), log=log)
 
 
-def sample_command(config: DemoConfig, folder: Path, prompt: str) -> tuple[str, ...]:
-    """The command that continues a prompt by a run's model and keeps the text in the run's folder."""
-    length = str(config.max_new_tokens)
-    return (*PROGRAM, "generate", str(folder), "--prompt", prompt, "--max-new-tokens", length, "--seed", "0", "--save")
-
-
-def _print_results(runs: Sequence[RunResult], report: Path) -> None:
+def _print_results(runs: Sequence[Results], report: Path) -> None:
     title = "held-out loss in nats a token; active and total parameters"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("run", no_wrap=True)

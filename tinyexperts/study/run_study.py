@@ -1,4 +1,4 @@
-"""Runs a study from its plan to its last run: what is complete is skipped, what was cut off is resumed."""
+"""Run a study from its plan to its last run: complete runs are skipped, those that were cut off are resumed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,25 +18,26 @@ from rich.console import Console
 from tinyexperts.data import FileCorpus, TokenDataset
 from tinyexperts.data.files import skipped_note
 from tinyexperts.errors import InputError
-from tinyexperts.study.analysis.study_report import write_study_report
+from tinyexperts.study.grid import GridRun, Stage, check_grid, expected_runs
 from tinyexperts.study.runner.dry_run import print_plan
-from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Job, Stage, run_jobs
-from tinyexperts.study.runner.run_status import print_status
-from tinyexperts.study.runner.study_folder import StudyFolder, StudySettings
-from tinyexperts.study.scales import Scale, ScaleName, scale_named
-from tinyexperts.study.study import GridRun, Study, check_grid, expected_runs
-from tinyexperts.study.study import Stage as GridStage
+from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Command, Job, run_jobs
+from tinyexperts.study.runner.status import print_status
+from tinyexperts.study.runner.study_folder import StudyFolder
+from tinyexperts.study.runner.study_record import StudySettings
+from tinyexperts.study.scales import ScaleName, scale_named
+from tinyexperts.study.study import Study
+from tinyexperts.study.study_report import write_study_report
 from tinyexperts.training import Interrupted
 from tinyexperts.training.config import path_of
 
-# Of the data set that a dry run can do without.
+# The vocabulary of a dry run without a data set.
 _VOCAB_SIZE_UNTIL_THERE_IS_DATA = 32_000
 _SLURM_HOURS = 24.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """At which size a study is run, on what, and how."""
+    """The size of a study, its data, and how it is run."""
 
     scale: ScaleName = "laptop"
     """minute (a few steps a run), laptop (two cores, hours), gpu (one of 80 GB), paper (its own settings)."""
@@ -45,7 +46,7 @@ class StudyConfig:
     output: Path | None = None
     """Folder of the study; default: runs/, its name and its scale."""
     evaluation_corpora: tuple[Path, ...] = ()
-    """Files and folders that each model is measured on, beside the held-out split; called by their names."""
+    """Files and folders that each model is measured on too; called by their names."""
     evaluation_tokens: int | None = None
     """Tokens of each of them and of the held-out split, in windows spread evenly; default: all there are."""
     executor: Literal["local", "slurm"] = "local"
@@ -92,7 +93,7 @@ class StudyConfig:
             raise InputError(f"there is no evaluation corpus {', '.join(missing)}")
 
 
-def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
+def run_study(study: Study, config: StudyConfig) -> None:
     """Plan, run and finish a study.
 
     Raises:
@@ -101,59 +102,82 @@ def run_study(make: Callable[[Scale], Study], config: StudyConfig) -> None:
     """
     dataset = None if config.dry_run and not config.data.exists() else TokenDataset.open(config.data)
     vocab_size = _VOCAB_SIZE_UNTIL_THERE_IS_DATA if dataset is None else dataset.index.vocab_size
-    study = make(scale_named(config.scale, data=config.data, vocab_size=vocab_size))
+    stages = study.stages(scale_named(config.scale, data=config.data, vocab_size=vocab_size))
     if config.dry_run or dataset is None:
-        print_plan(study)
+        print_plan(study.name, config.scale, study.question, expected_runs(stages))
         if dataset is None:
             print(f"There is no data set in {config.data}: a vocabulary of {vocab_size:,} is assumed.")
         return
-    # Later stages, too: what can't be run is told before hours are spent.
-    check_grid(expected_runs(study), dataset.split("train").num_tokens)
+    num_train_tokens = dataset.split("train").num_tokens
+    # Later stages, too: a grid that can't be run is refused before hours are spent.
+    check_grid(expected_runs(stages), num_train_tokens)
     corpora_sha256 = {path.stem: _sha256_of_text(path) for path in config.evaluation_corpora}
-    folder = StudyFolder(config.output or Path("runs", f"{study.name}-{study.scale}"))
+    folder = StudyFolder(config.output or Path("runs", f"{study.name}-{config.scale}"))
     with folder.exclusive_lock():
-        corpora = tuple(str(path) for path in config.evaluation_corpora)
         folder.begin(
             StudySettings(
                 study=study.name,
-                scale=study.scale,
+                scale=config.scale,
                 data=str(config.data),
                 data_sha256=dataset.sha256,
-                evaluation_corpora=corpora,
+                evaluation_corpora=tuple(str(path) for path in config.evaluation_corpora),
                 evaluation_sha256=corpora_sha256,
                 evaluation_tokens=config.evaluation_tokens,
             )
         )
-        deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-        for number, stage in enumerate(study.stages):
-            runs = folder.stage(number, partial(_checked, stage, dataset.split("train").num_tokens))
-            _run_stage(folder, runs, config, deadline, title=f"stage {number + 1} of {len(study.stages)}: ")
-            statuses = [folder.status(run) for run in runs]
-            failed = [status for status in statuses if status.state != "done"]
-            settled = all(status.is_settled for status in statuses) and 2 * len(failed) <= len(runs)
-            if not settled and number + 1 < len(study.stages):
-                print_status(folder)
-                _report(folder)
-                raise InputError(
-                    f"{len(failed)} of {len(runs)} runs of stage {number + 1} failed ({failed[0].run.name}: "
-                    f"{failed[0].reason}), and what comes next depends on them; the same command tries them again, and "
-                    "goes on without those that fail again, if they are less than half"
-                )
-        print_status(folder)
-        _report(folder)
+        run_stages(folder, stages, config, num_train_tokens, show=partial(_show, study, folder))
         failed = [run.name for run in folder.planned_runs() if not folder.has_ended(run)]
         if failed:
             raise InputError(f"{len(failed)} runs failed, {failed[0]} among them; the same command tries them again")
 
 
-def _checked(stage: GridStage, num_train_tokens: int, losses: Mapping[str, float]) -> list[GridRun]:
+def _show(study: Study, folder: StudyFolder) -> None:
+    """Print the state of the study, and write its report where a run is done."""
+    print_status(folder)
+    if folder.losses():
+        command = shlex.join(["tinyexperts", *sys.argv[1:]])
+        print(f"Report: {write_study_report(study, folder, command=command)}")
+
+
+def run_stages(
+    folder: StudyFolder, stages: Sequence[Stage], config: StudyConfig, num_train_tokens: int, show: Callable[[], None]
+) -> None:
+    """Plan and run the stages one after the other, and show the results, those so far where it ends early.
+
+    Raises:
+        InputError: runs failed that a later stage depends on; another grid.
+        Interrupted: on Ctrl-C and after the minutes that were given, when the runs are saved.
+    """
+    deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
+    for number, stage in enumerate(stages):
+        runs = folder.stage(number, partial(_checked, stage, num_train_tokens))
+        _run_stage(folder, runs, config, deadline, title=f"stage {number + 1} of {len(stages)}: ")
+        if time.monotonic() > deadline:
+            show()
+            raise Interrupted(
+                "the minutes are over; what was trained is saved, and the same command goes on from there"
+            )
+        statuses = [folder.status(run) for run in runs]
+        failed = [status for status in statuses if status.state != "done"]
+        settled = all(status.is_settled for status in statuses) and 2 * len(failed) <= len(runs)
+        if not settled and number + 1 < len(stages):
+            show()
+            raise InputError(
+                f"{len(failed)} of {len(runs)} runs of stage {number + 1} failed ({failed[0].name}: "
+                f"{failed[0].reason}), and what comes next depends on them; the same command tries them again, and "
+                "goes on without those that fail again, if they are less than half"
+            )
+    show()
+
+
+def _checked(stage: Stage, num_train_tokens: int, losses: Mapping[str, float]) -> list[GridRun]:
     runs = stage(losses)
     check_grid(runs, num_train_tokens)
     return runs
 
 
 def _sha256_of_text(path: Path) -> str:
-    """The sha256, in hexadecimal, of the documents of an evaluation corpus.
+    """Return the sha256, in hexadecimal, of the documents of an evaluation corpus.
 
     Raises:
         InputError: it has no text, or can't be read.
@@ -168,58 +192,37 @@ def _sha256_of_text(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _report(folder: StudyFolder) -> None:
-    """The report of what is done so far, told where it lies; nothing where nothing is done."""
-    if folder.losses():
-        command = shlex.join(["tinyexperts", *sys.argv[1:]])
-        print(f"Report: {write_study_report(folder, command=command)}")
-
-
 def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, deadline: float, *, title: str) -> None:
     open_runs = [run for run in runs if not folder.has_ended(run)]
     if not open_runs:
         return
     try:
-        _run_all(folder, runs, open_runs, config, deadline, title=title)
+        _run_all(folder, open_runs, config, deadline, title=title, num_done=len(runs) - len(open_runs))
     except KeyboardInterrupt:
         raise Interrupted("stopped; what was trained is saved, and the same command goes on from there") from None
-    if time.monotonic() > deadline:
-        print_status(folder)
-        _report(folder)
-        raise Interrupted("the minutes are over; what was trained is saved, and the same command goes on from there")
 
 
 def _run_all(
-    folder: StudyFolder,
-    runs: list[GridRun],
-    open_runs: list[GridRun],
-    config: StudyConfig,
-    deadline: float,
-    *,
-    title: str,
+    folder: StudyFolder, runs: list[GridRun], config: StudyConfig, deadline: float, *, title: str, num_done: int
 ) -> None:
-    display: dict[str, Any] = {
-        "console": Console(stderr=True),
-        "title": title,
-        "num_done": len(runs) - len(open_runs),
-    }
+    display: dict[str, Any] = {"console": Console(stderr=True), "title": title, "num_done": num_done}
     if config.executor == "slurm":
-        from tinyexperts.study.runner.slurm import run_array  # its package is an optional extra
+        from tinyexperts.study.runner.slurm import run_array
 
         parameters: dict[str, Any] = {"timeout_min": math.ceil(60 * (config.slurm_hours or _SLURM_HOURS))}
         if config.slurm_partition is not None:
             parameters["slurm_partition"] = config.slurm_partition
         if config.slurm_gpus:
             parameters["gpus_per_node"] = config.slurm_gpus
-        run_array(folder, open_runs, num_parallel=config.num_parallel, **display, **parameters)
+        run_array(folder, runs, num_parallel=config.num_parallel, **display, **parameters)
     else:
         jobs = [
             Job(
                 folder=folder.run_path(run.name),
-                stages=(Stage(name="running", command=(*PROGRAM, "study", "run", str(folder.path), run.name)),),
+                commands=(Command(name="running", arguments=(*PROGRAM, "study", "run", str(folder.path), run.name)),),
                 log=folder.log_path(run.name),
             )
-            for run in open_runs
+            for run in runs
         ]
         run_jobs(
             jobs,

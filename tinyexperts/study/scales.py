@@ -3,68 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tinyexperts.errors import InputError
-from tinyexperts.model import (
-    DenseConfig,
-    ExpertChoiceMoEConfig,
-    PEERConfig,
-    ProductKeyMemoryConfig,
-    TransformerConfig,
+from tinyexperts.layers import DenseConfig
+from tinyexperts.model import ExpertLayerConfig, TransformerConfig
+from tinyexperts.ops.activation import Activation
+from tinyexperts.study.methods import METHODS, LayerSizes
+from tinyexperts.training.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    with_settings,
 )
-from tinyexperts.model.config import ExpertLayerConfig
-from tinyexperts.training.config import TrainConfig
 
 ScaleName = Literal["minute", "laptop", "gpu", "paper"]
-METHODS = ("dense", "moe", "pkm", "peer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Sizes and budgets of a scale.
-
-    widths: model widths D by budget (training FLOPs of a run, router counted), both ascending: the best width grows
-        with the budget, and the grid moves with it; heads are of `head_dim`
-    last_budget: a larger one, for each method's best width at the largest of `budgets` alone; None: there is none
-    seeds: of every point of the isoFLOP study; the ablations take them too
-    layers: the sparse layer of each method
-    base: what all runs share; its model's width and sparse layer, its budget and seed are replaced
-    experts, active: values of N, and of (heads, experts a head), for the ablations
-    peer_settings: of the ablations' runs, which are all of PEER: what the tuning of the isoFLOP study chose for it
-    """
+    """The sizes and budgets of a scale."""
 
     name: ScaleName
     widths: Mapping[float, tuple[int, ...]]
+    """Model widths D by budget (training FLOPs of a run, router counted), both ascending: the best width grows with the
+    budget, and the grid moves with it."""
     head_dim: int
+    """The width of an attention head."""
     seeds: tuple[int, ...]
+    """The seeds of every point of a grid."""
     layers: Mapping[str, ExpertLayerConfig]
+    """The expert layer of each method."""
     base: TrainConfig
+    """The settings that all runs share; its width, expert layer, budget and seed are replaced."""
     experts: tuple[int, ...]
+    """Values of N for the ablations."""
     active: tuple[tuple[int, int], ...]
+    """Values of (heads, experts a head) for the ablations."""
     last_budget: float | None = None
+    """A larger budget, for each method's best width at the largest of `budgets` alone; None: there is none."""
     peer_settings: Mapping[str, Any] = field(default_factory=dict)
+    """The settings that the isoFLOP study's tuning chose for PEER, by dotted names; the ablations take them."""
 
     @property
     def budgets(self) -> tuple[float, ...]:
+        """The training FLOPs of a run, ascending."""
         return tuple(self.widths)
 
     @property
     def middle_width(self) -> int:
-        """Of all widths: the one of tuning and of the ablations."""
+        """The middle one of all widths, for tuning and the ablations."""
         every = sorted(set().union(*self.widths.values()))
         return every[len(every) // 2]
 
     def config(self, layer: ExpertLayerConfig, *, width: int, budget: float, seed: int, **changes: Any) -> TrainConfig:
-        """A run of this scale; changes are settings of TrainConfig."""
-        model = replace(self.base.model, d_model=width, num_heads=width // self.head_dim, expert_layer=layer)
-        return replace(self.base, **{"model": model, "training_flops": budget, "seed": seed, **changes})
+        """Return a run of this scale; changes are settings of TrainConfig, by their dotted names."""
+        settings = {
+            "model.d_model": width,
+            "model.num_heads": width // self.head_dim,
+            "model.expert_layer": layer,
+            "training_flops": budget,
+            "seed": seed,
+        }
+        return with_settings(self.base, settings | changes)
 
 
 def scale_named(name: ScaleName, *, data: Path, vocab_size: int) -> Scale:
-    """The sizes of a scale, for a data set and its vocabulary.
+    """Return the sizes of a scale, for a data set and its vocabulary.
 
     Raises:
         InputError: an unknown name.
@@ -75,7 +83,7 @@ def scale_named(name: ScaleName, *, data: Path, vocab_size: int) -> Scale:
 
 
 def _base(
-    data: Path, vocab_size: int, *, context_length: int, num_layers: int, activation: str, **settings: Any
+    data: Path, vocab_size: int, *, context_length: int, num_layers: int, activation: Activation, **settings: Any
 ) -> TrainConfig:
     model = TransformerConfig(
         vocab_size=vocab_size,
@@ -83,25 +91,27 @@ def _base(
         d_model=64,
         num_layers=num_layers,
         num_heads=1,
-        dense=DenseConfig(activation=activation),  # type: ignore[arg-type]
+        dense=DenseConfig(activation=activation),
         expert_layer=DenseConfig(),
     )
     return TrainConfig(run=Path(), data=data, model=model, training_flops=1.0, **settings)
 
 
-def _layers(num_experts: int, heads: int, query_dim: int, moe_experts: int, activation: str) -> dict[str, Any]:
-    """The paper's proportions: a memory retrieves twice as many values as PEER retrieves experts."""
-    shared: dict[str, Any] = {"num_heads": heads, "query_dim": query_dim}
-    return {
-        "dense": DenseConfig(activation=activation),  # type: ignore[arg-type]
-        "moe": ExpertChoiceMoEConfig(num_experts=moe_experts, activation=activation),  # type: ignore[arg-type]
-        "pkm": ProductKeyMemoryConfig(num_values=num_experts, experts_per_head=32, **shared),
-        "peer": PEERConfig(num_experts=num_experts, experts_per_head=16, **shared),
-    }
+def _layers(
+    num_experts: int, heads: int, query_dim: int, mixture_experts: int, activation: Activation
+) -> dict[str, ExpertLayerConfig]:
+    sizes = LayerSizes(
+        num_experts=num_experts,
+        num_heads=heads,
+        query_dim=query_dim,
+        num_mixture_experts=mixture_experts,
+        activation=activation,
+    )
+    return {method.name: method.layer(sizes) for method in METHODS}
 
 
 def _minute(data: Path, vocab_size: int) -> Scale:
-    """A few steps a run: that everything works, and nothing about the question."""
+    """Return sizes of a few steps a run: a check that everything works, and no answer to any question."""
     base = _base(
         data, vocab_size, context_length=32, num_layers=2, activation="relu2",
         batch_size=2, threads=1, validation_every=50, validation_tokens=256,
@@ -121,10 +131,10 @@ def _minute(data: Path, vocab_size: int) -> Scale:
 
 
 def _laptop(data: Path, vocab_size: int) -> Scale:
-    """Two cores and some hours; 5e10 training FLOPs a second a core."""
+    """Return sizes for two cores and some hours, at 5e10 training FLOPs a second a core."""
     base = _base(
         data, vocab_size, context_length=256, num_layers=4, activation="relu2",
-        batch_size=4, threads=1, validation_every=200, validation_tokens=8192, checkpoint_every=250,
+        batch_size=4, threads=1, validation_every=200, validation_tokens=8192, checkpoint=CheckpointConfig(every=250),
     )  # fmt: skip
     return Scale(
         name="laptop",
@@ -138,22 +148,22 @@ def _laptop(data: Path, vocab_size: int) -> Scale:
         active=((2, 16), (4, 16), (8, 16), (8, 32), (16, 32)),
         peer_settings={
             "batch_size": 2,
-            "matrix_learning_rate": 2e-3,
-            "embedding_learning_rate": 0.384,
-            "head_learning_rate": 0.032,
-            "table_learning_rate": 5e-3,
+            "optimizer.matrix_learning_rate": 2e-3,
+            "optimizer.embedding_learning_rate": 0.384,
+            "optimizer.head_learning_rate": 0.032,
+            "optimizer.table_learning_rate": 5e-3,
         },
     )
 
 
 def _gpu(data: Path, vocab_size: int) -> Scale:
-    """One GPU of 80 GB: 137,000 steps in 148 runs at a vocabulary of 4,096. Nothing of it has been run.
+    """Return sizes for one GPU of 80 GB: 137,000 steps in 148 runs at a vocabulary of 4,096. None has been run.
 
     19 minutes, two runs at a time, if a step takes 10 ms and a run 6 s to start, which is assumed.
     """
     base = _base(
         data, vocab_size, context_length=512, num_layers=8, activation="relu2",
-        batch_size=32, validation_every=200, validation_tokens=65536, checkpoint_every=250,
+        batch_size=32, validation_every=200, validation_tokens=65536, checkpoint=CheckpointConfig(every=250),
     )  # fmt: skip
     return Scale(
         name="gpu",
@@ -168,17 +178,20 @@ def _gpu(data: Path, vocab_size: int) -> Scale:
 
 
 def _paper(data: Path, vocab_size: int) -> Scale:
-    """The paper's own settings: 12 blocks of which the middle one is replaced, 128 sequences of 2,048 tokens.
+    """Return the paper's own settings: 12 blocks, the middle one replaced, and 128 sequences of 2,048 tokens.
 
-    What the paper leaves open (optimiser, learning rates, widths, query width, activation) is ours, and so is a
+    What the paper leaves open (optimizer, learning rates, widths, query width, activation) is ours, and so is a
     micro-batch of 4 sequences, of which query normalisation and expert choice see no others: with it all runs but
     those of PEER at the last width fit one GPU of 80 GB.
     """
     base = _base(
         data, vocab_size, context_length=2048, num_layers=12, activation="gelu",
-        batch_size=4, gradient_accumulation=32, matrix_learning_rate=2e-3, embedding_learning_rate=2e-2,
-        head_learning_rate=2e-3, table_learning_rate=1e-3, weight_decay=0.1, schedule="cosine",
-        table_gradients="dense", validation_every=500, validation_tokens=2**20, checkpoint_every=500,
+        batch_size=4, gradient_accumulation=32, validation_every=500, validation_tokens=2**20,
+        optimizer=OptimizerConfig(
+            matrix_learning_rate=2e-3, embedding_learning_rate=2e-2, head_learning_rate=2e-3, table_learning_rate=1e-3,
+            weight_decay=0.1, table_gradients="dense",
+        ),
+        schedule=ScheduleConfig(shape="cosine"),
     )  # fmt: skip
     return Scale(
         name="paper",

@@ -7,23 +7,14 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from tinyexperts.training import recipes
-from tinyexperts.training.config import TrainConfig
-
-# The methods of the studies -> their recipes.
-_RECIPES = {
-    "dense": recipes.dense,
-    "moe": recipes.expert_choice_moe,
-    "pkm": recipes.product_key_memory,
-    "peer": recipes.peer,
-}
+from tinyexperts.study.methods import method_named
+from tinyexperts.training import TrainConfig
 
 
 def train_command(method: str, config: TrainConfig) -> str:
-    """What to type to run `config` by itself."""
-    recipe = _RECIPES[method]
-    name = recipe.__name__.replace("_", "-")
-    return shlex.join(["tinyexperts", "train", name, *_options("--", config, recipe())])
+    """Return the command that trains one run of a method."""
+    row = method_named(method)
+    return shlex.join(["tinyexperts", "train", row.recipe_name, *_options("--", config, row.recipe())])
 
 
 def _options(prefix: str, config: Any, default: Any) -> Iterator[str]:

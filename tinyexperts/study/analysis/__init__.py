@@ -1,1 +1,1 @@
-"""What runs say: results read, compared, fitted, judged, drawn and written as pages and tables."""
+"""The analysis of runs: read, compared, fitted, drawn, and brought to verdicts and tables."""

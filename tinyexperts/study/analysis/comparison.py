@@ -1,7 +1,6 @@
-"""What the numbers of two methods allow to be said: one method against a baseline, seed by seed, in plain sentences.
+"""One method against a baseline, seed by seed, in plain sentences.
 
-The rule: a difference counts only where zero lies outside of its 95 % interval (Student's, paired by seed); with one
-seed there is nothing to judge chance by.
+A difference counts only where zero is outside of its 95 % interval (Student's, paired by seed); one seed has none.
 """
 
 from __future__ import annotations
@@ -9,33 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinyexperts.report.numbers import signed
 from tinyexperts.study.analysis.fits.seed_interval import SeedInterval
-from tinyexperts.study.analysis.run_results import RunResult, method_label
+from tinyexperts.study.analysis.frame import HELD_OUT, frame_of
+from tinyexperts.study.analysis.results import Results
+from tinyexperts.study.methods import label_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 EQUAL_FLOPS_TOLERANCE = 0.01  # a run ends on a whole step, so budgets agree only to about a step
-Outcome = Literal["lower", "higher", "undecided", "one seed", "no pair"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeedComparison:
-    """Method against baseline for one seed: differences are method minus baseline in nats a token."""
-
-    seed: int | None
-    method: RunResult
-    baseline: RunResult
-    difference: float
-    difference_new: float | None
-    difference_stood_earlier: float | None
-    difference_equal_time: float | None
-    equal_time_seconds: float | None
-    flops_ratio: float | None
-    seconds_ratio: float | None
-    tokens_per_second_ratio: float | None
+_DIFFERENCES = (HELD_OUT, "new", "stood_earlier", "loss_when_first_ended")
+_RATIOS = ("training_flops", "tokens_per_second", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,145 +32,128 @@ class Comparison:
 
     method: str
     baseline: str
-    seeds: tuple[SeedComparison, ...]
+    ours: pd.DataFrame
+    """One row a seed: the method's run."""
+    theirs: pd.DataFrame
+    """One row a seed: the baseline's run."""
 
     @property
-    def mean(self) -> float:
-        """Mean over seeds of method minus baseline, held-out nats a token."""
-        return math.fsum(pair.difference for pair in self.seeds) / len(self.seeds)
+    def seeds(self) -> list[int | None]:
+        """The seeds that both have."""
+        return [results.seed for results in self.ours.results]
+
+    @property
+    def differences(self) -> pd.DataFrame:
+        """Method minus baseline by seed, in nats a token."""
+        return self.ours[[*_DIFFERENCES]].astype(float) - self.theirs[[*_DIFFERENCES]].astype(float)
+
+    @property
+    def ratios(self) -> pd.DataFrame:
+        """Method divided by baseline by seed."""
+        return self.ours[[*_RATIOS]].astype(float) / self.theirs[[*_RATIOS]].astype(float)
 
     @property
     def interval(self) -> SeedInterval:
-        """Of method minus baseline, held-out nats a token."""
-        return SeedInterval(values=tuple(pair.difference for pair in self.seeds))
-
-    @property
-    def outcome(self) -> Outcome:
-        """What may be said of the method's held-out loss against the baseline's."""
-        if not self.seeds:
-            return "no pair"
-        if len(self.seeds) == 1:
-            return "one seed"
-        return self.interval.outcome
-
-    def mean_of(self, field: str) -> float | None:
-        """Mean over seeds of one of the pairs' fields; None where a seed lacks it."""
-        values = [getattr(pair, field) for pair in self.seeds]
-        return None if not values or None in values else math.fsum(values) / len(values)
+        """Method minus baseline in held-out nats a token."""
+        return SeedInterval(values=tuple(self.differences[HELD_OUT]))
 
     @property
     def verdict(self) -> str:
-        """Two sentences: what the held-out loss says, and where the method loses."""
-        return f"{self._finding()} {self._losses()}" if self.seeds else self._finding()
-
-    def _finding(self) -> str:
-        method, baseline = method_label(self.method), method_label(self.baseline)
+        """Two sentences: the difference of the held-out losses, and where the method loses."""
+        method, baseline = label_of(self.method), label_of(self.baseline)
         if not self.seeds:
             return f"{method} and {baseline} share no seed that was evaluated for both, so they can't be compared."
-        budget = self._budget()
-        each = ", ".join(f"seed {pair.seed}: {signed(pair.difference)}" for pair in self.seeds)
-        if self.outcome == "one seed":
-            return (
-                f"Can't tell from one seed: at {budget}, {method} minus {baseline} in held-out loss is "
-                f"{signed(self.mean)} nats a token."
-            )
-        if self.outcome == "undecided":
-            return (
-                f"Can't tell at this scale: at {budget}, {method} minus {baseline} in held-out loss is "
-                f"{signed(self.mean)} nats a token in the mean, and its 95 % interval {self._bounds()} ({each})."
-            )
+        return f"{self._finding(method, baseline)} {self._losses(method)}"
+
+    def _finding(self, method: str, baseline: str) -> str:
+        found, budget = self.interval, self._budget(method)
+        what = f"{budget}, {method} minus {baseline} in held-out loss is {signed(found.mean)} nats a token"
+        if len(self.seeds) == 1:
+            return f"Can't tell from one seed: at {what}."
+        pairs = zip(self.seeds, found.values, strict=True)
+        each = ", ".join(f"seed {seed}: {signed(difference)}" for seed, difference in pairs)
+        if found.outcome == "undecided":
+            low, high = found.bounds
+            bounds = f"goes from {signed(low)} to {signed(high)}" if math.isfinite(low) else "is not known"
+            return f"Can't tell at this scale: at {what} in the mean, and its 95 % interval {bounds} ({each})."
         return (
-            f"At {budget}, {method}'s held-out loss is {abs(self.mean):.3f} nats a token {self.outcome} than "
+            f"At {budget}, {method}'s held-out loss is {abs(found.mean):.3f} nats a token {found.outcome} than "
             f"{baseline}'s in the mean of {len(self.seeds)} seeds ({each})."
         )
 
-    def _bounds(self) -> str:
-        low, high = self.interval.bounds
-        return f"goes from {signed(low)} to {signed(high)}" if math.isfinite(low) else "is not known"
-
-    def _budget(self) -> str:
-        ratios = [pair.flops_ratio for pair in self.seeds]
-        if None in ratios:
+    def _budget(self, method: str) -> str:
+        ratios = self.ratios.training_flops
+        if ratios.isna().any():
             return "training FLOPs that were not all recorded"
-        worst = max(ratios, key=lambda ratio: abs(ratio - 1))
+        worst = ratios.loc[(ratios - 1).abs().idxmax()]
         if abs(worst - 1) <= EQUAL_FLOPS_TOLERANCE:
             return "equal training FLOPs, not equal time"
-        return f"unequal training FLOPs ({method_label(self.method)} spent {worst:.2f} times {self.baseline}'s)"
+        return f"unequal training FLOPs ({method} spent {worst:.2f} times {self.baseline}'s)"
 
-    def _losses(self) -> str:
-        method, baseline = method_label(self.method), method_label(self.baseline)
+    def _losses(self, method: str) -> str:
         losses = []
-        speed, seconds = self.mean_of("tokens_per_second_ratio"), self.mean_of("seconds_ratio")
-        if speed is not None and speed < 1:
-            losses.append(f"it trains at {speed:.2f} times {baseline}'s tokens a second")
-        if seconds is not None and seconds > 1:
-            losses.append(f"its training took {seconds:.2f} times as long")
-        equal_time = self.mean_of("difference_equal_time")
-        if equal_time is not None and equal_time > 0:
-            losses.append(f"it is {equal_time:.3f} nats behind at equal time, in the middle of its schedule")
-        for field, tokens in (("new", "new tokens"), ("stood_earlier", "tokens whose bigram stood earlier")):
-            part = self.mean_of(f"difference_{field}")
-            if part is not None and all(getattr(pair, f"difference_{field}") > 0 for pair in self.seeds):
-                losses.append(f"its loss on {tokens} is {part:.3f} nats higher")
-        totals = {(pair.method.parameters("total"), pair.baseline.parameters("total")) for pair in self.seeds}
-        if len(totals) == 1 and None not in (total := totals.pop()) and total[0] > total[1]:
-            losses.append(f"it holds {total[0] / total[1]:.1f} times the parameters in memory")
+        ratios, differences = self.ratios.mean(skipna=False), self.differences.mean(skipna=False)
+        if ratios.tokens_per_second < 1:
+            losses.append(f"it trains at {ratios.tokens_per_second:.2f} times {self.baseline}'s tokens a second")
+        if ratios.seconds > 1:
+            losses.append(f"its training took {ratios.seconds:.2f} times as long")
+        if differences.loss_when_first_ended > 0:
+            behind = f"{differences.loss_when_first_ended:.3f} nats behind"
+            losses.append(f"it is {behind} when the first of the two has ended, the other in mid-schedule")
+        for part, tokens in (("new", "new tokens"), ("stood_earlier", "tokens whose bigram stood earlier")):
+            if (self.differences[part] > 0).all():
+                losses.append(f"its loss on {tokens} is {differences[part]:.3f} nats higher")
+        totals = self.ours.parameters_total / self.theirs.parameters_total
+        if totals.nunique() == 1 and totals.notna().all() and totals.iloc[0] > 1:
+            losses.append(f"it holds {totals.iloc[0]:.1f} times the parameters in memory")
         if not losses:
             return f"Beyond that, {method} lost in nothing that was measured here."
         listed = losses[0] if len(losses) == 1 else f"{', '.join(losses[:-1])}, and {losses[-1]}"
         return f"Where {method} loses: {listed}."
 
 
-def compare_methods(runs: Sequence[RunResult], baseline: str) -> list[Comparison]:
-    """Every other method against the baseline, paired by seed; a method without any pair is kept and says so."""
-    methods = [method for method in dict.fromkeys(run.method for run in runs) if method != baseline]
-    if all(run.method != baseline for run in runs):
+def compare_methods(runs: Sequence[Results], baseline: str) -> list[Comparison]:
+    """Return every other method against the baseline, paired by seed; one without a pair is kept and says so."""
+    methods = list(dict.fromkeys(run.method for run in runs))
+    if baseline not in methods:
         return []
+    evaluated = [run for run in runs if run.evaluated("loss") is not None]
     comparisons = []
     for method in methods:
+        if method == baseline:
+            continue
         pairs = [
-            _compare(run, twin)
-            for run in runs
-            for twin in runs
-            if (run.method, twin.method) == (method, baseline) and run.seed == twin.seed
-            if run.evaluated("loss") is not None and twin.evaluated("loss") is not None
+            (ours, theirs)
+            for ours in evaluated
+            for theirs in evaluated
+            if (ours.method, theirs.method) == (method, baseline) and ours.seed == theirs.seed
         ]
-        comparisons.append(Comparison(method=method, baseline=baseline, seeds=tuple(pairs)))
+        when_first_ended = [_losses_when_first_ended(*pair) for pair in pairs]
+        frames = [
+            frame_of(side, loss_when_first_ended=[losses[number] for losses in when_first_ended])
+            for number, side in enumerate(([ours for ours, _ in pairs], [theirs for _, theirs in pairs]))
+        ]
+        comparisons.append(Comparison(method=method, baseline=baseline, ours=frames[0], theirs=frames[1]))
     return comparisons
 
 
 def interpolate(lines: Sequence[dict[str, Any]], x: str, at: float) -> float | None:
-    """Held-out loss at a point of the axis `x`, between the recorded lines; None outside of them."""
+    """Return the held-out loss at a point of the axis `x`, between the recorded lines; None outside of them."""
     points = [(line[x], line["loss"]) for line in lines if x in line and "loss" in line]
     if not points or not points[0][0] <= at <= points[-1][0]:
         return None
-    return float(np.interp(at, *zip(*points, strict=True)))
+    xs, losses = np.array(points, dtype=float).T
+    return float(np.interp(at, xs, losses))
 
 
-def _compare(run: RunResult, twin: RunResult) -> SeedComparison:
-    ends = [max((line["seconds"] for line in r.validation if "seconds" in line), default=None) for r in (run, twin)]
-    at = None if None in ends else min(ends)
-    at_equal_time = [None if at is None else interpolate(r.validation, "seconds", at) for r in (run, twin)]
-    return SeedComparison(
-        seed=run.seed,
-        method=run,
-        baseline=twin,
-        difference=run.evaluated("loss") - twin.evaluated("loss"),
-        difference_new=_minus(run.evaluated("loss_by_copy", "new"), twin.evaluated("loss_by_copy", "new")),
-        difference_stood_earlier=_minus(
-            run.evaluated("loss_by_copy", "stood_earlier"), twin.evaluated("loss_by_copy", "stood_earlier")
-        ),
-        difference_equal_time=_minus(*at_equal_time),
-        equal_time_seconds=at,
-        flops_ratio=_ratio(run.last.get("training_flops"), twin.last.get("training_flops")),
-        seconds_ratio=_ratio(run.last.get("seconds"), twin.last.get("seconds")),
-        tokens_per_second_ratio=_ratio(run.tokens_per_second, twin.tokens_per_second),
-    )
+def first_end(*runs: Results) -> float | None:
+    """Return the seconds of training after which the first of the runs had ended; None where one does not tell."""
+    ends = [max((float(line["seconds"]) for line in run.validation if "seconds" in line), default=None) for run in runs]
+    known = [end for end in ends if end is not None]
+    return min(known) if len(known) == len(ends) else None
 
 
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or not b else a / b
+def _losses_when_first_ended(*runs: Results) -> list[float]:
+    at = first_end(*runs)
+    losses = [None if at is None else interpolate(run.validation, "seconds", at) for run in runs]
+    return [math.nan if loss is None else loss for loss in losses]

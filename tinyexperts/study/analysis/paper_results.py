@@ -1,4 +1,4 @@
-"""What the paper reports, for the tables and verdicts beside our own numbers."""
+"""The paper's own results, for the tables and verdicts."""
 
 from __future__ import annotations
 

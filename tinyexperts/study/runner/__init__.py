@@ -1,1 +1,1 @@
-"""Runs carried out: processes side by side or a job array, the folder of a study, and what became of each run."""
+"""Runs carried out: processes in parallel or a job array, the folder of a study, and the state of each run."""

@@ -1,7 +1,8 @@
-"""The dry run of a study: every run with what it will cost."""
+"""The dry run of a study: every run with its cost."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rich import box
@@ -10,40 +11,33 @@ from rich.progress import track
 from rich.table import Table
 
 from tinyexperts.planning import Devices, MeshPlan, plan
-from tinyexperts.planning.accounting import account
+from tinyexperts.planning.devices import UTILIZATION
+from tinyexperts.planning.model_costs import account
 from tinyexperts.report.numbers import format_count
-from tinyexperts.study.study import Study, expected_runs
+from tinyexperts.study.grid import GridRun
 from tinyexperts.training import TrainConfig
 
-# What hours are told for: bf16 FLOPs a second without sparsity, and the share of them that a well-fed training reaches.
+# The GPU of the hours.
 GPU = "H100 SXM"
-_UTILISATION = 0.4
-_ONE_GPU = Devices.parse(
-    "1x80GB",
-    per_node=1,
-    tflops=989.0,
-    memory_gb_per_second=3350.0,
-    link_gb_per_second=400.0,
-    node_link_gb_per_second=50.0,
-)
+_ONE_GPU = Devices.parse("1x80GB")
 # What small models reach in training on two shared cores: the median run of the study at laptop scale.
 _CPU_FLOPS = 4.5e10
 _SCALES_OF_CPUS = ("minute", "laptop")
 
 
-def print_plan(study: Study) -> None:
-    """A table of all runs, as they stand before any has been run: untuned, the last budget at the smallest width."""
+def print_plan(name: str, scale: str, question: str, runs: Sequence[GridRun]) -> None:
+    """Print a table of the expected runs of a study: untuned, the last budget at the smallest width."""
     console = Console(width=max(110, Console().width))  # narrower, names would be cut to pieces
-    console.print(f"{study.name} at {study.scale} scale: {study.question}", highlight=False)
+    console.print(f"{name} at {scale} scale: {question}", highlight=False)
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("run", overflow="fold")
     for column in ("FLOPs", "steps", "tokens", "active", "total", "router", "memory", "hours"):
         table.add_column(column, justify="right", no_wrap=True)
-    on_cpu = study.scale in _SCALES_OF_CPUS
+    on_cpu = scale in _SCALES_OF_CPUS
     total_flops = total_hours = num_runs = num_too_large = 0.0
-    for run in track(expected_runs(study), console=Console(stderr=True), transient=True):
+    for run in track(runs, console=Console(stderr=True), transient=True):
         cost = account(run.config)
-        hours = cost.training_flops / (_ONE_GPU.flops * _UTILISATION) / 3600
+        hours = cost.training_flops / (_ONE_GPU.flops * UTILIZATION) / 3600
         memory = _memory(run.config, "cpu" if on_cpu else "cuda")
         fits = on_cpu or memory.fits(_ONE_GPU)
         num_too_large += not fits
@@ -63,7 +57,7 @@ def print_plan(study: Study) -> None:
     core_hours = total_flops / _CPU_FLOPS / 3600
     console.print(
         f"{num_runs:,.0f} runs, {total_flops:.2e} training FLOPs, {total_hours:,.1f} hours on one {GPU} at "
-        f"{_UTILISATION:.0%} of its {_ONE_GPU.flops / 1e12:.0f} TFLOP/s, which only large models reach, "
+        f"{UTILIZATION:.0%} of its {_ONE_GPU.flops / 1e12:.0f} TFLOP/s, which only large models reach, "
         f"{core_hours:,.1f} on two CPU cores at {_CPU_FLOPS / 2:.2g} FLOP/s each. Speeds are assumed; memory is that "
         f"of one {'CPU process' if on_cpu else 'GPU'}, as `tinyexperts plan` counts it. Settings that are best at the "
         "last value tried are tuned further; those runs are not counted here.",

@@ -1,6 +1,6 @@
 """Runs side by side: each is a chain of commands in child processes, a few at a time, all in one progress display.
 
-The children are asked to stop where the user presses Ctrl-C; they save, so that the same command continues later.
+On Ctrl-C the children are asked to stop; they save, so that the same command continues later.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import IO
 
 from rich.console import Console
 
-from tinyexperts.study.runner.run_display import RunDisplay, run_display
+from tinyexperts.study.runner.display import Display, display_of
 
 POLL_SECONDS = 0.25
 PROGRAM = (sys.executable, "-m", "tinyexperts")
-# One core a run: each run's seconds are then its own, whatever runs beside it. Huge pages spare both methods page
+# One core a run: each run's seconds are then its own, whatever else runs. Huge pages spare both methods page
 # faults, on Linux: 10 % of a dense step and 20 % of a PEER step, measured.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -36,20 +36,23 @@ GRACE_SECONDS = 60.0  # for a checkpoint to be written after a request to stop
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One command of a job: what it does, in a word for the display, and its arguments."""
+class Command:
+    """One command of a job."""
 
     name: str
-    command: tuple[str, ...]
+    """Its work in a word, for the display."""
+    arguments: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run: its folder, its commands in order, and the file that keeps what they print."""
+    """A run as a chain of commands."""
 
     folder: Path
-    stages: tuple[Stage, ...]
+    """The folder of the run."""
+    commands: tuple[Command, ...]
     log: Path
+    """The file that keeps what the commands print."""
 
 
 @dataclass(kw_only=True)
@@ -57,36 +60,36 @@ class _Active:
     job: Job
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    stage: int
+    number: int
     log_start: int
 
 
 @dataclass(kw_only=True)
 class _Queue:
-    """What waits, what runs, and what failed with which sentence."""
+    """The jobs that wait, those that run, and the failures in a sentence each."""
 
     waiting: list[Job]
     environment: Mapping[str, str]
-    display: RunDisplay
+    display: Display
     failed: Callable[[str, str], None]
     active: list[_Active] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
-    def start(self, job: Job, stage: int) -> None:
+    def start(self, job: Job, number: int) -> None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         log = job.log.open("ab")
         log_start = log.tell()
         # A session of its own: the terminal's Ctrl-C would otherwise reach the child too, which then gets it twice.
         process = subprocess.Popen(
-            job.stages[stage].command,
+            job.commands[number].arguments,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **self.environment},
             start_new_session=True,
         )
-        self.display.begin(job.folder, job.stages[stage].name)
-        self.active.append(_Active(job=job, process=process, log=log, stage=stage, log_start=log_start))
+        self.display.begin(job.folder, job.commands[number].name)
+        self.active.append(_Active(job=job, process=process, log=log, number=number, log_start=log_start))
 
     def advance(self) -> None:
         """Move every run whose command has ended to its next one, or out."""
@@ -97,8 +100,8 @@ class _Queue:
                 continue
             run.log.close()
             self.active.remove(run)
-            if status == 0 and run.stage + 1 < len(run.job.stages):
-                self.start(run.job, run.stage + 1)
+            if status == 0 and run.number + 1 < len(run.job.commands):
+                self.start(run.job, run.number + 1)
                 continue
             if status != 0:
                 self.failures[run.job.folder.name] = _failure(run, status)
@@ -136,13 +139,13 @@ def run_jobs(
 ) -> dict[str, str]:
     """Run the jobs, `num_parallel` at a time in their order, and return the failures: the run's name and one sentence.
 
-    `failed` is told each when it happens. `title` and `num_done`, of jobs that had ended before, are for the display.
+    `failed` is called with each when it happens. `title` and `num_done` (jobs that had ended before) are displayed.
     A failed job doesn't stop the others. On Ctrl-C, SIGTERM or a closed terminal the children are asked to save and
     end, then KeyboardInterrupt is raised; after max_seconds they are asked the same, and the failures so far returned.
     """
     deadline = time.monotonic() + max_seconds
     folders = [job.folder for job in jobs]
-    with run_display(folders, console=console, title=title, num_done=num_done) as display, signals_as_interrupts():
+    with display_of(folders, console=console, title=title, num_done=num_done) as display, signals_as_interrupts():
         queue = _Queue(waiting=list(jobs), environment=environment, display=display, failed=failed)
         try:
             while queue.waiting or queue.active:
@@ -161,7 +164,7 @@ def run_jobs(
 
 @contextmanager
 def signals_as_interrupts() -> Iterator[None]:
-    """SIGTERM and a closed terminal are handled as Ctrl-C is, so that no child outlives its parent."""
+    """Handle SIGTERM and a closed terminal as Ctrl-C, so that no child outlives its parent."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -175,11 +178,11 @@ def signals_as_interrupts() -> Iterator[None]:
 
 
 def _failure(run: _Active, status: int) -> str:
-    """What went wrong, by the last line that the command printed."""
-    stage = run.job.stages[run.stage].name
+    """Return the failure in a sentence, with the last line that the command printed."""
+    name = run.job.commands[run.number].name
     with run.job.log.open("rb") as file:
         file.seek(run.log_start)
         lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     reason = lines[-1].removeprefix("tinyexperts: ") if lines else "it printed nothing"
     how = f"signal {-status}" if status < 0 else f"exit code {status}"
-    return f"{stage} of {run.job.folder.name} failed with {how}: {reason} (all it printed: {run.job.log})"
+    return f"{name} of {run.job.folder.name} failed with {how}: {reason} (all it printed: {run.job.log})"

@@ -13,11 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from tinyexperts.errors import InputError
+from tinyexperts.study.grid import GridRun
+from tinyexperts.study.runner.display import display_of
 from tinyexperts.study.runner.local_queue import signals_as_interrupts
-from tinyexperts.study.runner.run_display import run_display
+from tinyexperts.study.runner.planned_run import finish_run
 from tinyexperts.study.runner.study_folder import StudyFolder
-from tinyexperts.study.runner.study_run import run_of_study
-from tinyexperts.study.study import GridRun
 from tinyexperts.training import Interrupted
 
 _POLL_SECONDS = 5.0
@@ -34,11 +34,17 @@ def run_array(
     cluster: str = "slurm",
     **parameters: Any,
 ) -> None:
-    """Submit the runs and wait for them; the folder keeps what failed. Whatever ends the wait cancels the rest.
+    """Submit the runs and wait for them; the folder keeps the failures. Whatever ends the wait cancels the rest.
 
-    title, num_done: for the display, as of run_jobs
-    cluster: as submitit names its executors
-    parameters: of submitit's executor (timeout_min, slurm_partition, ...)
+    Args:
+        folder: the study.
+        runs: the runs to submit.
+        num_parallel: jobs at a time.
+        console: the place of the display.
+        title: for the display, as in run_jobs.
+        num_done: for the display, as in run_jobs.
+        cluster: the name of submitit's executor.
+        parameters: settings of the executor (timeout_min, slurm_partition, ...).
 
     Raises:
         InputError: submitit is not installed, or there is no Slurm.
@@ -56,7 +62,7 @@ def run_array(
     with signals_as_interrupts():
         try:
             with executor.batch():
-                jobs = {run.name: executor.submit(_RunOfStudy(), folder.path, run.name) for run in runs}
+                jobs = {run.name: executor.submit(_Work(), folder.path, run.name) for run in runs}
             _wait(folder, jobs, console, title, num_done)
         except BaseException:
             for job in jobs.values():
@@ -65,28 +71,28 @@ def run_array(
             raise
 
 
-class _RunOfStudy:
-    """What a job does. Where its time is over the run is saved, and the job is queued again (submitit: three times)."""
+class _Work:
+    """The work of a job. When its time is over the run is saved, and the job queued again (submitit: three times)."""
 
     def __call__(self, folder: Path, name: str) -> None:
         try:
-            run_of_study(folder, name)
+            finish_run(folder, name)
         except Interrupted as stop:
             if stop.signal == signal.SIGUSR2:
                 signal.raise_signal(stop.signal)  # the training had it for itself; now submitit queues the job again
             raise
 
     def checkpoint(self, folder: Path, name: str) -> Any:
-        """submitit: what is to be called when the job is queued again."""
+        """Return what submitit is to call when the job is queued again."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, folder, name)
 
 
 def _wait(folder: StudyFolder, jobs: dict[str, Any], console: Console, title: str, num_done: int) -> None:
-    """Until all jobs have ended; those that have are taken out."""
+    """Wait until all jobs have ended; those that have are taken out."""
     folders = [folder.run_path(name) for name in jobs]
-    with run_display(folders, console=console, title=title, num_done=num_done) as display:
+    with display_of(folders, console=console, title=title, num_done=num_done) as display:
         while jobs:
             for name, job in list(jobs.items()):
                 path = folder.run_path(name)
@@ -106,10 +112,7 @@ def _wait(folder: StudyFolder, jobs: dict[str, Any], console: Console, title: st
 
 
 def _raised(error: Exception) -> str:
-    """The sentence of what a job raised: submitit tells its traceback and, below it, where its logs are.
-
-    Of one that left no result it tells its state, and all that it printed.
-    """
+    """Return the sentence of a job's error, from a traceback or the state of a job without a result."""
     state = re.search(r"has not produced any output \(state: ([^)]+)\)", str(error))
     if state:
         return f"its job ended without a result, in the state {state[1]}"

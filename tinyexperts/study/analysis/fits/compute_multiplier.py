@@ -1,4 +1,4 @@
-"""How many times more training FLOPs a baseline needs for the loss that a method reaches."""
+"""The compute multiplier: how many times more training FLOPs a baseline needs for the loss of a method."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from tinyexperts.study.analysis.fits.seed_interval import Outcome, SeedInterval,
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeMultiplier:
-    """The multiplier (geometric mean over seeds) and its 95 % interval, None for one seed; or, in words, why none."""
+    """The multiplier, or the reason why there is none."""
 
     value: float | None
+    """The geometric mean over seeds."""
     interval: tuple[float, float] | None
+    """The 95 % interval; None for one seed."""
     refusal: str | None
+    """The reason, in words."""
 
 
 def compute_multiplier(
     baseline: Mapping[int, Mapping[float, float]], method: Mapping[int, float], budget: float
 ) -> ComputeMultiplier:
-    """From the losses (nats) of a baseline by seed and budget (FLOPs), and those of a method by seed at one budget.
+    """Compute it from losses (nats): a baseline's by seed and budget (FLOPs), and a method's by seed at one budget.
 
     Between two budgets the baseline's loss is taken as linear in their logarithm; beyond them nothing is said but on
     which side the multiplier lies, where the difference to the last budget, or to the first, has an interval that
@@ -56,8 +59,8 @@ def compute_multiplier(
         return _refused(f"less than {most:.2f}: the baseline's least budget is better already")
     if beyond or before:
         where = ((beyond, "beyond the largest budget"), (before, "before the least"))
-        told = ", ".join(f"{side} {len(outside)} of {len(seeds)}" for outside, side in where if outside)
-        return _refused(f"can't tell; seeds {told}")
+        listed = ", ".join(f"{side} {len(outside)} of {len(seeds)}" for outside, side in where if outside)
+        return _refused(f"can't tell; seeds {listed}")
     interval = SeedInterval(values=tuple(logs))
     low, high = interval.bounds
     with np.errstate(over="ignore"):

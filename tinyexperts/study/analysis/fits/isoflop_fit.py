@@ -19,29 +19,28 @@ _TAIL = 0.025
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IsoFlopFit:
-    """Loss = curvature (log size - log optimum)^2 + loss_at_optimum, fitted to all sizes and seeds of a budget.
-
-    optimum: the size of least loss; None where none can be named, and then `refusal` says why
-    optimum_interval: 95 %, by resampled residuals; 0 or infinity at an end that the grid does not close (then there is
-        no optimum); None where there are no more points than a parabola has parameters
-    residuals: measured minus fitted loss in nats, in the order of the points
-    """
+    """Loss = curvature (log size - log optimum)^2 + loss_at_optimum, fitted to all sizes and seeds of a budget."""
 
     coefficients: tuple[float, float, float]
+    """The parabola in the logarithm of the size, the highest power first."""
     optimum: float | None
+    """The size of least loss; None where none can be named, and then `refusal` says why."""
     loss_at_optimum: float | None
     optimum_interval: tuple[float, float] | None
+    """95 %, by resampled residuals; 0 or infinity at an end that the grid does not close (then there is no optimum);
+    None where there are no more points than a parabola has parameters."""
     loss_interval: tuple[float, float] | None
     residuals: np.ndarray
+    """Measured minus fitted loss in nats, in the order of the points."""
     refusal: str | None
 
     @property
     def has_curve(self) -> bool:
-        """Whether there were sizes enough for a parabola, with or without a minimum."""
+        """True where there were sizes enough for a parabola, with or without a minimum."""
         return bool(np.isfinite(self.coefficients).all())
 
     def loss_at(self, size: float) -> float:
-        """The fitted loss in nats."""
+        """Return the fitted loss in nats."""
         return float(np.polyval(self.coefficients, np.log(size)))
 
 

@@ -42,22 +42,20 @@ WITH_GRANULARITY = (Term(coefficient="g", exponents={"G": "gamma", "P": "alpha"}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PowerLawFit:
-    """A fitted law.
-
-    constant: c, the loss (nats) that no size removes
-    residuals: measured minus fitted loss in nats, in the order of the runs
-    intervals: of every exponent, and of c: the values with which the law, everything else fitted anew, is no worse than
-        chance explains (95 %, an F test, which takes the runs' deviations as independent of each other)
-    open_ends: whether each interval goes on below and above what was searched, from 0 for c
-    """
+    """A fitted law."""
 
     terms: tuple[Term, ...]
     constant: float
+    """c, the loss (nats) that no size removes."""
     coefficients: dict[str, float]
     exponents: dict[str, float]
     residuals: np.ndarray
+    """Measured minus fitted loss in nats, in the order of the runs."""
     intervals: dict[str, tuple[float, float]]
+    """The values of every exponent, and of c, with which the law, all else fitted again, is no worse than chance
+    explains (95 %, an F test, which takes the runs' deviations as independent of each other)."""
     open_ends: dict[str, tuple[bool, bool]]
+    """True where an interval leaves the values that were searched, below and above; from 0 for c."""
 
     @property
     def undetermined(self) -> tuple[str, ...]:
@@ -65,7 +63,7 @@ class PowerLawFit:
         return tuple(name for name, is_open in self.open_ends.items() if any(is_open))
 
     def loss(self, **variables: float) -> float:
-        """The fitted loss in nats."""
+        """Return the fitted loss in nats."""
         total = self.constant
         for term in self.terms:
             value = self.coefficients[term.coefficient]
@@ -98,7 +96,7 @@ def fit_power_law(
     # About their geometric mean, so that the columns of the linear problem are of one size.
     middle = {name: float(np.exp(np.log(v).mean())) for name, v in values.items()}
 
-    def design(exponents: Sequence[float]) -> np.ndarray:
+    def design(exponents: np.ndarray) -> np.ndarray:
         by_name = dict(zip(names, exponents, strict=True))
         columns = [np.ones_like(loss)]
         for term in terms:
@@ -115,7 +113,7 @@ def fit_power_law(
     def least(
         held: Mapping[str, float], starts: list[tuple[float, ...]], *, polished: int, tolerance: float
     ) -> tuple[np.ndarray, float]:
-        """The exponents of least Huber loss, and that loss, with some of them, and c, held at a value."""
+        """Return the exponents of least Huber loss, and that loss, with some of them, and c, held at a value."""
         free = [number for number, name in enumerate(names) if name not in held]
 
         def whole(values: Sequence[float]) -> np.ndarray:
@@ -155,11 +153,12 @@ def fit_power_law(
     def beyond(name: str) -> Callable[[float], float]:
         return lambda value: least({name: value}, near, polished=1, tolerance=1e-4)[1] - limit
 
-    intervals, open_ends = {}, {}
+    intervals: dict[str, tuple[float, float]] = {}
+    open_ends: dict[str, tuple[bool, bool]] = {}
     for name, found in {**by_name, "c": constant}.items():
         ends = (0.0, float(loss.max())) if name == "c" else _BOUNDS
-        intervals[name] = tuple(_crossing(beyond(name), found, end) for end in ends)
-        open_ends[name] = tuple(reached == end for reached, end in zip(intervals[name], ends, strict=True))
+        low, high = (_crossing(beyond(name), found, end) for end in ends)
+        intervals[name], open_ends[name] = (low, high), (low == ends[0], high == ends[1])
     return PowerLawFit(
         terms=terms,
         constant=constant,
@@ -172,14 +171,14 @@ def fit_power_law(
 
 
 def _crossing(rise: Callable[[float], float], inside: float, end: float) -> float:
-    """Where between a value inside an interval and the end of what was searched the interval ends; or that end."""
+    """Return the end of an interval between a value inside and the end of the search; or that end."""
     if rise(end) <= 0:
         return end
     return inside if rise(inside) >= 0 else float(scipy.optimize.brentq(rise, inside, end, xtol=1e-4))
 
 
 def _solve(matrix: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, float]:
-    """The coefficients, at least 0, of least Huber loss, by reweighted least squares; and that loss."""
+    """Return the coefficients, at least 0, of least Huber loss, by reweighted least squares; and that loss."""
     weights, before = np.ones_like(loss), np.inf
     for _ in range(_MAX_REWEIGHTINGS):
         root = np.sqrt(weights)

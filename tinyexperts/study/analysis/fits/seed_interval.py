@@ -1,16 +1,21 @@
-"""What a few seeds allow to be said of a mean: Student's interval."""
+"""The mean over a few seeds with Student's interval, and the one rule by which two are compared."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 import scipy  # brings what is called of it when it is called: stats would take a second
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 CONFIDENCE = 0.95
+# Numbers by seed.
+BySeed: TypeAlias = Union[Mapping[int, float], "pd.Series[float]"]
 Outcome = Literal["lower", "higher", "undecided"]
 
 
@@ -26,11 +31,12 @@ class SeedInterval:
 
     @property
     def mean(self) -> float:
+        """The mean over seeds."""
         return math.fsum(self.values) / len(self.values)
 
     @property
     def standard_deviation(self) -> float | None:
-        """Over seeds; None for one, and where a value is not finite."""
+        """The deviation over seeds; None for one, and where a value is not finite."""
         if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
             return None
         return statistics.stdev(self.values)
@@ -47,12 +53,12 @@ class SeedInterval:
 
     @property
     def outcome(self) -> Outcome:
-        """Whether the mean is below or above zero; a difference inside the interval is neither."""
+        """The side of zero on which the mean is; undecided where the interval holds zero."""
         low, high = self.bounds
         return "lower" if high < 0 else "higher" if low > 0 else "undecided"
 
 
-def paired_difference(method: Mapping[int, float], baseline: Mapping[int, float]) -> SeedInterval | None:
-    """Method minus baseline over the seeds that both have; None where they share none."""
-    seeds: Sequence[int] = sorted(method.keys() & baseline.keys())
-    return SeedInterval(values=tuple(method[seed] - baseline[seed] for seed in seeds)) if seeds else None
+def paired_difference(method: BySeed, baseline: BySeed) -> SeedInterval | None:
+    """Return method minus baseline over the seeds that both have; None where they share none."""
+    seeds = sorted(set(method.keys()) & set(baseline.keys()))
+    return SeedInterval(values=tuple(float(method[seed] - baseline[seed]) for seed in seeds)) if seeds else None

@@ -1,4 +1,4 @@
-"""What is seen of many runs: one bar for all, and one for each that is under way."""
+"""The progress of many runs: one bar for all, and one for each that is under way."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 
-from tinyexperts.training.run_folder import last_metrics
+from tinyexperts.training.last_metrics import last_metrics
 
 MAX_BARS = 8  # of more runs than this only those under way have a bar, below the one for all
 
-_NOTHING = {"stage": "", "loss": "", "speed": "", "left": ""}
+_NOTHING: dict[str, Any] = {"stage": "", "loss": "", "speed": "", "remaining": ""}
 
 
-class RunDisplay:
-    """The bars; runs are told apart by their folders, and how far one is, is read from its metrics."""
+class Display:
+    """The bars of runs, each known by its folder, its progress read from its metrics."""
 
     def __init__(self, progress: Progress, folders: Sequence[Path], title: str, num_done: int) -> None:
         self._progress = progress
@@ -37,13 +38,13 @@ class RunDisplay:
         }
 
     def begin(self, folder: Path, stage: str) -> None:
-        """A run is under way; stage: at what, in a word."""
+        """Show a run as under way; stage: its work in a word."""
         task = self._tasks[folder]
         self._progress.start_task(task)
         self._progress.update(task, stage=stage, visible=True)
 
     def refresh(self, folder: Path) -> None:
-        """Show how far it is by now."""
+        """Show the progress of a run by now."""
         last = last_metrics(folder / "metrics.jsonl")
         train = last.get("train")
         if train is None:
@@ -53,7 +54,7 @@ class RunDisplay:
         except (FileNotFoundError, ValueError, KeyError):
             return
         step = train["step"]
-        left = train["seconds"] * (num_steps - step) / step if step else 0.0
+        remaining = train["seconds"] * (num_steps - step) / step if step else 0.0
         held_out = f", held out {last['validation']['loss']:.3f}" if "validation" in last else ""
         self._progress.update(
             self._tasks[folder],
@@ -61,26 +62,25 @@ class RunDisplay:
             completed=step,
             loss=f"loss {train['loss']:.3f}{held_out}",
             speed=f"{train['tokens_per_second']:,.0f} tokens/s",
-            left=f"{int(left) // 60}:{int(left) % 60:02d} left",
+            remaining=f"{int(remaining) // 60}:{int(remaining) % 60:02d} left",
         )
 
     def save(self, folder: Path) -> None:
-        """It was asked to save and stop."""
-        self._progress.update(self._tasks[folder], stage="saving", left="")
+        """Show that a run was asked to save and stop."""
+        self._progress.update(self._tasks[folder], stage="saving", remaining="")
 
     def end(self, folder: Path, *, is_failed: bool) -> None:
+        """Show that a run has ended."""
         word = "[red]failed[/red]" if is_failed else "[green]done[/green]"
-        self._progress.update(self._tasks[folder], stage=word, left="", visible=self._is_short)
+        self._progress.update(self._tasks[folder], stage=word, remaining="", visible=self._is_short)
         self._num_failed += is_failed
         failed = f"[red]{self._num_failed} failed[/red]" if self._num_failed else ""
         self._progress.update(self._overall, advance=1, loss=failed)
 
 
 @contextmanager
-def run_display(
-    folders: Sequence[Path], *, console: Console, title: str = "", num_done: int = 0
-) -> Iterator[RunDisplay]:
-    """The display of runs that are to be done; `title` and `num_done`, of runs done before, are for the bar of all."""
+def display_of(folders: Sequence[Path], *, console: Console, title: str = "", num_done: int = 0) -> Iterator[Display]:
+    """Show runs that are to be done; `title` and `num_done`, of runs done before, are for the bar of all."""
     columns = (
         TextColumn("{task.description}"),
         TextColumn("{task.fields[stage]}", table_column=Column(no_wrap=True, min_width=8)),
@@ -88,7 +88,7 @@ def run_display(
         TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
         TextColumn("{task.fields[loss]}"),
         TextColumn("{task.fields[speed]}"),
-        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[remaining]}"),
     )
     with Progress(*columns, console=console, expand=True) as progress:
-        yield RunDisplay(progress, folders, title, num_done)
+        yield Display(progress, folders, title, num_done)

@@ -1,4 +1,4 @@
-"""What of a study is done, running, waiting or failed, and why."""
+"""The state of a study: the runs that are done, running, waiting or failed, and why."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tinyexperts.study.runner.study_folder import StudyFolder
+from tinyexperts.study.runner.study_record import StudyRecord
 
 
-def print_status(folder: StudyFolder) -> None:
-    """A line for the whole, and one for each run that is neither done nor waiting."""
-    settings, statuses = folder.settings(), [folder.status(run) for run in folder.planned_runs()]
+def print_status(folder: StudyRecord) -> None:
+    """Print a line for the whole, and one for each run that is neither done nor waiting."""
+    settings, statuses = folder.settings(), [folder.status_of(name) for name in folder.planned_names()]
     counts = Counter(status.state for status in statuses)
     console = Console()
     console.print(
@@ -27,6 +27,6 @@ def print_status(folder: StudyFolder) -> None:
         table.add_column(column, justify="right" if column == "steps done" else "left", overflow="fold")
     for status in statuses:
         if status.state in ("running", "begun", "failed"):
-            table.add_row(status.run.name, status.state, f"{status.progress:.0%}", status.reason or "")
+            table.add_row(status.name, status.state, f"{status.progress:.0%}", status.reason or "")
     if table.row_count:
         console.print(table)

@@ -1,4 +1,4 @@
-"""What a finished or unfinished run folder holds, read without failing on what isn't there.
+"""The content of a finished or unfinished run folder, read without failing on what isn't there.
 
 A run folder is named `<method>-seed<k>` and holds config.json, run.json, metrics.jsonl, evaluation.json, samples.json
 and, for layers with experts, one .npy of expert usage a layer. What is missing or unreadable becomes one sentence in
@@ -16,32 +16,27 @@ from typing import Any
 
 import numpy as np
 
-METHOD_LABELS = {
-    "dense": "dense",
-    "peer": "PEER",
-    "pkm": "PKM",
-    "product-key-memory": "PKM",
-    "moe": "MoE",
-    "expert-choice-moe": "MoE",
-}
+from tinyexperts.study.methods import Look, look_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ExpertUsage:
-    """How the validation tokens spread their router weight over the experts of one layer."""
+class LayerUsage:
+    """The router weight of the held-out tokens over the experts of one layer."""
 
     layer: str
     num_experts: int
     usage: float
-    unevenness: float  # nats
+    unevenness: float
+    """In nats."""
     gini: float
     num_dead: int
-    expert_share: np.ndarray | None  # float64 [N], sums to 1; None where its file can't be read
+    expert_share: np.ndarray | None
+    """Float64 [N] that sums to 1; None where its file can't be read."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RunResult:
-    """One run folder, read; a piece that isn't there is None or empty and named in `problems`."""
+class Results:
+    """A run folder's content; a piece that isn't there is None or empty and named in `problems`."""
 
     folder: Path
     method: str
@@ -51,7 +46,7 @@ class RunResult:
     train: tuple[dict[str, Any], ...]
     validation: tuple[dict[str, Any], ...]
     evaluation: dict[str, Any] | None
-    expert_usage: tuple[ExpertUsage, ...]
+    expert_usage: tuple[LayerUsage, ...]
     samples: tuple[dict[str, str], ...]
     problems: tuple[str, ...]
 
@@ -61,13 +56,13 @@ class RunResult:
         return self.folder.name
 
     @property
-    def label(self) -> str:
-        """The method's name for readers."""
-        return method_label(self.method)
+    def look(self) -> Look:
+        """The method's name and style for readers."""
+        return look_of(self.method)
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last line of metrics that says how much training was spent; empty where there is none."""
+        """The last line of metrics with the training FLOPs spent by then; empty where there is none."""
         lines = [line for line in (*self.train, *self.validation) if "training_flops" in line]
         return max(lines, key=lambda line: line["training_flops"], default={})
 
@@ -79,25 +74,21 @@ class RunResult:
 
     @property
     def router_share(self) -> float | None:
-        """Share of the training FLOPs that the routers spend, 0 to 1."""
+        """The share of the training FLOPs that the routers spend, 0 to 1."""
         flops = (self.run or {}).get("training_flops_per_token") or {}
         return flops["router"] / flops["total"] if flops.get("total") and "router" in flops else None
 
     def evaluated(self, *keys: str) -> Any:
-        """A value of evaluation.json, by its path of keys; None where it isn't there."""
+        """Return a value of evaluation.json by its path of keys; None where it isn't there."""
         return _lookup(self.evaluation, keys)
 
     def parameters(self, kind: str) -> int | None:
-        """The number of parameters: `active` for one token or in `total`."""
-        return _lookup(self.run, ("num_parameters", kind))
+        """Return the number of parameters: `active` for one token or in `total`."""
+        count: int | None = _lookup(self.run, ("num_parameters", kind))
+        return count
 
 
-def method_label(method: str) -> str:
-    """The method's name for readers; an unknown method keeps its own."""
-    return METHOD_LABELS.get(method, method)
-
-
-def read_run(folder: str | os.PathLike[str]) -> RunResult:
+def read_results(folder: str | os.PathLike[str]) -> Results:
     """Read a run folder; nothing that is missing in it is an error."""
     folder = Path(folder)
     problems: list[str] = []
@@ -109,7 +100,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunResult:
     evaluation = _read_json(folder / "evaluation.json", dict, problems)
     samples = _read_json(folder / "samples.json", list, problems) or []
     method, seed = _method_and_seed(folder.name, config)
-    return RunResult(
+    return Results(
         folder=folder,
         method=method,
         seed=seed,
@@ -118,14 +109,14 @@ def read_run(folder: str | os.PathLike[str]) -> RunResult:
         train=tuple(line for line in lines if line.get("split") == "train"),
         validation=tuple(line for line in lines if line.get("split") == "validation"),
         evaluation=evaluation,
-        expert_usage=_read_expert_usage(folder, evaluation, problems),
+        expert_usage=_read_usage(folder, evaluation, problems),
         samples=tuple(sample for sample in samples if {"prompt", "completion"} <= sample.keys()),
         problems=tuple(problems),
     )
 
 
 def _method_and_seed(name: str, config: dict[str, Any] | None) -> tuple[str, int | None]:
-    """`peer-seed0` is the method `peer` with seed 0; any other name is a method, its seed read from the config."""
+    """Return `peer` and 0 for `peer-seed0`; any other name is a method, with the seed of the configuration."""
     match = re.fullmatch(r"(.+)-seed(\d+)", name)
     if match:
         return match[1], int(match[2])
@@ -141,7 +132,7 @@ def _lookup(tree: Any, keys: tuple[str, ...]) -> Any:
 
 
 def _read_json(path: Path, kind: type, problems: list[str]) -> Any:
-    """The file's content, or None with a sentence about it; a run that never started says so only once."""
+    """Return the file's content, or None with a sentence about it; a run that never started says so only once."""
     if not path.parent.is_dir():
         return None
     try:
@@ -176,7 +167,7 @@ def _read_metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def _read_expert_usage(folder: Path, evaluation: dict[str, Any] | None, problems: list[str]) -> tuple[ExpertUsage, ...]:
+def _read_usage(folder: Path, evaluation: dict[str, Any] | None, problems: list[str]) -> tuple[LayerUsage, ...]:
     layers = []
     for entry in (evaluation or {}).get("expert_usage") or []:
         path = folder / entry["file"]
@@ -188,5 +179,5 @@ def _read_expert_usage(folder: Path, evaluation: dict[str, Any] | None, problems
             problems.append(f"{folder.name}: {path.name} {reason}.")
             expert_share = None
         values = {key: entry[key] for key in ("layer", "num_experts", "usage", "unevenness", "gini", "num_dead")}
-        layers.append(ExpertUsage(**{**values, "layer": str(values["layer"])}, expert_share=expert_share))
+        layers.append(LayerUsage(**{**values, "layer": str(values["layer"])}, expert_share=expert_share))
     return tuple(layers)

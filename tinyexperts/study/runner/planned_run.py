@@ -10,30 +10,30 @@ from typing import Any
 from tinyexperts import data, evaluation, training
 from tinyexperts.files import write_atomically
 from tinyexperts.study.runner.study_folder import StudyFolder
-from tinyexperts.training import run_folder
 from tinyexperts.training.checkpoint import checkpoints
 
 
-def run_of_study(folder: str | os.PathLike[str], name: str) -> None:
-    """Do what is left to do of a planned run. Its checkpoints are deleted when it is evaluated: a study has hundreds.
+def finish_run(folder: str | os.PathLike[str], name: str) -> None:
+    """Finish a planned run. Its checkpoints are then deleted, as a study has hundreds, if the study does not keep them.
 
     Raises:
         InputError: as training does; no such run.
     """
     study = StudyFolder(folder)
     run = study.planned_run(name)
-    with study.at_work(name):
+    with study.run_lock(name):
         try:
-            _do_what_is_left(study, run.config)
+            _finish(study, run.config)
         except training.Diverged as error:
             study.note_failure(name, str(error), diverged=True)
             shutil.rmtree(run.config.run / "checkpoints", ignore_errors=True)
             raise
         study.forget_failure(name)
-        shutil.rmtree(run.config.run / "checkpoints", ignore_errors=True)
+        if not study.settings().keeps_checkpoints:
+            shutil.rmtree(run.config.run / "checkpoints", ignore_errors=True)
 
 
-def _do_what_is_left(study: StudyFolder, config: training.TrainConfig) -> None:
+def _finish(study: StudyFolder, config: training.TrainConfig) -> None:
     settings = study.settings()
     missing = {
         corpus: path
@@ -44,7 +44,7 @@ def _do_what_is_left(study: StudyFolder, config: training.TrainConfig) -> None:
     if not missing and not held_out:
         return
     if not checkpoints(config.run):
-        # Its weights are made anew, maybe after a result of an earlier run of it was deleted: all results are theirs.
+        # The weights are made again, maybe after a result was deleted: all results are to be of the new ones.
         missing, held_out = settings.corpora(), True
     training.train(
         config,
@@ -59,6 +59,4 @@ def _do_what_is_left(study: StudyFolder, config: training.TrainConfig) -> None:
         summary = evaluation.evaluate(model, text, **options).summary()
         write_atomically(config.run / f"evaluation-{corpus}.json", json.dumps(summary, indent=2))
     if held_out:
-        result = evaluation.evaluate(model, data.TokenDataset.open(config.data).split("validation"), **options)
-        shares = {layer: usage.share for layer, usage in result.expert_usage.items()}
-        run_folder.write_evaluation(config.run, result.summary(), shares)
+        evaluation.evaluate(model, data.TokenDataset.open(config.data).split("validation"), **options).save(config.run)

@@ -1,24 +1,46 @@
-"""The tables of the isoFLOP study's report, and the paper's numbers beside them."""
+"""The tables of the isoFLOP study's report, with the paper's numbers."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from tinyexperts.report.numbers import MISSING, format_count, signed
 from tinyexperts.report.table import Table
-from tinyexperts.study.analysis.claim import format_interval
+from tinyexperts.study.analysis.findings import format_interval
 from tinyexperts.study.analysis.fits.compute_multiplier import compute_multiplier
 from tinyexperts.study.analysis.fits.power_law_fit import SIZE_AND_TOKENS
 from tinyexperts.study.analysis.fits.seed_interval import SeedInterval, paired_difference
-from tinyexperts.study.analysis.isoflop_analysis import AT_EQUAL_TIME, BASELINES, IsoFlopAnalysis, tuning_label
-from tinyexperts.study.analysis.law_cells import LAW_NOTE, law_cells, law_columns, missing_law_cells
+from tinyexperts.study.analysis.frame import FLOPS, HELD_OUT
 from tinyexperts.study.analysis.paper_results import PAPER_PERPLEXITY, PAPER_TEXTS
-from tinyexperts.study.analysis.run_results import method_label
-from tinyexperts.study.analysis.run_tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
-from tinyexperts.study.scales import METHODS
+from tinyexperts.study.analysis.tables import (
+    COST_COLUMNS,
+    LAW_NOTE,
+    RESULT_COLUMNS,
+    cost_cells,
+    law_cells,
+    law_columns,
+    missing_law_cells,
+    number,
+    result_cells,
+)
+from tinyexperts.study.methods import label_of
+from tinyexperts.study.studies.isoflop.analysis import (
+    AT_EQUAL_TIME,
+    BASELINES,
+    NAMES,
+    IsoFlopAnalysis,
+    tuning_label,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_OUTCOMES = {"undecided": "no difference shown", "lower": "PEER lower", "higher": "PEER higher"}
 
 
 def isoflop_tables(analysis: IsoFlopAnalysis) -> list[Table]:
+    """Return all tables of the study but those that every study has."""
     return [
         _perplexities(analysis),
         _differences(analysis),
@@ -33,24 +55,23 @@ def isoflop_tables(analysis: IsoFlopAnalysis) -> list[Table]:
 
 
 def _perplexities(analysis: IsoFlopAnalysis) -> Table:
-    texts = list(dict.fromkeys(text for group in analysis.groups for text in group.first.losses))
-    rows = []
+    texts, rows = analysis.texts, []
     for budget in analysis.budgets:
-        for method in METHODS:
+        for method in NAMES:
             best = analysis.best(method, budget)
             if best is not None:
-                values = tuple(f"{math.exp(best.mean_loss(text)):.2f}" for text in texts)
-                width, blank = str(best.first.run.axes["width"]), (MISSING,) * len(PAPER_TEXTS)
+                means = [analysis.losses(method, budget, text).loc[best].mean() for text in texts]
                 unfinished = "" if analysis.is_finished(method, budget) else ", unfinished"
-                rows.append((f"{budget:.0e}", method_label(method) + unfinished, width, *values, *blank))
+                head = (f"{budget:.0e}", label_of(method) + unfinished, str(best))
+                rows.append((*head, *(f"{math.exp(mean):.2f}" for mean in means), *(MISSING,) * len(PAPER_TEXTS)))
     for budget, by_method in PAPER_PERPLEXITY.items():
         for method, perplexities in by_method.items():
             blank = (MISSING,) * (1 + len(texts))
-            rows.append((f"paper, {budget:.0e}", method_label(method), *blank, *map("{:.2f}".format, perplexities)))
+            rows.append((f"paper, {budget:.0e}", label_of(method), *blank, *map("{:.2f}".format, perplexities)))
     return Table(
         name="perplexity",
         title="Perplexity of each method at its own best size",
-        columns=("FLOPs", "method", "width", *texts, *PAPER_TEXTS),
+        columns=("FLOPs", "method", "width", *(text.removeprefix("loss, ") for text in texts), *PAPER_TEXTS),
         rows=tuple(rows),
         note="Of the mean loss over seeds. The paper's texts and tokens are others: compare the order. A mixture "
         "of experts is evaluated by thresholds, which let no token see later ones; it trains by expert choice.",
@@ -61,13 +82,10 @@ def _differences(analysis: IsoFlopAnalysis) -> Table:
     def outcome(baseline: str, budget: float, what: str, found: SeedInterval) -> str:
         if not analysis.is_compared(baseline, budget):
             return "unfinished"
-        if what == AT_EQUAL_TIME:
-            return "not judged"
-        told = {"undecided": "no difference shown", "lower": "PEER lower", "higher": "PEER higher"}
-        return told[found.outcome]
+        return "not judged" if what == AT_EQUAL_TIME else _OUTCOMES[found.outcome]
 
     rows = [
-        (f"{budget:.0e}", method_label(baseline), what, *_interval(found), outcome(baseline, budget, what, found))
+        (f"{budget:.0e}", label_of(baseline), what, *_interval(found), outcome(baseline, budget, what, found))
         for budget in analysis.budgets
         for baseline in BASELINES
         for what, found in analysis.differences(baseline, budget).items()
@@ -91,14 +109,13 @@ def _differences(analysis: IsoFlopAnalysis) -> Table:
 def _differences_by_width(analysis: IsoFlopAnalysis) -> Table:
     rows = []
     for budget in analysis.budgets:
-        ours = {group.first.run.axes["width"]: group for group in analysis.of("peer", budget)}
+        ours = analysis.losses("peer", budget)
         for baseline in BASELINES:
             unfinished = "" if analysis.is_compared(baseline, budget) else ", unfinished"
-            for group in analysis.of(baseline, budget):
-                width = group.first.run.axes["width"]
-                found = paired_difference(ours[width].losses(), group.losses()) if width in ours else None
+            for width, theirs in analysis.losses(baseline, budget).iterrows():
+                found = paired_difference(ours.loc[width].dropna(), theirs.dropna()) if width in ours.index else None
                 if found is not None:
-                    head = (f"{budget:.0e}", method_label(baseline) + unfinished, str(width))
+                    head = (f"{budget:.0e}", label_of(baseline) + unfinished, str(width))
                     rows.append((*head, *_interval(found), str(len(found.values))))
     return Table(
         name="differences-by-width",
@@ -112,22 +129,22 @@ def _differences_by_width(analysis: IsoFlopAnalysis) -> Table:
 def _multipliers(analysis: IsoFlopAnalysis) -> Table:
     by_seed: dict[int, dict[float, float]] = {}
     for budget in analysis.budgets:
-        best = analysis.best("dense", budget) if analysis.is_finished("dense", budget) else None
-        for seed, loss in best.losses().items() if best else ():
+        dense = analysis.at_best("dense", budget) if analysis.is_finished("dense", budget) else None
+        for seed, loss in dense.items() if dense is not None else ():
             by_seed.setdefault(seed, {})[budget] = loss
     rows = []
     for budget in analysis.budgets:
-        for method in METHODS[1:]:
-            best = analysis.best(method, budget)
-            if best is None:
+        for method in NAMES[1:]:
+            losses, head = analysis.at_best(method, budget), (f"{budget:.0e}", label_of(method))
+            if losses is None:
                 continue
             if not analysis.is_finished(method, budget):
-                rows.append((f"{budget:.0e}", method_label(method), MISSING, MISSING, "unfinished"))
+                rows.append((*head, MISSING, MISSING, "unfinished"))
                 continue
-            found = compute_multiplier(by_seed, best.losses(), budget)
+            found = compute_multiplier(by_seed, dict(losses), budget)
             value = MISSING if found.value is None else f"{found.value:.2f}"
             interval = MISSING if found.interval is None else "{:.2f} to {:.2f}".format(*found.interval)
-            rows.append((f"{budget:.0e}", method_label(method), value, interval, found.refusal or ""))
+            rows.append((*head, value, interval, found.refusal or ""))
     return Table(
         name="compute-multiplier",
         title="How many times more FLOPs dense needs for the same loss",
@@ -141,34 +158,27 @@ def _multipliers(analysis: IsoFlopAnalysis) -> Table:
 def _optima(analysis: IsoFlopAnalysis) -> Table:
     rows = []
     for budget in analysis.budgets:
-        for method in METHODS:
+        for method in NAMES:
             for count in ("active", "total", "matmul"):
                 fit = analysis.fit(method, budget, count)
                 if fit is None:
                     continue
                 optimum = MISSING if fit.optimum is None else format_count(fit.optimum)
                 ends = fit.optimum_interval
-                interval = MISSING if ends is None else f"{_open(ends[0])} to {_open(ends[1])}"
+                interval = MISSING if ends is None else " to ".join(map(_open_end, ends))
                 loss = MISSING if fit.loss_at_optimum is None else f"{fit.loss_at_optimum:.3f}"
-                low_and_high = fit.loss_interval
-                of_loss = MISSING if low_and_high is None else f"{low_and_high[0]:.3f} to {low_and_high[1]:.3f}"
-                left = f"{math.sqrt(float((fit.residuals**2).mean())):.3f}" if fit.has_curve else MISSING
+                of_loss = MISSING if fit.loss_interval is None else "{:.3f} to {:.3f}".format(*fit.loss_interval)
+                residuals = f"{math.sqrt(float((fit.residuals**2).mean())):.3f}" if fit.has_curve else MISSING
                 unfinished = [] if analysis.is_finished(method, budget) else ["unfinished"]
                 why = ", ".join([*unfinished, *([fit.refusal] if fit.refusal else [])])
-                rows.append((f"{budget:.0e}", method_label(method), count, optimum, interval, loss, of_loss, left, why))
+                head = (f"{budget:.0e}", label_of(method), count)
+                rows.append((*head, optimum, interval, loss, of_loss, residuals, why))
     return Table(
         name="optimum",
         title="The size of least loss, by a parabola in its logarithm",
         columns=(
-            "FLOPs",
-            "method",
-            "parameters",
-            "optimum",
-            "95 % interval",
-            "loss there",
-            "its 95 % interval",
-            "residuals, nats (RMS)",
-            "why none",
+            *("FLOPs", "method", "parameters", "optimum", "95 % interval", "loss there", "its 95 % interval"),
+            *("residuals, nats (RMS)", "why none"),
         ),
         rows=tuple(rows),
     )
@@ -176,14 +186,14 @@ def _optima(analysis: IsoFlopAnalysis) -> Table:
 
 def _laws(analysis: IsoFlopAnalysis) -> Table:
     rows = []
-    for method in METHODS:
+    for method in NAMES:
         fit = analysis.laws.get(method)
         if fit is None:
             cells = missing_law_cells(SIZE_AND_TOKENS, "fewer different runs than the law has parameters")
         else:
             is_finished = all(analysis.is_finished(method, budget) for budget in analysis.budgets)
             cells = law_cells(fit, is_finished=is_finished)
-        rows.append((method_label(method), *cells))
+        rows.append((label_of(method), *cells))
     return Table(
         name="scaling-law",
         title="L(P, D) = c + a / P^alpha + b / D^beta, P active parameters, D tokens",
@@ -194,28 +204,24 @@ def _laws(analysis: IsoFlopAnalysis) -> Table:
 
 
 def _points(analysis: IsoFlopAnalysis) -> Table:
-    rows = []
-    for group in analysis.groups:
-        run = group.first.run
-        place = (method_label(run.method), f"{run.axes['budget']:.0e}", str(run.axes["width"]))
-        rows.append((*place, *cost_cells(group), *result_cells(group)))
     return Table(
         name="points",
         title="Every size and budget",
         columns=("method", "budget", "width", *COST_COLUMNS, *RESULT_COLUMNS),
-        rows=tuple(rows),
+        rows=tuple(
+            (label_of(p.method), f"{p.budget:.0e}", str(p.width), *cost_cells(p), *result_cells(p))
+            for p in analysis.points.itertuples()
+        ),
     )
 
 
 def _flops(analysis: IsoFlopAnalysis) -> Table:
-    rows, unspent = {}, []
-    for group in analysis.groups:
-        flops, run = group.first.cost.forward_flops, group.first.run
-        unspent.append(2 * flops.sub_key_scores / (3 * flops.total))
-        parts = (flops.attention, flops.dense_layers, flops.query_network, flops.sub_key_scores, flops.experts)
-        shares = (f"{part / flops.total:.1%}" for part in (*parts, flops.head))
-        head = (method_label(run.method), str(run.axes["width"]))
-        rows[head] = (*head, format_count(flops.total), *shares)
+    def row(point: pd.Series) -> tuple[str, ...]:
+        shares = (f"{point[f'{part}_flops'] / point.total_flops:.1%}" for part in FLOPS)
+        return (label_of(point.method), str(point.width), format_count(point.total_flops), *shares)
+
+    points = analysis.points
+    unspent = (2 * points.sub_key_scores_flops / (3 * points.total_flops)).max()
     return Table(
         name="flops",
         title="FLOPs a token of a forward pass, by module",
@@ -223,33 +229,33 @@ def _flops(analysis: IsoFlopAnalysis) -> Table:
             *("method", "width", "FLOPs", "attention", "dense layers", "query network or router"),
             *("sub-key scores", "experts", "head"),
         ),
-        rows=tuple(rows.values()),
+        rows=tuple(row(point) for _, point in points.drop_duplicates(["method", "width"]).iterrows()),
         note="Training is counted as three times as much, the scores of sub-keys too, though their backward pass "
         "touches the chosen ones alone: of the FLOPs of PEER and PKM up to "
-        f"{max(unspent, default=0.0):.1%} are counted and not spent.",
+        f"{0.0 if math.isnan(unspent) else unspent:.1%} are counted and not spent.",
     )
 
 
 def _tuning(analysis: IsoFlopAnalysis) -> Table:
-    rows = []
-    hours = dict.fromkeys((method_label(point.run.method) for point in analysis.tuning), 0.0)
-    for point in analysis.tuning:
-        rows.append((method_label(point.run.method), tuning_label(point), f"{point.loss:.3f}", f"{point.seconds:,.0f}"))
-        hours[method_label(point.run.method)] += point.seconds / 3600
+    tuning = analysis.tuning
+    hours = tuning.seconds.groupby(tuning.method, sort=False).sum() / 3600
     return Table(
         name="tuning",
         title="Tuning: one seed at the smallest budget and the middle width",
         columns=("method", "setting", "loss", "seconds"),
-        rows=tuple(rows),
+        rows=tuple(
+            (label_of(run.method), tuning_label(run), f"{run[HELD_OUT]:.3f}", f"{run.seconds:,.0f}")
+            for _, run in tuning.iterrows()
+        ),
         note="Each setting is changed by itself, and twice as far where that was best; the best value of each is "
-        f"taken, all together. Hours: {', '.join(f'{method} {value:.2f}' for method, value in hours.items())}.",
+        f"taken, all together. Hours: {', '.join(f'{label_of(name)} {value:.2f}' for name, value in hours.items())}.",
     )
 
 
 def _interval(found: SeedInterval) -> tuple[str, str, str]:
     deviation = found.standard_deviation
-    return signed(found.mean), MISSING if deviation is None else f"{deviation:.3f}", format_interval(found)
+    return signed(found.mean), number(math.nan if deviation is None else deviation, ".3f"), format_interval(found)
 
 
-def _open(value: float) -> str:
+def _open_end(value: float) -> str:
     return "open" if math.isinf(value) or value == 0 else format_count(value)

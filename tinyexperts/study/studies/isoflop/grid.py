@@ -1,0 +1,129 @@
+"""The grid of the isoFLOP study: each method's tuning, then every width and budget with what the tuning chose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+from tinyexperts.study.grid import GridRun, Stage
+from tinyexperts.study.methods import method_named
+from tinyexperts.study.scales import Scale
+
+# What a method's tuning changes, one at a time, by which factors; dense is tuned as hard as the others. Where a factor
+# wins, its square is tried, too.
+_TUNED_WITHOUT_TABLE = (
+    "optimizer.matrix_learning_rate",
+    "optimizer.embedding_learning_rate",
+    "optimizer.head_learning_rate",
+    "batch_size",
+)
+_TUNED = (*_TUNED_WITHOUT_TABLE, "optimizer.table_learning_rate")
+_FACTORS = (0.5, 2.0)
+
+
+def stages(scale: Scale) -> tuple[Stage, ...]:
+    """Return the stages: tuning, the squares of the factors that won, every width and budget, the last budget."""
+
+    def tune(losses: Mapping[str, float]) -> list[GridRun]:
+        return [
+            _run(scale, method, width=scale.middle_width, budget=scale.budgets[0], seed=0, tuning=label, **changes)
+            for method in scale.layers
+            for label, changes in _variants(scale, method, _FACTORS)
+        ]
+
+    def tune_further(losses: Mapping[str, float]) -> list[GridRun]:
+        return [
+            _run(scale, method, width=scale.middle_width, budget=scale.budgets[0], seed=0, tuning=label, **changes)
+            for method in scale.layers
+            for label, changes in _further_variants(scale, method, losses)
+        ]
+
+    def measure(losses: Mapping[str, float]) -> list[GridRun]:
+        best = {method: _best_settings(scale, method, losses) for method in scale.layers}
+        return [
+            _run(scale, method, width=width, budget=budget, seed=seed, **best[method])
+            for budget in scale.budgets
+            for seed in scale.seeds
+            for width in scale.widths[budget]
+            for method in scale.layers
+        ]
+
+    def extend(losses: Mapping[str, float]) -> list[GridRun]:
+        if scale.last_budget is None:
+            return []
+        best = {method: _best_settings(scale, method, losses) for method in scale.layers}
+        return [
+            _run(scale, method, width=width, budget=scale.last_budget, seed=seed, **best[method])
+            for seed in scale.seeds
+            for method in scale.layers
+            if (width := _best_width(scale, method, losses)) is not None
+        ]
+
+    return tune, tune_further, measure, extend
+
+
+def _variants(scale: Scale, method: str, factors: Sequence[float]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the default, and each setting changed alone; dense and mixtures have no table."""
+    yield "default", {}
+    for setting in _TUNED if method_named(method).has_table else _TUNED_WITHOUT_TABLE:
+        for factor in factors:
+            label, value = _changed(scale, setting, factor)
+            if value != attrgetter(setting)(scale.base):
+                yield label, {setting: value}
+
+
+def _changed(scale: Scale, setting: str, factor: float) -> tuple[str, float]:
+    """Return the label and the value of a setting times a factor."""
+    value = attrgetter(setting)(scale.base) * factor
+    name = setting.removeprefix("optimizer.").removesuffix("_learning_rate").removesuffix("_size")
+    return f"{name}-x{factor:g}", max(1, round(value)) if setting == "batch_size" else value
+
+
+def _further_variants(scale: Scale, method: str, losses: Mapping[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the squares of the factors that are the best of their settings."""
+    for setting, best in _best_settings(scale, method, losses).items():
+        for factor in _FACTORS:
+            label, value = _changed(scale, setting, factor**2)
+            if _changed(scale, setting, factor)[1] == best and value != best:
+                yield label, {setting: value}
+
+
+def _best_settings(scale: Scale, method: str, losses: Mapping[str, float]) -> dict[str, Any]:
+    """Return the value of least loss of each setting; a tuning run that is missing is no best."""
+
+    def loss(label: str) -> float:
+        run = _run(scale, method, width=scale.middle_width, budget=scale.budgets[0], seed=0, tuning=label)
+        value = losses.get(run.name, math.inf)
+        return value if math.isfinite(value) else math.inf
+
+    default = loss("default")
+    best: dict[str, float] = {}
+    chosen: dict[str, Any] = {}
+    for label, changes in _variants(scale, method, (*_FACTORS, *(factor**2 for factor in _FACTORS))):
+        for setting, value in changes.items():
+            if loss(label) < best.get(setting, default):
+                best[setting], chosen[setting] = loss(label), value
+    return chosen
+
+
+def _best_width(scale: Scale, method: str, losses: Mapping[str, float]) -> int | None:
+    """Return the width of least mean loss at the largest budget, if all its seeds have ended; None without one."""
+    means = {}
+    budget = scale.budgets[-1]
+    for width in scale.widths[budget]:
+        runs = [_run(scale, method, width=width, budget=budget, seed=seed) for seed in scale.seeds]
+        mean = math.fsum(losses.get(run.name, math.inf) for run in runs) / len(runs)
+        if math.isfinite(mean):
+            means[width] = mean
+    return min(means, key=lambda width: means[width], default=None)
+
+
+def _run(
+    scale: Scale, method: str, *, width: int, budget: float, seed: int, tuning: str | None = None, **changes: Any
+) -> GridRun:
+    config = scale.config(scale.layers[method], width=width, budget=budget, seed=seed, **changes)
+    stem = f"tune-{method}-{tuning}" if tuning else f"{method}-d{width}-c{budget:.0e}".replace("+", "")
+    axes: dict[str, Any] = {"stage": "tuning" if tuning else "main", "budget": budget, "width": width, "seed": seed}
+    return GridRun(name=f"{stem}-seed{seed}", method=method, axes=axes, config=config)
