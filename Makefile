@@ -1,6 +1,8 @@
 # make demo   set up, train PEER and its dense twin, write runs/demo/report.html
 # make test   set up, lint, type-check, run the tests
 # make test-all   the slow tests too
+# make test-python PYTHON=python3.13   the fast tests of layers and operators under another Python
+# make dist   the files to upload: dist/*.tar.gz and dist/*.whl
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +10,7 @@ BIN := $(VENV)/bin
 # The tests of a file share what takes long to make: processes, a report, compiled kernels.
 PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all test-python lint dist clean
 
 setup: $(VENV)/installed
 
@@ -26,6 +28,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.13
 
 test: lint
 	$(PYTEST) -m "not slow"
@@ -33,6 +36,15 @@ test: lint
 test-all: lint
 	$(PYTEST)
 
+test-python:
+	$(MAKE) setup VENV=.venv-other
+	.venv-other/bin/pytest -n 3 --dist loadfile -m "not slow" tests/ops tests/layers tests/optim tests/test_cli.py
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-other build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find tinyexperts -name '*.nb[ci]' -delete

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import tinyexperts
 from tinyexperts import training
 from tinyexperts.training import loop
 
@@ -101,7 +102,7 @@ def test_a_full_disk_is_one_sentence(run_cli, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
 
-    monkeypatch.setattr(training, "load_model", full)
+    monkeypatch.setattr(training, "evaluate_run", full)
     code, _, err = run_cli("evaluate", "run")
     assert code == 2
     assert err == "tinyexperts: [Errno 28] No space left on device: 'runs/x/metrics.jsonl'\n"
@@ -174,7 +175,7 @@ KINDS = {
     "peer": ["--model.expert-layer.num-experts", 64, "--model.expert-layer.experts-per-head", 3],
     "dense": ["--model.expert-layer.hidden-dim", 24],
     "expert-choice-moe": ["--model.expert-layer.num-experts", 4, "--model.expert-layer.hidden-dim", 8],
-    "product-key-memory": ["--model.expert-layer.num-values", 64, "--model.expert-layer.experts-per-head", 3],
+    "product-key-memory": ["--model.expert-layer.num-experts", 64, "--model.expert-layer.experts-per-head", 3],
 }
 
 
@@ -193,16 +194,16 @@ def begun(run_cli, tiny_data, tmp_path, monkeypatch):
                 0,
                 1,
                 "--model.tied-embeddings",
-                "--betas",
+                "--optimizer.betas",
                 0.5,
                 0.75,
             ),
             *(
-                "--checkpoint-every",
+                "--checkpoint.every",
                 2,
-                "--table-learning-rate",
+                "--optimizer.table-learning-rate",
                 0.003,
-                "--gradient-clip",
+                "--optimizer.gradient-clip",
                 "None",
                 *KINDS[recipe],
                 *more,
@@ -258,11 +259,17 @@ def test_a_run_in_the_folder_of_its_recipe_goes_on_too(run_cli, begun, tmp_path)
         (["peer", "--run", "r1", "--seed", "1"], "r1 can't be resumed with another configuration: seed was 0, is 1"),
         # the recipe's own settings, typed, are not those of the run
         (["peer", "--run=r1", "--model.d-model=64"], "model.d_model was 16, is 64"),
-        (["peer", "--run", "r1", "--betas", "0.9", "0.98"], "betas was (0.5, 0.75), is (0.9, 0.98)"),
+        (
+            ["peer", "--run", "r1", "--optimizer.betas", "0.9", "0.98"],
+            "optimizer.betas was (0.5, 0.75), is (0.9, 0.98)",
+        ),
         (["peer", "--run", "r1", "--num-steps", "9"], "num_steps was 4, is 9"),
         (["peer", "--run", "r1", "--training-flops", "1e9"], "exactly one of num_steps and training_flops"),
         (["peer", "--run", "r1", "--data", "nowhere"], "nowhere"),
-        (["peer", "--run", "r1", "--mesh", "2", "1"], "mesh must multiply up to the number of ranks, 1, got 2 x 1"),
+        (
+            ["peer", "--run", "r1", "--distributed.mesh", "2", "1"],
+            "mesh must multiply up to the number of ranks, 1, got 2 x 1",
+        ),
         (["peer"], "runs/peer is not the folder of a run"),
         (["peer", "--run", "nowhere"], "nowhere is not the folder of a run"),
         (["peer", "--run", "broken"], "broken/config.json does not hold a configuration"),
@@ -285,7 +292,7 @@ def test_where_a_run_lies_may_change(run_cli, begun, tiny_data, tmp_path):
     begun("peer", "--run", "r1")
     shutil.copytree(tiny_data, "moved")
     Path("r1").rename("r9")
-    given = ["--data", "moved", "--timeout-seconds", 5, "--asynchronous-checkpoints"]
+    given = ["--data", "moved", "--distributed.timeout-seconds", 5, "--checkpoint.asynchronous"]
     assert run_cli("train", "peer", "--resume", "--run", "r9", *given)[0] == 0
     assert course(tmp_path / "r9")[1][-1][0] == 4
     assert not Path("r1").exists()
@@ -362,7 +369,7 @@ def test_a_pipe_that_breaks_elsewhere_is_told(run_cli, monkeypatch):
     def broken(*arguments, **options):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe", "a socket")
 
-    monkeypatch.setattr(training, "load_model", broken)
+    monkeypatch.setattr(training, "evaluate_run", broken)
     assert run_cli("evaluate", "run") == (2, "", "tinyexperts: [Errno 32] Broken pipe: 'a socket'\n")
 
 
@@ -386,3 +393,76 @@ def test_the_recipes_are_the_four_kinds(run_cli):
 def test_python_m_tinyexperts_runs():
     result = subprocess.run([sys.executable, "-m", "tinyexperts", "--help"], capture_output=True, text=True, check=True)
     assert "generate" in result.stdout
+
+
+HEAVY = {"torch", "numba", "matplotlib", "pandas", "scipy"}
+
+
+def heavy_imports(*arguments: object) -> set[str]:
+    """The heavy packages that a process of the command line has imported when it ends."""
+    run = "\n".join(
+        [
+            "import sys",
+            "from tinyexperts.cli import main",
+            f"sys.argv = ['tinyexperts', *{list(map(str, arguments))}]",
+            "try:",
+            "    main()",
+            "except SystemExit:",
+            "    pass",
+            "print('IMPORTED', *sys.modules)",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
+    return HEAVY & set(done.stdout.rpartition("IMPORTED")[2].split())
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["--version"], ["trian"], ["data", "--help"], ["evaluate", "--help"], ["data", "verfy"]]
+)
+def test_help_and_misspelt_verbs_import_nothing_heavy(words):
+    assert heavy_imports(*words) == set()
+
+
+def test_a_data_set_is_verified_and_a_study_shown_without_torch(tiny_data, tmp_path, run_cli):
+    (tmp_path / "planned").mkdir()
+    study = {"study": "isoflop", "scale": "minute", "data": str(tiny_data), "evaluation_corpora": []}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    (tmp_path / "planned/one.json").write_text("{}")
+    assert run_cli("data", "verify", tiny_data)[0] == 0
+    code, out, _ = run_cli("study", "status", tmp_path)
+    assert code == 0
+    assert "1 runs planned so far, 0 done, 0 running, 0 begun, 1 waiting, 0 failed" in out
+    assert heavy_imports("data", "verify", tiny_data) == set()
+    assert heavy_imports("study", "status", tmp_path) == set()
+    assert "torch" in heavy_imports("train", "--help")  # the probe sees what is imported
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian"], "no verb 'trian', did you mean 'train'? tinyexperts has the verbs data, train, plan, evaluate, "),
+        (["data", "verfy"], "no verb 'verfy', did you mean 'verify'? tinyexperts data has the verbs fetch, prepare, "),
+        (["study", "isoflops"], "no verb 'isoflops', did you mean 'isoflop'? tinyexperts study has the verbs demo, "),
+        (["xyz"], "no verb 'xyz': tinyexperts has the verbs data, "),
+        ([], "a verb is missing: tinyexperts has the verbs data, "),
+        (["bench"], "a verb is missing: tinyexperts bench has the verbs layer, and tinyexperts bench --help describes"),
+    ],
+)
+def test_a_misspelt_or_missing_verb_is_one_sentence_with_the_verbs(run_cli, words, sentence):
+    code, out, err = run_cli(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"tinyexperts: {sentence}")
+
+
+def test_help_shows_each_verb_with_its_first_line(run_cli):
+    code, out, err = run_cli("--help")
+    assert (code, err) == (0, "")
+    assert "Fetch texts, prepare data sets of tokens, and verify them." in out
+    assert "Continue a text with a trained model." in out
+    assert "Check a data set's files against their checksums" in run_cli("data", "--help")[1]
+    assert "Show a progress bar." in run_cli("train", "peer", "--help")[1]
+    assert "isoflop" in run_cli("study", "--help")[1]
+
+
+def test_the_version_is_printed(run_cli):
+    assert run_cli("--version") == (0, f"tinyexperts {tinyexperts.__version__}\n", "")

