@@ -47,7 +47,7 @@ def test_a_documented_command_is_accepted(run_cli, monkeypatch, num_ranks, words
 def test_commands_are_found():
     found = list(documented())
     assert {each.values[0] for each in found} == {1, 2, 8, 32}
-    assert len(found) >= 7
+    assert len(found) >= 6
 
 
 def python_of(page):
@@ -79,14 +79,15 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, make_config):
     if page.name == "README.md":
         assert names["y"].shape == names["x"].shape
         assert names["ids"].shape == (4, 128, 8, 16)
-        assert names["layer"].experts.grad.is_sparse
         (model,) = values
         assert generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=4).shape == (1, 7)
+    if page.name == "your-own-loop.md":
+        assert names["layer"].experts.grad.is_sparse
 
 
 def test_python_is_found():
     blocks, statements = python_of(ROOT / "README.md")
-    assert len(blocks) == 2
+    assert len(blocks) == 1
     assert statements == ['tinyexperts.training.load_model("runs/peer")']
     everything = "".join(page.read_text() for page in PAGES)
     assert everything.count("```python") == sum(len(python_of(page)[0]) for page in PAGES)

@@ -1,0 +1,58 @@
+"""The documentation site is built without a warning, and holds every page and public name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tinyexperts
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the built site."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ROOT / "mkdocs.yml"]
+    done = subprocess.run([*command, "--site-dir", folder], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_page_is_there(site):
+    pages = [page for page in (ROOT / "docs").rglob("*.md") if page.name != "report.md"]
+    assert len(pages) > 15
+    for page in pages:
+        inside = page.relative_to(ROOT / "docs").with_suffix("")
+        built = inside.parent if inside.name == "README" else inside
+        assert (site / built / "index.html").is_file(), page
+
+
+def test_the_first_page_is_the_readme(site):
+    text = (site / "index.html").read_text()
+    assert "Two commands" in text
+    assert 'href="architecture/"' in text
+    assert 'src="demo-loss.svg"' in text
+
+
+def test_the_reference_has_the_public_names(site):
+    text = (site / "reference/layers/index.html").read_text()
+    for name in set(tinyexperts.__all__) - {"__version__"}:
+        assert f'id="tinyexperts.layers.{name}"' in text, name
+    assert "router_weights" in text
+
+
+def test_a_link_that_leads_nowhere_is_noticed(tmp_path):
+    for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/site.py").write_text((ROOT / "docs/site.py").read_text())
+    (tmp_path / "docs/page.md").write_text("[nowhere](missing.md)\n")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "missing.md" in done.stderr
