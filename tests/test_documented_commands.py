@@ -98,3 +98,21 @@ def test_python_that_does_not_run_is_noticed(wrong, tmp_path, monkeypatch, make_
     (tmp_path / "page.md").write_text(wrong)
     with pytest.raises((ZeroDivisionError, AttributeError)):
         run_python(tmp_path / "page.md", tmp_path, monkeypatch, make_config)
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_the_files_that_a_page_names_are_there(page):
+    named = set(re.findall(r"`([\w./]+(?:\.py|/))`", (ROOT / page).read_text())) - {"cpu.py", "gpu.py"}
+    found = {name for name in named if (ROOT / name).exists() or list((ROOT / "tinyexperts").rglob(name))}
+    assert len(named) > 5
+    in_an_operator = {"reference.py", "portable.py", "operator.py", "__init__.py"}
+    assert named - found <= in_an_operator
+
+
+def test_each_answer_names_a_file_to_start_from_and_at_most_seven():
+    text = (ROOT / "docs/architecture.md").read_text().partition("## Where would I add")[2]
+    answers = re.findall(r"^\*\*.*?(?=^\*\*|^The checklists)", text, re.MULTILINE | re.DOTALL)
+    assert len(answers) == 5
+    for answer in answers:
+        assert "Start from `" in answer
+        assert 1 < len(set(re.findall(r"`[\w/]+(?:\.py|\.md|/)`", answer))) <= 7

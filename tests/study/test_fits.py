@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import optimize, special, stats
 
-from tinyexperts.study.analysis.fits.compute_multiplier import compute_multiplier
-from tinyexperts.study.analysis.fits.isoflop_fit import fit_isoflop
-from tinyexperts.study.analysis.fits.power_law_fit import SIZE_AND_TOKENS, WITH_GRANULARITY, Term, fit_power_law
-from tinyexperts.study.analysis.fits.seed_interval import SeedInterval, paired_difference
+from tinyexperts.statistics.compute_multiplier import compute_multiplier
+from tinyexperts.statistics.isoflop_fit import fit_isoflop
+from tinyexperts.statistics.power_law_fit import SIZE_AND_TOKENS, WITH_GRANULARITY, Term, fit_power_law
+from tinyexperts.statistics.seed_interval import SeedInterval, paired_difference
 
 
 def test_the_interval_is_students():

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinyexperts.comparison.report import write_report
 from tinyexperts.errors import InputError
-from tinyexperts.study.analysis.runs_report import write_report
 
 CREATED = datetime(2030, 1, 2, 3, 4, tzinfo=UTC)
 VOID = {"meta", "link", "br", "img"}

@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
+from tinyexperts.comparison.methods import METHODS, look_of
 from tinyexperts.data import PrepareConfig, TokenDataset, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
@@ -29,7 +30,6 @@ from tinyexperts.planning.model_costs import account
 from tinyexperts.study import grid
 from tinyexperts.study import run_study as study_runner
 from tinyexperts.study.all_studies import STUDIES
-from tinyexperts.study.methods import METHODS, look_of
 from tinyexperts.study.run_study import StudyConfig, run_study
 from tinyexperts.study.runner import slurm
 from tinyexperts.study.runner.display import display_of

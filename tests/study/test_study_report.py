@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 import tyro
 
+from tinyexperts.comparison.figures import loss_curves
+from tinyexperts.comparison.findings import verdict_on
+from tinyexperts.comparison.frame import HELD_OUT
 from tinyexperts.errors import InputError
 from tinyexperts.planning.model_costs import account
 from tinyexperts.report.numbers import MISSING
 from tinyexperts.report.table import Table
+from tinyexperts.statistics.seed_interval import SeedInterval
 from tinyexperts.study.all_studies import STUDIES
-from tinyexperts.study.analysis.figures import loss_curves
-from tinyexperts.study.analysis.findings import verdict_on
-from tinyexperts.study.analysis.fits.seed_interval import SeedInterval
-from tinyexperts.study.analysis.frame import HELD_OUT, read_runs
+from tinyexperts.study.analysis.frame import read_runs
 from tinyexperts.study.runner.study_folder import StudyFolder
 from tinyexperts.study.runner.study_record import StudySettings
 from tinyexperts.study.scales import scale_named

@@ -12,11 +12,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tinyexperts.comparison.report import write_report
 from tinyexperts.data import PrepareConfig, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.model import Transformer
 from tinyexperts.optim import RowSparseAdam
-from tinyexperts.study.analysis.runs_report import write_report
 from tinyexperts.training import checkpoint, load_model, loop, run_folder, train
 from tinyexperts.training.config import with_settings
 from tinyexperts.training.device import choose_device, choose_precision

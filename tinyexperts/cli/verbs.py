@@ -281,8 +281,8 @@ def report(
         title: Its title; default: "Runs compared".
         baseline: The method that the others are compared with; default: dense.
     """
+    from tinyexperts.comparison.report import write_report
     from tinyexperts.study.all_studies import study_named
-    from tinyexperts.study.analysis.runs_report import write_report
     from tinyexperts.study.runner.study_folder import StudyFolder
     from tinyexperts.study.study_report import write_study_report
 

@@ -13,17 +13,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tinyexperts.comparison.findings import Findings
+from tinyexperts.comparison.methods import method_named
+from tinyexperts.comparison.paired import compare_methods
+from tinyexperts.comparison.report import findings_of
+from tinyexperts.comparison.results import Results, read_results
 from tinyexperts.data.prepare import PrepareConfig, prepare
 from tinyexperts.data.shards.reader import TokenDataset
 from tinyexperts.errors import InputError
 from tinyexperts.report.numbers import format_count
-from tinyexperts.study.analysis.comparison import compare_methods
-from tinyexperts.study.analysis.findings import Findings
 from tinyexperts.study.analysis.frame import StudyRuns
-from tinyexperts.study.analysis.results import Results, read_results
-from tinyexperts.study.analysis.runs_report import findings_of
 from tinyexperts.study.grid import GridRun, Stage
-from tinyexperts.study.methods import method_named
 from tinyexperts.study.run_study import StudyConfig, run_stages
 from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Command, Job, run_jobs
 from tinyexperts.study.runner.study_folder import StudyFolder

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tinyexperts.comparison.methods import METHODS, LayerSizes
 from tinyexperts.errors import InputError
 from tinyexperts.layers import DenseConfig
 from tinyexperts.model import ExpertLayerConfig, TransformerConfig
 from tinyexperts.ops.activation import Activation
-from tinyexperts.study.methods import METHODS, LayerSizes
 from tinyexperts.training.config import (
     CheckpointConfig,
     OptimizerConfig,

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from tinyexperts.study.methods import method_named
+from tinyexperts.comparison.methods import method_named
 from tinyexperts.training import TrainConfig
 
 

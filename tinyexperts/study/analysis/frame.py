@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyexperts.comparison.frame import HELD_OUT, row_of
+from tinyexperts.comparison.results import Results, read_results
 from tinyexperts.data import TokenDataset
 from tinyexperts.errors import InputError
 from tinyexperts.planning.model_costs import account
-from tinyexperts.study.analysis.results import Results, read_results
 from tinyexperts.study.grid import GOOD_EPOCHS, GridRun
 from tinyexperts.study.runner.study_folder import StudyFolder
 from tinyexperts.study.runner.study_record import StudySettings
@@ -27,7 +27,6 @@ from tinyexperts.study.runner.study_record import StudySettings
 if TYPE_CHECKING:
     import pandas as pd
 
-HELD_OUT = "loss, held out"
 COSTS = (
     *("parameters_active", "parameters_total", "parameters_matmul", "num_tokens"),
     *("training_flops", "training_flops_without_router", "forward_bytes"),
@@ -103,35 +102,6 @@ def read_runs(folder: StudyFolder) -> StudyRuns:
         results=results,
         problems=problems + (_repeated(settings, frame[frame.state == "done"]) if results else []),
     )
-
-
-def frame_of(results: Sequence[Results], **columns: Sequence[Any]) -> pd.DataFrame:
-    """Return the frame of run folders, with `results` and more as columns."""
-    import pandas as pd
-
-    return pd.DataFrame([row_of(each) for each in results]).assign(results=list(results), **columns)
-
-
-def row_of(results: Results) -> dict[str, Any]:
-    """Return the measurements of a run folder as a row of the frame."""
-    usage = results.expert_usage
-    measured = {
-        HELD_OUT: results.evaluated("loss"),
-        "perplexity": results.evaluated("perplexity"),
-        "bits_per_byte": results.evaluated("bits_per_byte"),
-        "new": results.evaluated("loss_by_copy", "new"),
-        "stood_earlier": results.evaluated("loss_by_copy", "stood_earlier"),
-        "parameters_active": results.parameters("active"),
-        "parameters_total": results.parameters("total"),
-        "training_flops": results.last.get("training_flops"),
-        "router_share": results.router_share,
-        "num_tokens": results.last.get("num_tokens"),
-        "seconds": results.last.get("seconds"),
-        "tokens_per_second": results.tokens_per_second,
-        "usage": statistics.fmean(layer.usage for layer in usage) if usage else None,
-        "unevenness": statistics.fmean(layer.unevenness for layer in usage) if usage else None,
-    }
-    return {name: math.nan if value is None else value for name, value in measured.items()}
 
 
 def _costs(run: GridRun) -> dict[str, Any]:

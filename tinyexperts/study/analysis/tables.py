@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyexperts.report.numbers import MISSING, format_count
 from tinyexperts.report.table import Table
-from tinyexperts.study.analysis.fits.power_law_fit import PowerLawFit, Term
+from tinyexperts.statistics.power_law_fit import PowerLawFit, Term
 from tinyexperts.study.analysis.frame import texts_of
 from tinyexperts.study.grid import GridRun
 from tinyexperts.study.train_command import train_command

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinyexperts.comparison.findings import Findings, difference_cells, verdict_on
+from tinyexperts.comparison.frame import HELD_OUT
+from tinyexperts.comparison.methods import METHODS
 from tinyexperts.report.page import Finding, Section
 from tinyexperts.report.style import Drawing, Plot, house_style
 from tinyexperts.report.table import Table
-from tinyexperts.study.analysis.findings import Findings, difference_cells, verdict_on
-from tinyexperts.study.analysis.fits.seed_interval import SeedInterval, paired_difference
-from tinyexperts.study.analysis.frame import HELD_OUT, StudyRuns, losses_at, points_of
+from tinyexperts.statistics.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.analysis.frame import StudyRuns, losses_at, points_of
 from tinyexperts.study.analysis.paper_results import PAPER_USAGE
 from tinyexperts.study.analysis.tables import COST_COLUMNS, RESULT_COLUMNS, cost_cells, result_cells
 from tinyexperts.study.grid import GridRun, Stage
-from tinyexperts.study.methods import METHODS
 from tinyexperts.study.scales import Scale
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tinyexperts.comparison.frame import HELD_OUT
 from tinyexperts.report.table import Table
-from tinyexperts.study.analysis.fits.power_law_fit import WITH_GRANULARITY, fit_power_law
-from tinyexperts.study.analysis.frame import HELD_OUT
+from tinyexperts.statistics.power_law_fit import WITH_GRANULARITY, fit_power_law
 from tinyexperts.study.analysis.tables import LAW_NOTE, law_cells, law_columns, missing_law_cells
 from tinyexperts.study.grid import GridRun
 from tinyexperts.study.scales import Scale

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tinyexperts.comparison.findings import difference_cells
 from tinyexperts.report.table import Table
-from tinyexperts.study.analysis.findings import difference_cells
 from tinyexperts.study.analysis.tables import RESULT_COLUMNS, result_cells
 from tinyexperts.study.grid import GridRun
 from tinyexperts.study.scales import Scale

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from tinyexperts.comparison.findings import verdict_on
+from tinyexperts.comparison.frame import HELD_OUT
+from tinyexperts.comparison.methods import METHODS, label_of
 from tinyexperts.report.page import Finding
-from tinyexperts.study.analysis.findings import verdict_on
-from tinyexperts.study.analysis.fits.isoflop_fit import IsoFlopFit, fit_isoflop
-from tinyexperts.study.analysis.fits.power_law_fit import SIZE_AND_TOKENS, PowerLawFit, fit_power_law
-from tinyexperts.study.analysis.fits.seed_interval import SeedInterval, paired_difference
-from tinyexperts.study.analysis.frame import HELD_OUT, StudyRuns, losses_at, points_of, texts_of
+from tinyexperts.statistics.isoflop_fit import IsoFlopFit, fit_isoflop
+from tinyexperts.statistics.power_law_fit import SIZE_AND_TOKENS, PowerLawFit, fit_power_law
+from tinyexperts.statistics.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.analysis.frame import StudyRuns, losses_at, points_of, texts_of
 from tinyexperts.study.analysis.paper_results import paper_margins
-from tinyexperts.study.methods import METHODS, label_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from tinyexperts.comparison.frame import HELD_OUT
+from tinyexperts.comparison.methods import label_of, look_of
 from tinyexperts.report.numbers import signed
 from tinyexperts.report.style import Drawing, Plot, house_style
-from tinyexperts.study.analysis.frame import HELD_OUT
-from tinyexperts.study.methods import label_of, look_of
 from tinyexperts.study.studies.isoflop.analysis import BASELINES, NAMES, IsoFlopAnalysis
 
 _COUNTS = {"active": "active parameters", "total": "parameters in all", "matmul": "parameters of matrix products"}

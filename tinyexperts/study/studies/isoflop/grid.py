@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
+from tinyexperts.comparison.methods import method_named
 from tinyexperts.study.grid import GridRun, Stage
-from tinyexperts.study.methods import method_named
 from tinyexperts.study.scales import Scale
 
 # What a method's tuning changes, one at a time, by which factors; dense is tuned as hard as the others. Where a factor

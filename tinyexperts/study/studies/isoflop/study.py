@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tinyexperts.comparison.findings import Findings
 from tinyexperts.report.page import Section
-from tinyexperts.study.analysis.findings import Findings
 from tinyexperts.study.analysis.frame import StudyRuns
 from tinyexperts.study.studies.isoflop.analysis import IsoFlopAnalysis
 from tinyexperts.study.studies.isoflop.figures import isoflop_figures

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from tinyexperts.comparison.findings import format_interval
+from tinyexperts.comparison.frame import HELD_OUT
+from tinyexperts.comparison.methods import label_of
 from tinyexperts.report.numbers import MISSING, format_count, signed
 from tinyexperts.report.table import Table
-from tinyexperts.study.analysis.findings import format_interval
-from tinyexperts.study.analysis.fits.compute_multiplier import compute_multiplier
-from tinyexperts.study.analysis.fits.power_law_fit import SIZE_AND_TOKENS
-from tinyexperts.study.analysis.fits.seed_interval import SeedInterval, paired_difference
-from tinyexperts.study.analysis.frame import FLOPS, HELD_OUT
+from tinyexperts.statistics.compute_multiplier import compute_multiplier
+from tinyexperts.statistics.power_law_fit import SIZE_AND_TOKENS
+from tinyexperts.statistics.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.analysis.frame import FLOPS
 from tinyexperts.study.analysis.paper_results import PAPER_PERPLEXITY, PAPER_TEXTS
 from tinyexperts.study.analysis.tables import (
     COST_COLUMNS,
@@ -24,7 +26,6 @@ from tinyexperts.study.analysis.tables import (
     number,
     result_cells,
 )
-from tinyexperts.study.methods import label_of
 from tinyexperts.study.studies.isoflop.analysis import (
     AT_EQUAL_TIME,
     BASELINES,

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tinyexperts.study.analysis.fits.seed_interval import Outcome, SeedInterval, paired_difference
+from tinyexperts.statistics.seed_interval import Outcome, SeedInterval, paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,17 +13,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tinyexperts.comparison.figures import difference_curves, loss_curves, usage_histogram
+from tinyexperts.comparison.findings import Findings
+from tinyexperts.comparison.frame import HELD_OUT
+from tinyexperts.comparison.methods import label_of
+from tinyexperts.comparison.paired import Comparison, compare_methods, first_end
+from tinyexperts.comparison.results import Results, read_results
 from tinyexperts.errors import InputError
 from tinyexperts.report.numbers import MISSING, fixed, format_count, percent, scientific, signed
 from tinyexperts.report.page import Finding, Page, Sample, Section
 from tinyexperts.report.style import FALL, Drawing
 from tinyexperts.report.table import Table
-from tinyexperts.study.analysis.comparison import Comparison, compare_methods, first_end
-from tinyexperts.study.analysis.figures import difference_curves, loss_curves, usage_histogram
-from tinyexperts.study.analysis.findings import Findings
-from tinyexperts.study.analysis.frame import HELD_OUT
-from tinyexperts.study.analysis.results import Results, read_results
-from tinyexperts.study.methods import label_of
 
 _USAGE_NOTE = (
     "Over the held-out tokens, each expert collects router weight; its share of the sum is z_i. Usage is the share of "

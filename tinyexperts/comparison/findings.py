@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tinyexperts.report.numbers import MISSING, signed
 from tinyexperts.report.page import Finding, Sample, Section
-from tinyexperts.study.analysis.fits.seed_interval import SeedInterval
+from tinyexperts.statistics.seed_interval import SeedInterval
 
 
 @dataclass(frozen=True, kw_only=True)

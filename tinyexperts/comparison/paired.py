@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinyexperts.comparison.frame import HELD_OUT, frame_of
+from tinyexperts.comparison.methods import label_of
+from tinyexperts.comparison.results import Results
 from tinyexperts.report.numbers import signed
-from tinyexperts.study.analysis.fits.seed_interval import SeedInterval
-from tinyexperts.study.analysis.frame import HELD_OUT, frame_of
-from tinyexperts.study.analysis.results import Results
-from tinyexperts.study.methods import label_of
+from tinyexperts.statistics.seed_interval import SeedInterval
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyexperts.study.methods import Look, look_of
+from tinyexperts.comparison.methods import Look, look_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from tinyexperts.comparison.methods import label_of, look_of
+from tinyexperts.comparison.paired import Comparison, interpolate
+from tinyexperts.comparison.results import LayerUsage, Results
 from tinyexperts.report.numbers import power_of_ten, signed
 from tinyexperts.report.style import GREY, INK, Drawing, Plot, house_style
-from tinyexperts.study.analysis.comparison import Comparison, interpolate
-from tinyexperts.study.analysis.results import LayerUsage, Results
-from tinyexperts.study.methods import label_of, look_of
 
 _AXES = {"training_flops": "training FLOPs", "num_tokens": "training tokens", "seconds": "seconds of training"}
 
