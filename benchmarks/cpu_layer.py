@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tinyexperts import PEER
 from tinyexperts.bench import memory
+from tinyexperts.bench.baselines import BaselineName
 from tinyexperts.bench.check import check_experts, check_int8_experts, check_kernels
 from tinyexperts.bench.contestants import make_layer, our_layer, settle
 from tinyexperts.bench.inputs import Inputs, pool_size
@@ -33,7 +34,7 @@ from tinyexperts.ops import expert_mlp, quantize_vectors
 from tinyexperts.ops.cpu import huge_pages
 from tinyexperts.report.numbers import MISSING
 
-PEER_PYTORCH: Final = "peer_pytorch_adam"
+PEER_PYTORCH: BaselineName = "peer_pytorch_adam"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,11 +52,11 @@ SENT: dict[str, Callable[[int], float]] = {
 }
 
 
-class SentBytes(TorchDispatchMode):
+class SentBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that this rank sends, by exchange."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.by_exchange: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,7 +137,7 @@ class Started:
         """Return the tokens per second of one slice of steps on the slowest rank."""
         for pipe in self._pipes:
             pipe.send(True)
-        return min(pipe.recv() for pipe in self._pipes)
+        return min(float(pipe.recv()) for pipe in self._pipes)
 
     def end(self) -> None:
         for pipe in self._pipes:
@@ -205,7 +205,7 @@ def check(arguments: argparse.Namespace, mesh: Mesh, sent: list[dict[str, int]])
     plans = plan(config_of(arguments, mesh), devices)
     exchanges = next(each.exchanges for each in plans if (each.replicate, each.table) == mesh)
     for rank, counted in enumerate(sent):
-        # Sums for batch norm and the gradient's norm, and numbers that ranks tell each other, are not in the plan.
+        # Sums for batch norm and the gradient's norm, and numbers that ranks send each other, are not in the plan.
         planned = sum(count for name, count in counted.items() if name not in ("allreduce_", "allgather_"))
         if planned != round(exchanges.total):
             raise SystemExit(f"mesh {mesh}: rank {rank} sent {planned:,} bytes, the plan says {exchanges}: {counted}")

@@ -123,7 +123,7 @@ def kernels(request):
 
 @pytest.fixture
 def wait_for_lines():
-    """A function that waits until a run's metrics have so many lines, and fails where its process has ended."""
+    """A function that waits for this many lines of a run's metrics, and fails if its process has ended."""
 
     def wait(run: Path, num_lines: int, process) -> None:
         path = run / "metrics.jsonl"

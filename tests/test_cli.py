@@ -18,7 +18,9 @@ import pytest
 
 import tinyexperts
 from tinyexperts import training
+from tinyexperts.cli import parser
 from tinyexperts.training import loop
+from tinyexperts.training.recipes import RECIPES
 
 TINY_MODEL = [
     *("--model.vocab-size", 300, "--model.context-length", 16, "--model.d-model", 16, "--model.num-layers", 2),
@@ -118,13 +120,13 @@ def test_a_full_disk_is_one_sentence(run_cli, monkeypatch):
         (["generate", "nowhere", "--prompt", "x"], "nowhere is not the folder of a run"),
         (["train", "peer", "--num-steps", "5"], "exactly one of num_steps and training_flops, got 5 and"),
         (["train", "peer", "--data", "nowhere"], "nowhere"),
-        (["evaluate", "run", "--files", "a", "--data", "b"], "give either --data or --files, got b and 1 files"),
-        (["evaluate", "run", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["evaluate", "run", "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
-        (["evaluate", "run", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["evaluate", "run", "--files", "a", "--data", "b"], "give either data or files, got b and 1 files"),
+        (["evaluate", "run", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["evaluate", "run", "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (["evaluate", "run", "--threads", "0"], "threads must be at least 1, got 0"),
         (["evaluate", "run", "--device", "meta"], "device must be auto or one of cpu, cuda, mps, xpu, got 'meta'"),
-        (["generate", "run", "--prompt", "x", "--threads", "0"], "--threads must be at least 1, got 0"),
-        (["generate", "run", "--prompt", "x", "--seed", str(2**63)], "--seed must be between 0 and 2^63 - 1"),
+        (["generate", "run", "--prompt", "x", "--threads", "0"], "threads must be at least 1, got 0"),
+        (["generate", "run", "--prompt", "x", "--seed", str(2**63)], "seed must be between 0 and 2^63 - 1"),
         (["generate", "run", "--prompt", "\udcff"], "the prompt must be UTF-8"),
         (["train", "peer", "--seed", str(2**64)], "seed must be between 0 and 2^63 - 1"),
         (
@@ -233,7 +235,7 @@ def course(run):
 
 
 @pytest.mark.parametrize("recipe", KINDS)
-def test_a_run_goes_on_with_all_of_its_own_settings(run_cli, begun, tmp_path, recipe):
+def test_a_run_resumes_with_all_of_its_own_settings(run_cli, begun, tmp_path, recipe):
     command = begun(recipe, "--run", "r1")
     shutil.copytree("r1", "r2")
     assert run_cli("train", recipe, "--run", "r1", "--resume")[0] == 0
@@ -246,7 +248,7 @@ def test_a_run_goes_on_with_all_of_its_own_settings(run_cli, begun, tmp_path, re
     assert losses == course(tmp_path / "r2")[1]
 
 
-def test_a_run_in_the_folder_of_its_recipe_goes_on_too(run_cli, begun, tmp_path):
+def test_a_run_in_the_folder_of_its_recipe_resumes_too(run_cli, begun, tmp_path):
     begun("peer")
     assert run_cli("train", "peer", "--resume")[0] == 0
     assert course(tmp_path / "runs/peer")[1][-1][0] == 4
@@ -255,7 +257,7 @@ def test_a_run_in_the_folder_of_its_recipe_goes_on_too(run_cli, begun, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["dense", "--run", "r1"], "r1 is a run of peer, which train peer --run r1 --resume goes on with, got dense"),
+        (["dense", "--run", "r1"], "r1 is a run of peer, which train peer --run r1 --resume continues, got dense"),
         (["peer", "--run", "r1", "--seed", "1"], "r1 can't be resumed with another configuration: seed was 0, is 1"),
         # the recipe's own settings, typed, are not those of the run
         (["peer", "--run=r1", "--model.d-model=64"], "model.d_model was 16, is 64"),
@@ -288,7 +290,7 @@ def test_what_a_run_can_not_go_on_with_is_one_sentence(run_cli, begun, tmp_path,
     assert not (tmp_path / "runs").exists()
 
 
-def test_where_a_run_lies_may_change(run_cli, begun, tiny_data, tmp_path):
+def test_the_folder_of_a_run_may_change(run_cli, begun, tiny_data, tmp_path):
     begun("peer", "--run", "r1")
     shutil.copytree(tiny_data, "moved")
     Path("r1").rename("r9")
@@ -343,7 +345,7 @@ def test_without_a_standard_output_a_verb_still_runs(run_cli, begun, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("ending", "unbuffered", "code", "told"),
+    ("ending", "unbuffered", "code", "shown"),
     [
         ("| true", "", 141, ""),
         ("> /dev/full", "", 2, "tinyexperts: [Errno 28] No space left on device\n"),
@@ -352,7 +354,7 @@ def test_without_a_standard_output_a_verb_still_runs(run_cli, begun, monkeypatch
         pytest.param(">&-", "", 0, "", marks=pytest.mark.slow),
     ],
 )
-def test_an_output_that_takes_nothing_ends_without_a_traceback(begun, ending, unbuffered, code, told):
+def test_an_output_that_takes_nothing_ends_without_a_traceback(begun, ending, unbuffered, code, shown):
     begun("peer", "--run", "r1")
     generate = f"{shlex.quote(sys.executable)} -m tinyexperts generate r1 --prompt the --max-new-tokens 2"
     done = subprocess.run(
@@ -362,10 +364,10 @@ def test_an_output_that_takes_nothing_ends_without_a_traceback(begun, ending, un
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (code, told)
+    assert (done.returncode, done.stderr) == (code, shown)
 
 
-def test_a_pipe_that_breaks_elsewhere_is_told(run_cli, monkeypatch):
+def test_a_pipe_that_breaks_elsewhere_is_reported(run_cli, monkeypatch):
     def broken(*arguments, **options):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe", "a socket")
 
@@ -384,10 +386,16 @@ def test_the_tiniest_option_takes_the_likeliest_token(run_cli, begun, option):
 
 
 def test_the_recipes_are_the_four_kinds(run_cli):
-    code, out, _ = run_cli("train", "--help")
-    assert code == 0
-    for name in ("peer", "dense", "expert-choice-moe", "product-key-memory"):
-        assert name in out
+    assert list(parser.RECIPES) == list(RECIPES)
+    for verb in ("train", "plan"):
+        code, out, _ = run_cli(verb, "--help")
+        assert code == 0
+        assert [line.split()[0] for line in out.splitlines() if line.startswith("    ") and line[4] != " "] == [
+            "peer",
+            "dense",
+            "expert-choice-moe",
+            "product-key-memory",
+        ]
 
 
 def test_python_m_tinyexperts_runs():
@@ -417,7 +425,11 @@ def heavy_imports(*arguments: object) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["--version"], ["trian"], ["data", "--help"], ["evaluate", "--help"], ["data", "verfy"]]
+    "words",
+    [
+        *([], ["--help"], ["--version"], ["trian"], ["data", "--help"], ["evaluate", "--help"], ["data", "verfy"]),
+        *(["train", "--help"], ["plan", "--help"], ["train", "pear"]),
+    ],
 )
 def test_help_and_misspelt_verbs_import_nothing_heavy(words):
     assert heavy_imports(*words) == set()
@@ -434,7 +446,7 @@ def test_a_data_set_is_verified_and_a_study_shown_without_torch(tiny_data, tmp_p
     assert "1 runs planned so far, 0 done, 0 running, 0 begun, 1 waiting, 0 failed" in out
     assert heavy_imports("data", "verify", tiny_data) == set()
     assert heavy_imports("study", "status", tmp_path) == set()
-    assert "torch" in heavy_imports("train", "--help")  # the probe sees what is imported
+    assert "torch" in heavy_imports("train", "peer", "--help")  # the probe sees what is imported
 
 
 @pytest.mark.parametrize(
@@ -445,6 +457,7 @@ def test_a_data_set_is_verified_and_a_study_shown_without_torch(tiny_data, tmp_p
         (["study", "isoflops"], "no verb 'isoflops', did you mean 'isoflop'? tinyexperts study has the verbs demo, "),
         (["xyz"], "no verb 'xyz': tinyexperts has the verbs data, "),
         ([], "a verb is missing: tinyexperts has the verbs data, "),
+        (["train", "pear"], "no recipe 'pear', did you mean 'peer'? tinyexperts train has the recipes peer, dense, "),
         (["bench"], "a verb is missing: tinyexperts bench has the verbs layer, and tinyexperts bench --help describes"),
     ],
 )
@@ -457,7 +470,7 @@ def test_a_misspelt_or_missing_verb_is_one_sentence_with_the_verbs(run_cli, word
 def test_help_shows_each_verb_with_its_first_line(run_cli):
     code, out, err = run_cli("--help")
     assert (code, err) == (0, "")
-    assert "Fetch texts, prepare data sets of tokens, and verify them." in out
+    assert "Download texts, prepare data sets of tokens, verify them." in out
     assert "Continue a text with a trained model." in out
     assert "Check a data set's files against their checksums" in run_cli("data", "--help")[1]
     assert "Show a progress bar." in run_cli("train", "peer", "--help")[1]

@@ -58,7 +58,7 @@ def python_of(page):
 
 
 def run_python(page, tmp_path, monkeypatch, make_config):
-    """Run what a page shows, with fewer experts and beside the run that it speaks of; returns its names and values."""
+    """Run the code of a page, with fewer experts and next to the run that it reads; return its names and values."""
     monkeypatch.chdir(tmp_path)
     blocks, statements = python_of(page)
     if statements:
@@ -112,7 +112,7 @@ def test_the_files_that_a_page_names_are_there(page):
 def test_each_answer_names_a_file_to_start_from_and_at_most_seven():
     text = (ROOT / "docs/architecture.md").read_text().partition("## Where would I add")[2]
     answers = re.findall(r"^\*\*.*?(?=^\*\*|^The checklists)", text, re.MULTILINE | re.DOTALL)
-    assert len(answers) == 5
+    assert len(answers) >= 5
     for answer in answers:
         assert "Start from `" in answer
         assert 1 < len(set(re.findall(r"`[\w/]+(?:\.py|\.md|/)`", answer))) <= 7

@@ -25,7 +25,7 @@ STUDY_ROOMS = (*TRAIN_ROOMS, "report", "study", "bench")
 
 
 def names(requirements: list[str]) -> set[str]:
-    """The packages of some requirements; an extra of ours stands for its own."""
+    """The packages of some requirements; an extra of ours is replaced by its packages."""
     found = set()
     for requirement in requirements:
         ours = re.fullmatch(r"tinyexperts\[(.*)\]", requirement)
@@ -88,7 +88,7 @@ def test_what_is_installed_for_the_tests_is_pinned():
     assert pinned >= PACKAGES["dev"] | names(PROJECT["dependencies"])
 
 
-def test_the_version_stands_in_one_place():
+def test_the_version_is_written_in_one_place():
     assert "version" not in PROJECT
     assert re.fullmatch(r"\d+\.\d+\.\d+", tinyexperts.__version__)
 

@@ -1,4 +1,4 @@
-"""What the rooms of the package need beyond torch, numpy and numba: the extras of pyproject.toml."""
+"""The extras of pyproject.toml: packages that some rooms need, in addition to torch, numpy and numba."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that survive a crash, that can be told apart by their content, and that one process at a time may use."""
+"""Files that survive a crash, have a digest, or are for one process at a time."""
 
 from __future__ import annotations
 
@@ -33,8 +33,12 @@ def sha256_of_file(path: Path) -> str:
 def exclusive_lock(path: Path, refusal: str) -> Iterator[None]:
     """Hold a lock file, which ends with the process, however that ends; make its folder where it is missing.
 
+    Args:
+        path (Path): the lock file.
+        refusal (str): the message if another process holds it.
+
     Raises:
-        InputError: another process holds it; the message is `refusal`.
+        InputError: another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)

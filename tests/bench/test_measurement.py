@@ -30,7 +30,7 @@ def test_what_does_not_fit_is_left_out():
     assert result.baselines["reference"].step is None
     assert result.left_out == [
         "the step with a second moment an element: it needs 2.29e-05 GiB",
-        "operators in plain torch: the training step needs 7.68e-05 GiB beside ours",
+        "operators in plain torch: the training step needs 7.68e-05 GiB in addition to ours",
     ]
     assert "training step" in view.figure([result])
     assert len(view.tables([result])) == 3

@@ -98,7 +98,7 @@ def test_names_that_are_not_utf8_are_written_with_escapes(small_dataset: TokenDa
     assert str(error.value).encode().startswith(rf"no text to measure in {tmp_path}/caf\xe9; 1 files".encode())
 
 
-def test_evaluate_tells_what_it_left_out_and_why_bits_are_unknown(run_cli, make_config, tmp_path):
+def test_evaluate_reports_what_it_left_out_and_why_bits_are_unknown(run_cli, make_config, tmp_path):
     lines = write_lines(tmp_path / "train.jsonl", [f"the cat sees {'the cat ' * (i + 1)}" for i in range(20)])
     words_tokenizer().save(tmp_path / "words.json")
     prepare(PrepareConfig(files=(lines,), output=tmp_path / "set", tokenizer=str(tmp_path / "words.json")))

@@ -169,7 +169,7 @@ def test_broken_table_is_named_by_its_row(tmp_path: Path, content: str | bytes, 
         ("a.parquet.gz", r"is packed twice"),
     ],
 )
-def test_what_is_packed_otherwise_is_refused_by_name_and_told_in_a_folder(
+def test_what_is_packed_otherwise_is_refused_by_name_and_reported_in_a_folder(
     tmp_path: Path, name: str, reason: str
 ) -> None:
     (tmp_path / name).write_text('{"text": "not read"}')

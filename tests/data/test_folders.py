@@ -80,7 +80,7 @@ def test_excluded_names_go_by_the_name_of_the_link(tmp_path: Path) -> None:
     assert list(walk_files(texts, ())) == [texts / "a.py", texts / "site-packages/p.py"]
 
 
-def test_what_is_no_file_is_told_in_a_folder_and_refused_when_it_is_named(
+def test_what_is_no_file_is_reported_in_a_folder_and_refused_when_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = write(tmp_path / "texts", "a.txt")

@@ -67,13 +67,6 @@ def test_each_window_comes_once_though_the_number_of_ranks_changes_within_the_ep
     assert len(visited) == len(set(visited)) == num_windows // 4 * 4
 
 
-def test_epoch_says_how_often_the_split_was_seen(split: TokenSplit) -> None:
-    loader = TokenLoader(split, batch_size=3, context_length=32, seed=5)
-    assert loader.epoch(0) == 0.0
-    assert loader.epoch(loader.num_windows) == 3.0
-    assert loader.epoch(1) == 3 / loader.num_windows
-
-
 def test_batch_is_a_pure_function_of_seed_and_step(split: TokenSplit) -> None:
     def loader(seed: int) -> TokenLoader:
         return TokenLoader(split, batch_size=4, context_length=16, seed=seed)

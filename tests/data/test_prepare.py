@@ -216,8 +216,9 @@ def test_output_folder_is_named_after_the_corpus(tmp_path: Path, monkeypatch: py
 
 
 def test_an_output_in_the_input_is_refused(small_corpus):
-    with pytest.raises(InputError, match="lies in the input"):
-        PrepareConfig(files=(small_corpus,), output=small_corpus / "data")
+    with pytest.raises(InputError, match="is inside the input"):
+        prepare(PrepareConfig(files=(small_corpus,), output=small_corpus / "data"))
+    assert not (small_corpus / "data").exists()
 
 
 @pytest.mark.parametrize("parts", [(), ("link",)])
@@ -227,7 +228,7 @@ def test_an_output_in_the_input_by_a_link_is_refused(tmp_path: Path, parts: tupl
     (texts / "a.txt").write_text("a")
     (texts / "link").symlink_to(tmp_path)
     sets = tmp_path.joinpath("texts", *parts) if parts else tmp_path
-    with pytest.raises(InputError, match=r"the output .*set lies in the input .*texts"):
+    with pytest.raises(InputError, match=r"the output .*set is inside the input .*texts"):
         prepare(PrepareConfig(files=(texts,), output=sets / "set"))
     assert not (tmp_path / "set").exists()
 

@@ -92,7 +92,7 @@ def test_text_of_files_is_measured_as_a_prepared_split_would_be(make_config, tin
     assert result.bits_per_byte is not None
 
 
-def test_files_without_text_are_told(tiny_data, tmp_path):
+def test_files_without_text_are_reported(tiny_data, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(InputError, match="no text to measure"):
         EncodedText([tmp_path], TokenDataset.open(tiny_data).tokenizer)

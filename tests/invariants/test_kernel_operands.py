@@ -78,8 +78,8 @@ def test_a_table_of_more_than_2_to_31_elements_is_read_and_trained_at_its_end(fu
     # The first step of Adam, with one second moment a row, goes along the gradient, whose mean square it makes one.
     step = expected / expected.square().mean(1, keepdim=True).sqrt()
     torch.testing.assert_close(table.detach()[rows, 0], values - 0.5 * step, rtol=1e-4, atol=1e-4)
-    neighbours = torch.tensor([1, middle - 2, middle, middle + 2, num_experts - 4])
-    assert not table.detach()[neighbours].any()
+    neighbors = torch.tensor([1, middle - 2, middle, middle + 2, num_experts - 4])
+    assert not table.detach()[neighbors].any()
     # A touched row may bring in a huge page of 2 MiB, in the table and its moments.
     assert resident_bytes() - before < 200 * 2**20
 

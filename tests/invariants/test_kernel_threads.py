@@ -30,7 +30,7 @@ from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_, deferred_gradi
 ACTIVATIONS = [(1, None), (2, "gelu"), (2, "relu"), (2, "relu2"), (2, "silu"), (3, "gelu"), (3, "silu")]
 SECONDS = 60  # after which something is taken to hang
 
-linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork beside threads")
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork in a process with threads")
 # From 3.12 on Python warns where a process that has threads forks.
 ignore_fork_warning = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
@@ -42,7 +42,7 @@ def pool_is_alive():
 
 
 def in_fork(function):
-    """What function returns in a forked child, which must end by itself."""
+    """Return the function's result in a forked child, which must end without a signal."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
     child = fork.Process(target=lambda: sender.send(function()))

@@ -24,7 +24,7 @@ def test_flops_and_parameters_are_counted():
     assert layer.parameter_groups().tables == []
 
 
-def test_bad_options_are_told():
+def test_bad_options_raise():
     with pytest.raises(ValueError, match="got 0 and 10"):
         DenseFFN(0, 10)
     with pytest.raises(ValueError, match="got 'tanh'"):

@@ -110,7 +110,7 @@ def test_empty_batch_in_both_modes():
     ("options", "message"),
     [({"num_experts": 0}, "got 8, 0 and 12"), ({"capacity_factor": 0.0}, "got 0.0"), ({"activation": "x"}, "got 'x'")],
 )
-def test_bad_options_are_told(options, message):
+def test_bad_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
 
@@ -206,7 +206,7 @@ def test_scores_of_a_double_layer_are_double():
     torch.testing.assert_close(layer(x), by_hand(layer, x, torch.ones(4, 3)), rtol=1e-12, atol=1e-12)
 
 
-def test_an_unknown_evaluation_routing_is_told():
+def test_an_unknown_evaluation_routing_raises():
     layer = make().eval()
     layer.evaluation_routing = "thresholds"
     with pytest.raises(ValueError, match="one of expert_choice, threshold, got 'thresholds'"):

@@ -231,7 +231,7 @@ def test_empty_batch():
         ({"activation": "tanh"}, "one of gelu, relu, relu2, silu, got 'tanh'"),
     ],
 )
-def test_bad_options_are_told(options, message):
+def test_bad_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         PEER(12, **({"num_experts": 49, "num_heads": 3, "experts_per_head": 4, "query_dim": 6} | options))
 

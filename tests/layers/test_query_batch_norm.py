@@ -1,4 +1,4 @@
-"""Query batch norm: padding left out, frozen, cast, without running statistics; else as torch's own."""
+"""Query batch norm: padding ignored, frozen, cast, without running statistics; else as torch's own."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_mask_that_is_not_used_changes_nothing(query_norm, training):
         (lambda mask: mask.tolist(), "mask must be a bool tensor, True for each real token, got list"),
     ],
 )
-def test_a_wrong_mask_is_told(of_mask, message, training):
+def test_a_wrong_mask_raises(of_mask, message, training):
     layer = make().train(training)
     x, mask = padded()
     for call in (layer, layer.route, layer.router, layer.router.queries):
@@ -488,7 +488,7 @@ def test_statistics_that_are_not_tracked_any_more_stay():
     assert_statistics_equal(layer, before, rtol=0, atol=0)
 
 
-def test_sharing_statistics_where_there_are_none_or_no_group_is_told():
+def test_sharing_statistics_without_any_or_without_a_group_raises():
     with pytest.raises(ValueError, match="init_process_group first"):
         share_query_statistics(make())
     with pytest.raises(ValueError, match="a member, got -100"):

@@ -1,4 +1,4 @@
-"""evaluation_mode: each module is left in the mode that it had, whatever was raised meanwhile."""
+"""evaluation_mode: each module keeps the mode that it had, whatever was raised meanwhile."""
 
 from __future__ import annotations
 

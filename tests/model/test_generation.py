@@ -160,7 +160,7 @@ def test_generation_ends_with_the_text():
         ({"top_p": 1.5}, "at most 1, got 1.5"),
     ],
 )
-def test_bad_settings_are_told(options, message):
+def test_bad_settings_raise(options, message):
     with pytest.raises(InputError, match=message):
         generate(make(), prompt(), **({"max_new_tokens": 4} | options))
     with pytest.raises(InputError, match=r"at least one token, got \[2, 0\]"):

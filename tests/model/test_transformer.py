@@ -86,7 +86,7 @@ def test_a_later_token_changes_no_earlier_logit(kind):
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
 
-def test_the_middle_block_carries_the_sparse_layer_unless_told():
+def test_the_middle_block_carries_the_expert_layer_by_default():
     kinds = [type(block.feed_forward) for block in make().blocks]
     assert kinds == [DenseFFN, PEER, DenseFFN]
     kinds = [type(block.feed_forward) for block in make(expert_blocks=(0, 2)).blocks]
@@ -175,12 +175,12 @@ def test_the_first_loss_is_that_of_a_uniform_guess():
         ({"rope_theta": 0.0}, "got 0.0 and 1e-05"),
     ],
 )
-def test_bad_settings_are_told(options, message):
+def test_bad_settings_raise(options, message):
     with pytest.raises(InputError, match=message):
         make_config(**options)
 
 
-def test_a_sequence_longer_than_the_context_is_told():
+def test_a_sequence_longer_than_the_context_raises():
     with pytest.raises(InputError, match="13 tokens are more than the model's context of 12 tokens"):
         make()(tokens(1, 13))
 

@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, to
 
 
 def by_hand(x, experts, ids, weights, activation):
-    """Token by token, expert by expert: the paper's formula, nothing vectorised."""
+    """Token by token, expert by expert: the paper's formula, nothing vectorized."""
     act = {
         "gelu": lambda h: h * 0.5 * (1 + torch.erf(h / 2**0.5)),
         "relu": lambda h: h.clamp(min=0),
@@ -316,7 +316,7 @@ def test_quantised_vectors_are_within_half_a_level(dtype, monkeypatch):
     assert (largest[5:] == 127).all()
 
 
-def test_a_table_of_no_experts_is_quantised():
+def test_a_table_of_no_experts_is_quantized():
     table, scales = quantize_vectors(torch.empty(0, 2, 5))
     assert (table.shape, scales.shape) == ((0, 2, 5), (0, 2))
 

@@ -33,7 +33,7 @@ def problems(draw):
     elif kind == "zero query":
         query = torch.zeros_like(query)
     elif kind == "one half huge":
-        # Sums round to the huge half: ties between pairs that the sorted halves tell apart.
+        # Sums round to the huge half: ties between pairs that the sorted halves order.
         query[..., :half] *= 2.0**30
     elif kind == "huge":
         query *= 2.0**119

@@ -7,21 +7,21 @@ from operands import problem
 from torch._library.custom_ops import OPDEFS
 
 from tinyexperts.ops.expert_mlp import portable
-from tinyexperts.ops.without_kernels import _OPERATORS, without_kernels
+from tinyexperts.ops.without_kernels import without_kernels
 
 
 def test_every_operator_with_a_kernel_is_left_out():
     ours = [operator for name, operator in OPDEFS.items() if name.startswith("tinyexperts::")]
-    with_kernels = {operator._qualname for operator in ours if "cpu" in operator._backend_fns}
-    assert with_kernels == {operator._qualname for operator in _OPERATORS}
+    with_kernels = [operator for operator in ours if "cpu" in operator._backend_fns]
+    assert len(with_kernels) >= 8
     with without_kernels():
-        assert all("cpu" in operator._disabled_kernel for operator in _OPERATORS)
-    assert not any(operator._disabled_kernel for operator in _OPERATORS)
+        assert all("cpu" in operator._disabled_kernel for operator in with_kernels)
+    assert not any(operator._disabled_kernel for operator in with_kernels)
 
 
 def test_a_compiled_function_follows_the_switch(monkeypatch):
-    calls, function = [], portable.expert_mlp
-    monkeypatch.setattr(portable, "expert_mlp", lambda *operands: calls.append(operands) or function(*operands))
+    calls, check = [], portable.check_indices
+    monkeypatch.setattr(portable, "check_indices", lambda *operands: calls.append(operands) or check(*operands))
     compiled = torch.compile(
         lambda *operands: torch.ops.tinyexperts.expert_mlp(*operands, "gelu", None, False)[0],
         backend="aot_eager",

@@ -1,4 +1,4 @@
-"""What PyTorch promises of `.grad` holds for a table that a fused optimiser trains, outside and inside the scope."""
+"""What PyTorch promises of `.grad` holds for a table that a fused optimizer trains, outside and inside the scope."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_what_is_changed_in_place_after_the_backward_pass_changes_no_gradient(pl
     assert_gradient(layer, twin.experts.grad)
 
 
-def test_hooks_see_the_gradient_outside_and_are_told_of_inside():
+def test_hooks_see_the_gradient_outside_and_raise_inside():
     layer = make()
     optimizer = RowSparseAdam([layer.experts], fused=True)
     seen = []
@@ -220,7 +220,7 @@ def test_hooks_see_the_gradient_outside_and_are_told_of_inside():
         seen.clear()
 
 
-def test_a_dense_layer_and_a_table_that_is_no_leaf_are_told_of():
+def test_a_dense_layer_and_a_table_that_is_no_leaf_raise():
     layer = make(sparse=False)
     optimizer = RowSparseAdam([layer.experts], fused=True)
     with deferred_gradients([optimizer]), pytest.raises(InputError, match="make it with sparse=True"):
@@ -344,7 +344,7 @@ def test_a_gradient_scaler_unscales_it(place):
             before = layer.experts.detach().clone()
             if scaled:
                 scaler.step(optimizer)
-                assert torch.equal(layer.experts, before), "a step that is not finite is left out"
+                assert torch.equal(layer.experts, before), "a step that is not finite is skipped"
         results.append(before)
     torch.testing.assert_close(results[0], results[1])
 

@@ -70,7 +70,7 @@ def language_model(vocabulary=16, d=4, hidden=16, **options):
 
 
 class HuggingFaceLike(nn.Module):
-    """Says what its embeddings are, as transformers' models do; the base model by itself has no head."""
+    """Says what its embeddings are, as transformers' models do; the base model alone has no head."""
 
     def __init__(self, *, head):
         super().__init__()
@@ -173,7 +173,7 @@ MODELS = {
         {"tokens"},
         {"out"},
     ),
-    "the head before an MLP beside it": (
+    "the head before an MLP next to it": (
         lambda: model_of(tokens=nn.Embedding(V, D), lm_head=linear(D, V), up=linear(D, V), down=linear(V, D)),
         {"tokens"},
         {"lm_head"},
@@ -418,14 +418,14 @@ def test_a_linear_layer_whose_weights_are_flat_is_refused():
 HEADLESS = MODELS["no head"][0]
 
 
-def test_a_rate_for_what_the_model_has_not_is_told_once():
-    with pytest.warns(UserWarning, match="no head") as told:
+def test_a_rate_for_what_the_model_has_not_gives_one_warning():
+    with pytest.warns(UserWarning, match="no head") as caught:
         build_optimizers(HEADLESS(), sparse_tables=False, **RATES)
-    assert [str(each.message) for each in told] == [
+    assert [str(each.message) for each in caught] == [
         "no head was found in the model, so head_lr rules nothing and its other matrices "
         "(h.0.attention.query.weight, ...) are trained with matrix_lr; where that is right, give head_lr as None"
     ]
-    assert told[0].filename == __file__
+    assert caught[0].filename == __file__
     with pytest.warns(
         UserWarning, match="no embedding and no head was found in the model, so embedding_lr and head_lr"
     ):
@@ -443,7 +443,7 @@ def test_a_rate_for_what_the_model_has_not_is_told_once():
         (lambda: language_model().requires_grad_(False), {}),
     ],
 )
-def test_nothing_is_told_where_nothing_is_missed(make, changes):
+def test_no_warning_where_nothing_is_missing(make, changes):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build_optimizers(make(), sparse_tables=False, **(RATES | changes))

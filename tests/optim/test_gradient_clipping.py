@@ -49,7 +49,7 @@ def test_a_norm_that_is_not_finite_is_returned():
     assert clip_gradient_norm_(ours, 1.0).isnan()
 
 
-def test_bad_max_norm_is_told():
+def test_bad_max_norm_raises():
     with pytest.raises(InputError, match=r"max_norm must be positive.*got 0"):
         clip_gradient_norm_(parameters([1]), 0)
 

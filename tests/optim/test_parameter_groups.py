@@ -1,4 +1,4 @@
-"""Parameter kinds and the optimisers made of them; the expected share of touched rows."""
+"""Parameter kinds and the optimizers made of them; the expected share of touched rows."""
 
 from __future__ import annotations
 

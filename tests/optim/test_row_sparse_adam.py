@@ -128,7 +128,7 @@ def test_closure_is_called_with_gradients_enabled():
     assert optimizer.step(closure) == 3.0
 
 
-def test_bad_input_is_told():
+def test_bad_input_raises():
     parameter = torch.nn.Parameter(torch.ones(6, 2))
     for options, message in (
         ({"lr": -1.0}, "lr must not be negative, got -1.0"),

@@ -113,13 +113,13 @@ def test_a_second_moment_of_rows_shares_no_table(million):
 
 def test_asynchronous_checkpoints_and_precision_are_planned(million):
     million = dataclasses.replace(million, model=dataclasses.replace(million.model, context_length=1024))
-    waiting, beside, single = (
+    waiting, asynchronous, single = (
         plan(with_settings(million, changes), devices())[0].memory
         for changes in ({}, {"checkpoint.asynchronous": True}, {"precision": "fp32"})
     )
     assert waiting.copies == 0
-    assert beside.copies == waiting.weights + waiting.moments
-    assert beside.total == waiting.total + beside.copies
+    assert asynchronous.copies == waiting.weights + waiting.moments
+    assert asynchronous.total == waiting.total + asynchronous.copies
     assert 0.5 < waiting.activations / single.activations < 1  # auto is bf16 on GPUs
 
 
@@ -174,12 +174,12 @@ def test_one_device_exchanges_nothing_and_dense_models_share_no_table(million, m
 
 
 @pytest.mark.parametrize("text", ["8", "8x80", "8x80gb", "0x80GB", "8x0GB", "x80GB", ""])
-def test_devices_of_another_form_are_told(text):
+def test_devices_of_another_form_are_refused(text):
     with pytest.raises(InputError, match="as 8x80GB, got"):
         devices(text)
 
 
-def test_what_cannot_be_planned_is_told(million, run_cli):
+def test_what_cannot_be_planned_is_refused(million, run_cli):
     with pytest.raises(InputError, match="speeds must be positive, got 0, 1000, 50, 5"):
         Devices.parse("8x80GB", **SPEEDS | {"tflops": 0.0})
     with pytest.raises(InputError, match="devices_per_node must divide the 12 devices, got 8"):

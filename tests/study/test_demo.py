@@ -173,7 +173,7 @@ def test_run_demo_refuses_a_folder_of_something_else(output: Path) -> None:
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["Ctrl-C", "SIGTERM"]
 )
-def test_run_demo_interrupted_lets_children_save_and_says_how_to_go_on(output: Path, number: signal.Signals) -> None:
+def test_run_demo_interrupted_lets_children_save_and_says_how_to_continue(output: Path, number: signal.Signals) -> None:
     output.mkdir()
     StudyFolder(output).begin(settings_of(output))
     (output / "hold").touch()
@@ -185,7 +185,7 @@ def test_run_demo_interrupted_lets_children_save_and_says_how_to_go_on(output: P
     process.send_signal(number)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "what was trained is saved, and the same command goes on from there" in printed
+    assert "what was trained is saved, and the same command continues it" in printed
     assert "Traceback" not in printed
     assert all((folder / "saved").exists() for folder in started)
     assert not (output / "peer-seed1").exists()

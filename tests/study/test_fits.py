@@ -169,12 +169,12 @@ def test_a_run_that_went_astray_pulls_little():
     assert fit.residuals[7] == pytest.approx(2.0, abs=0.05)
 
 
-def test_an_exponent_that_the_runs_do_not_determine_is_told():
+def test_an_exponent_that_the_runs_do_not_determine_is_reported():
     fit = fit_power_law((Term(coefficient="a", exponents={"P": "alpha"}),), {"P": [1e5, 2e5, 4e5, 8e5]}, [4, 3, 3, 3])
     assert fit.undetermined[0] == "alpha"
 
 
-def test_a_term_without_an_effect_and_a_constant_that_is_not_needed_are_told():
+def test_a_term_without_an_effect_and_a_constant_that_is_not_needed_are_reported():
     v = grid_of_runs(num=60)
     fit = fit_power_law(WITH_GRANULARITY, v, 3 + 400 / v["P"] ** 0.34 + 410 / v["D"] ** 0.28 + 1e-3 * np.log(v["G"]))
     assert fit.coefficients["g"] == 0, "the loss rises with G"
@@ -253,7 +253,7 @@ def test_one_seed_gives_a_multiplier_without_an_interval():
 
 
 @pytest.mark.parametrize("values", [(math.nan, math.nan), (1.0, math.inf), (1.0,)])
-def test_values_that_are_not_finite_judge_nothing(values):
+def test_values_that_are_not_finite_decide_nothing(values):
     interval = SeedInterval(values=values)
     assert interval.standard_deviation is None
     assert interval.bounds == (-math.inf, math.inf)

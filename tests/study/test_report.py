@@ -138,7 +138,7 @@ def test_report_compares_seed_by_seed_also_at_equal_time(tmp_path: Path) -> None
     runs = [make_run(tmp_path, "dense", 0, 4.2, new=4.9), make_run(tmp_path, "peer", 0, 4.1, seconds=100, new=4.8)]
     runs += [make_run(tmp_path, "dense", 1, 4.2), make_run(tmp_path, "peer", 1, 4.12, seconds=100)]
     first, second, mean = rows(report(tmp_path, runs), "PEER against dense")
-    # At second 80, PEER stands at four fifths of its way from 8 to 4.1, and dense at its end.
+    # At second 80, PEER is at four fifths of its way from 8 to 4.1, and dense at its end.
     assert first == ["0", "4.200", "4.100", "−0.100", "−0.100", "+0.000", "+0.680", "80", "1.000", "0.80", "1.25"]
     assert second[:4] == ["1", "4.200", "4.120", "−0.080"]
     assert mean[3:] == ["−0.090", "−0.050", "+0.000", "+0.688", "", "1.000", "0.80", "1.25"]

@@ -1,4 +1,4 @@
-"""The studies: their grids, what they cost, and how they are run, skipped, resumed, refused and told."""
+"""The studies: their grids, what they cost, and how they are run, skipped, resumed, refused and reported."""
 
 from __future__ import annotations
 
@@ -157,14 +157,14 @@ def test_the_last_budget_is_spent_on_each_methods_best_width():
     assert {(run.config.training_flops, run.axes["width"]) for run in ahead[88:]} == {(3e8, 8)}
     losses = {run.name: 5.0 for run in tuning({})}
     losses["tune-peer-table-x2-seed0"] = 4.9
-    best = {"dense": 8, "moe": 16, "pkm": 24, "peer": 16}
+    best = {method.name: 16 for method in METHODS} | {"dense": 8, "pkm": 24}
     for run in main(losses):
         losses[run.name] = 4.0 if run.axes["width"] == best[run.method] else 4.5
     del losses["moe-d16-c2e08-seed1"]  # a seed that is missing decides nothing
     losses["moe-d8-c2e08-seed0"] = 4.4
     runs = extend(losses)
     assert {run.method: run.axes["width"] for run in runs} == best | {"moe": 8}
-    assert [run.axes["seed"] for run in runs] == [0] * 4 + [1] * 4
+    assert [run.axes["seed"] for run in runs] == [0] * len(METHODS) + [1] * len(METHODS)
     assert {run.config.training_flops for run in runs} == {small.last_budget}
     rates = {run.method: run.config.optimizer.table_learning_rate for run in runs}
     assert rates["peer"] == 2 * small.base.optimizer.table_learning_rate
@@ -223,7 +223,7 @@ def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
     assert len(children.started) == 8
     folder = StudyFolder(config.output)
     for run in folder.planned_runs():
-        assert folder.status(run).state == "done"
+        assert folder.status_of(run.name).state == "done"
         path = folder.run_path(run.name)
         for name in ("evaluation.json", "evaluation-poems.json"):
             assert json.loads((path / name).read_text())["loss"] > 0
@@ -235,7 +235,7 @@ def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
     assert "8 runs planned so far, 8 done, 0 running, 0 begun, 0 waiting, 0 failed" in capsys.readouterr().out
     run_study(NUM_EXPERTS, config)
     assert len(children.started) == 8
-    # Results on a text that has changed since are not to stand beside those of the old one.
+    # Results on a text that has changed since must not be shown with those of the old one.
     (config.evaluation_corpora[0] / "a.txt").write_text("the red cat sees a blue cat " * 20)
     with pytest.raises(InputError, match=r"evaluation_sha256 was .*poems.*, is .*choose another --output"):
         run_study(NUM_EXPERTS, config)
@@ -258,7 +258,7 @@ def test_the_main_study_from_start_to_report(config, children, methods):
     planned = [run.axes["stage"] for run in folder.planned_runs()]
     assert planned.count("main") == 14 * len(methods)
     assert planned.count("tuning") > 10 * len(methods), "no setting of any method was better than the default"
-    assert all(folder.status(run).state == "done" for run in folder.planned_runs())
+    assert all(folder.status_of(run.name).state == "done" for run in folder.planned_runs())
     for text in ("evaluation", "evaluation-poems"):
         result = json.loads((folder.run_path("peer-d16-c1e08-seed0") / f"{text}.json").read_text())
         assert 0 < result["num_tokens"] <= 64
@@ -304,7 +304,7 @@ def test_a_study_that_is_killed_again_and_again_ends_in_the_same_tables(config, 
 
 @pytest.mark.slow
 def test_the_main_study_by_its_command_though_its_process_is_killed(config, tmp_path):
-    """Of the children one is left at work; the same command waits for it and goes on."""
+    """One of the children still works; the same command waits for it and continues."""
     output = tmp_path / "by command"
     options = ["--scale", "minute", "--data", config.data, "--output", output, "--evaluation-tokens", 64]
     command = [sys.executable, "-m", "tinyexperts", "study", "isoflop", *map(str, options)]
@@ -313,13 +313,13 @@ def test_the_main_study_by_its_command_though_its_process_is_killed(config, tmp_
         time.sleep(0.05)
     process.kill()
     process.wait()
-    before = [StudyFolder(output).status(run).state for run in StudyFolder(output).planned_runs()]
-    assert "running" in before, "no child was left at work"
+    before = [StudyFolder(output).status_of(run.name).state for run in StudyFolder(output).planned_runs()]
+    assert "running" in before, "no child works any more"
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     folder = StudyFolder(output)
     assert len(folder.stages()) == 4
-    assert {folder.status(run).state for run in folder.planned_runs()} == {"done"}
+    assert {folder.status_of(run.name).state for run in folder.planned_runs()} == {"done"}
     page = (output / "report.html").read_text()
     assert page.count("PEER reaches a lower loss than") == 9
     assert "unfinished" not in page
@@ -335,17 +335,17 @@ def test_what_is_cut_off_is_resumed_and_only_that(config, children):
     children.started = ()
     run_study(NUM_EXPERTS, config)
     assert sorted(children.started) == [names[3], names[5]]
-    assert all(folder.status(run).state == "done" for run in folder.planned_runs())
+    assert all(folder.status_of(run.name).state == "done" for run in folder.planned_runs())
 
 
-def test_a_failed_run_stops_no_other_and_is_told_and_tried_again(config, children, capsys, monkeypatch):
+def test_a_failed_run_stops_no_other_and_is_reported_and_tried_again(config, children, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     name = NUM_EXPERTS.stages(scale())[0]({})[2].name
     children.fail = (name,)
     with pytest.raises(InputError, match=f"1 runs failed, {name} among them; the same command tries them again"):
         run_study(NUM_EXPERTS, config)
     folder = StudyFolder(config.output)
-    states = {run.name: folder.status(run) for run in folder.planned_runs()}
+    states = {run.name: folder.status_of(run.name) for run in folder.planned_runs()}
     assert states[name].state == "failed"
     assert states[name].reason == f"running of {name} failed"
     assert sum(status.state == "done" for status in states.values()) == 7
@@ -355,7 +355,7 @@ def test_a_failed_run_stops_no_other_and_is_told_and_tried_again(config, childre
     children.fail, children.started = (), ()
     run_study(NUM_EXPERTS, config)
     assert children.started == (name,)
-    assert folder.status(folder.planned_run(name)).state == "done"
+    assert folder.status_of(name).state == "done"
 
 
 def test_a_stage_waits_for_failed_runs_to_be_tried_again_and_stays_as_it_was_planned(config, children, capsys):
@@ -365,14 +365,16 @@ def test_a_stage_waits_for_failed_runs_to_be_tried_again_and_stays_as_it_was_pla
     study = replace(ISOFLOP, stages=stages)
     name = "tune-dense-head-x2-seed0"
     children.fail = (name,)
-    told = rf"1 of \d runs of stage 1 failed \({name}: running of {name} failed\), and what comes next depends on them"
-    with pytest.raises(InputError, match=told):
+    message = (
+        rf"1 of \d runs of stage 1 failed \({name}: running of {name} failed\), and what comes next depends on them"
+    )
+    with pytest.raises(InputError, match=message):
         run_study(study, config)
     folder = StudyFolder(config.output)
     assert {run.axes["stage"] for run in folder.planned_runs()} == {"tuning"}
     assert len(folder.losses()) == len(folder.planned_runs()) - 1
     children.started = ()
-    with pytest.raises(InputError, match=f"1 runs failed, {name} among them"):  # again; the others go on without it
+    with pytest.raises(InputError, match=f"1 runs failed, {name} among them"):  # again; the others continue without it
         run_study(study, config)
     assert children.started[0] == name
     assert [stage.without for stage in folder.stages()] == [[], [name], [name]]
@@ -420,7 +422,7 @@ def test_a_failure_after_progress_is_a_first_one(config, children):
     for step, settled in ((10, False), (20, False), (20, True), (30, False), (30, True)):
         (where / "metrics.jsonl").write_text(json.dumps({"split": "train", "step": step}) + "\n")
         folder.note_failure(run.name, "its hours were over")
-        assert folder.status(run).is_settled == settled
+        assert folder.status_of(run.name).is_settled == settled
 
 
 def run_study_of_nothing(config):
@@ -429,7 +431,7 @@ def run_study_of_nothing(config):
         run_study(NUM_EXPERTS, config)
 
 
-def test_a_study_that_was_moved_goes_on_where_it_lies(config, children):
+def test_a_study_that_was_moved_continues_in_its_new_place(config, children):
     children.stop_after = 3
     with pytest.raises(InputError, match="5 runs failed"):
         run_study(NUM_EXPERTS, config)
@@ -487,7 +489,7 @@ def test_a_death_while_a_stage_is_planned_leaves_nothing_behind(config, children
     assert folder.planned_run("half-planned").config.optimizer.table_learning_rate == 0.5
 
 
-def test_a_run_that_diverged_is_told_and_not_tried_again(config, children):
+def test_a_run_that_diverged_is_reported_and_not_tried_again(config, children):
     def stages(scale):
         def stage(losses):
             first, *others = NUM_EXPERTS.stages(scale)[0](losses)
@@ -502,7 +504,7 @@ def test_a_run_that_diverged_is_told_and_not_tried_again(config, children):
 
     run_study(study, config)
     folder = StudyFolder(config.output)
-    first, *others = [folder.status(folder.planned_run(name)) for name in folder.stages()[0].runs]
+    first, *others = [folder.status_of(name) for name in folder.stages()[0].runs]
     assert first.state == "failed"
     assert "gave a loss of nan" in first.reason
     assert {status.state for status in others} == {"done"}
@@ -521,13 +523,13 @@ def test_a_run_at_which_another_process_is_at_work_is_waited_for(config, childre
     with folder.run_lock(run.name):
         waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert waiting.stderr.readline() == f"another process is at work on {run.name}: waiting for it\n"
-        status = folder.status(run)
+        status = folder.status_of(run.name)
         assert (status.state, status.reason) == ("running", None)
     waiting.communicate(timeout=60)
-    assert folder.status(run).state == "done"
+    assert folder.status_of(run.name).state == "done"
 
 
-def test_the_minutes_end_a_slice_and_the_next_goes_on(config, children, monkeypatch, capsys):
+def test_the_minutes_end_a_slice_and_the_next_continues(config, children, monkeypatch, capsys):
     children.stop_after = 3
     clock = iter([0.0, 1.0, 1000.0])
     monkeypatch.setattr(study_runner.time, "monotonic", lambda: next(clock))
@@ -543,15 +545,15 @@ def test_the_minutes_end_a_slice_and_the_next_goes_on(config, children, monkeypa
     assert not set(children.started) & set(done)
 
 
-def test_what_a_later_stage_lacks_is_told_before_the_first(config, children, monkeypatch):
+def test_what_a_later_stage_lacks_is_reported_before_the_first(config, children, monkeypatch):
     monkeypatch.setattr(grid, "MAX_EPOCHS", 1e-3)
     with pytest.raises(InputError, match="they would be repeated"):
         run_study(NUM_EXPERTS, config)
     monkeypatch.undo()
-    for name, content, told in (("a.pdf", b"%PDF\0", "a.pdf is binary"), ("b.txt", b" \n", "b.txt has no text")):
+    for name, content, message in (("a.pdf", b"%PDF\0", "a.pdf is binary"), ("b.txt", b" \n", "b.txt has no text")):
         path = config.output.with_name(name)
         path.write_bytes(content)
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             run_study(NUM_EXPERTS, replace(config, evaluation_corpora=(path,)))
     assert (children.started, config.output.exists()) == ((), False)
 
@@ -574,23 +576,23 @@ def test_another_study_in_the_same_folder_is_refused(config, children):
         print_status(StudyFolder(config.output))
 
 
-def test_a_half_deleted_run_is_told(config, children):
+def test_a_half_deleted_run_is_reported(config, children):
     run_study(NUM_EXPERTS, config)
     folder = StudyFolder(config.output)
     run = folder.planned_runs()[0]
     (folder.run_path(run.name) / "config.json").unlink()
-    status = folder.status(run)
+    status = folder.status_of(run.name)
     assert status.state == "failed"
     assert "has results but no config.json: delete it, and it is run again" in status.reason
     (folder.run_path(run.name) / "evaluation.json").unlink()
     (folder.run_path(run.name) / "checkpoints").mkdir()
-    status = folder.status(run)
+    status = folder.status_of(run.name)
     assert status.state == "failed"
     assert "has checkpoints but no config.json: delete it, and it is run again" in status.reason
     shutil.rmtree(folder.run_path(run.name))
     other = folder.planned_runs()[1]
     (folder.run_path(other.name) / "evaluation-poems.json").write_text("{")
-    status = folder.status(other)
+    status = folder.status_of(other.name)
     assert status.state == "failed"
     assert re.search(r"evaluation-poems.json can't be read: delete .*, and it is run again", status.reason)
     assert other.name not in folder.losses()
@@ -601,7 +603,7 @@ def test_a_half_deleted_run_is_told(config, children):
 
 
 def test_a_result_that_was_deleted_is_measured_again_with_all_others(config, children):
-    """The weights are gone by then, and are made anew."""
+    """The weights are gone by then, and are made again."""
     run_study(NUM_EXPERTS, config)
     folder = StudyFolder(config.output)
     path = folder.run_path(folder.planned_runs()[0].name)
@@ -650,12 +652,12 @@ def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, capsys, monkeypatc
         ({"evaluation_corpora": (Path("a/x.txt"), Path("b/x.md"))}, "must have different names, got x, x"),
     ],
 )
-def test_bad_settings_are_told(changes, message):
+def test_bad_settings_are_refused_in_a_sentence(changes, message):
     with pytest.raises(InputError, match=message):
         StudyConfig(**changes)
 
 
-def test_an_unknown_run_is_told(config, children):
+def test_an_unknown_run_is_refused_by_its_name(config, children):
     children.stop_after = 0
     run_study_of_nothing(config)
     with pytest.raises(InputError, match="plans no run nonsense"):
@@ -663,12 +665,12 @@ def test_an_unknown_run_is_told(config, children):
 
 
 @pytest.mark.slow
-def test_submitit_runs_what_is_left_and_tells_failures(config, children, monkeypatch):
+def test_submitit_runs_the_remaining_runs_and_reports_failures(config, children, monkeypatch):
     children.stop_after = 6
     with pytest.raises(InputError, match="2 runs failed"):
         run_study(NUM_EXPERTS, config)
     folder = StudyFolder(config.output)
-    waiting = [run for run in folder.planned_runs() if folder.status(run).state == "waiting"]
+    waiting = [run for run in folder.planned_runs() if folder.status_of(run.name).state == "waiting"]
     planned = config.output / "planned" / f"{waiting[1].name}.json"
     planned.write_text("{}")
     monkeypatch.setattr(slurm, "_POLL_SECONDS", 0.2)
@@ -689,7 +691,7 @@ def test_submitit_runs_what_is_left_and_tells_failures(config, children, monkeyp
     assert any(line.startswith(waiting[1].name) and " failed " in line for line in last)
     failed = json.loads((config.output / "runs" / f"{waiting[1].name}.failed.json").read_text())
     assert "does not hold a planned run" in failed["reason"]
-    assert folder.status(waiting[0]).state == "done"
+    assert folder.status_of(waiting[0].name).state == "done"
 
 
 @pytest.mark.slow
@@ -750,16 +752,16 @@ def test_a_job_whose_time_is_over_is_saved_and_queued_again(config, children, mo
     assert warned
     num_steps = json.loads((where / "run.json").read_text())["num_steps"]
     assert any(2 < int(re.sub(r"\D", "", step)) < num_steps for step in saved), "it was not saved when it was warned"
-    assert folder.status(folder.planned_run(name)).state == "done"
+    assert folder.status_of(name).state == "done"
     ended = (where / "evaluation.json").read_text()
     shutil.rmtree(where)
     finish_run(config.output, name)
     assert (where / "evaluation.json").read_text() == ended
 
 
-def test_a_job_without_a_result_is_told_with_its_state():
-    told = "Job 7_1 (task: 0) with path x.pkl\nhas not produced any output (state: OUT_OF_MEMORY)\nIOError: gone"
-    found = slurm._raised(submitit.core.utils.UncompletedJobError(told))
+def test_a_job_without_a_result_is_reported_with_its_state():
+    message = "Job 7_1 (task: 0) with path x.pkl\nhas not produced any output (state: OUT_OF_MEMORY)\nIOError: gone"
+    found = slurm._raised(submitit.core.utils.UncompletedJobError(message))
     assert found == "its job ended without a result, in the state OUT_OF_MEMORY"
 
 

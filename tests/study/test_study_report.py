@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 import shlex
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
+from study_folder import fill
 
 from tinyexperts.comparison.figures import loss_curves
 from tinyexperts.comparison.findings import verdict_on
@@ -28,8 +28,8 @@ from tinyexperts.statistics.seed_interval import SeedInterval
 from tinyexperts.study.all_studies import STUDIES
 from tinyexperts.study.analysis.frame import read_runs
 from tinyexperts.study.runner.study_folder import StudyFolder
-from tinyexperts.study.runner.study_record import StudySettings
 from tinyexperts.study.scales import scale_named
+from tinyexperts.study.studies.ablation import Ablation
 from tinyexperts.study.studies.isoflop import ISOFLOP
 from tinyexperts.study.studies.isoflop.analysis import IsoFlopAnalysis
 from tinyexperts.study.studies.isoflop.figures import difference_trend, residuals
@@ -44,7 +44,7 @@ from tinyexperts.training import TrainConfig, recipes
 from tinyexperts.training.config import CheckpointConfig, OptimizerConfig
 from tinyexperts.training.recipes import RECIPES
 
-# Per method: by how much it is better than dense at any budget, in nats, and how far its seeds lie apart.
+# Per method: by how much it is better than dense at any budget, in nats, and how far apart its seeds are.
 ADVANTAGE = {"dense": 0.0, "moe": 0.03, "pkm": 0.05, "peer": 0.05}
 NOISE = {0: -0.004, 1: 0.001, 2: 0.003}
 
@@ -55,62 +55,12 @@ def isoflop_loss(run):
     optimum = 55 * (budget / 1e13) ** 0.05
     own = 0.2 * (-1) ** seed if run.method == "moe" else 0.0  # so uneven that nothing can be said
     curve = 0.3 * math.log(run.axes["width"] / optimum) ** 2
-    return 6 - 0.2 * math.log10(budget) + curve - ADVANTAGE[run.method] + NOISE[seed] + own
-
-
-def fill(path, study, loss, *, corpora=(), skip=()):
-    """A study folder at laptop scale whose runs ended with the given losses."""
-    folder, stages = StudyFolder(path), study.stages(scale_named("laptop", data=Path("data/none"), vocab_size=512))
-    folder.begin(StudySettings(study=study.name, scale="laptop", data="data/none", evaluation_corpora=corpora))
-    known = {}
-    for stage in stages:
-        runs = stage(known)
-        folder.write_planned(runs)
-        for run in runs:
-            if run.name in skip:
-                continue
-            known[run.name] = value = loss(run)
-            where, cost = folder.run_path(run.name), account(run.config)
-            where.mkdir(parents=True)
-            spent = {"step": cost.num_steps, "num_tokens": cost.num_tokens}
-            end = cost.training_flops / 1e11 * (1.0 if run.method == "dense" else 1.25)
-            lines = [
-                {
-                    "split": "validation",
-                    **spent,
-                    "seconds": seconds,
-                    "loss": value + (end - seconds) / end,
-                    "training_flops": cost.training_flops * seconds / end,
-                }
-                for seconds in (end / 2, end)
-            ]
-            (where / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            (where / "config.json").write_text("{}")
-            versions = {
-                "tinyexperts": "0.1",
-                "torch": "2.13",
-                "python": "3.11",
-                "platform": f"machine {run.config.seed}",
-            }
-            (where / "run.json").write_text(json.dumps({"num_steps": cost.num_steps, "versions": versions}))
-            usage = []
-            if run.method == "peer":
-                np.save(where / "usage.npy", np.full(4, 0.25))
-                usage = [
-                    {"layer": 2, "num_experts": 4, "usage": 0.75, "unevenness": 0.5, "gini": 0.1, "num_dead": 1,
-                     "file": "usage.npy"}
-                ]  # fmt: skip
-            split = {"new": value + 0.5, "stood_earlier": value - 0.5}
-            evaluation = {"loss": value, "loss_by_copy": split, "expert_usage": usage}
-            (where / "evaluation.json").write_text(json.dumps(evaluation))
-            for corpus in corpora:
-                (where / f"evaluation-{Path(corpus).stem}.json").write_text(json.dumps({"loss": value + 0.25}))
-    return folder
+    return 6 - 0.2 * math.log10(budget) + curve - ADVANTAGE.get(run.method, 0.0) + NOISE[seed] + own
 
 
 @pytest.fixture(scope="module")
 def isoflop(tmp_path_factory):
-    """With one run that failed, told in words that HTML must escape."""
+    """A study with one failed run, whose reason has characters that HTML must escape."""
     failed = "peer-d96-c3e13-seed2"
     folder = fill(
         tmp_path_factory.mktemp("isoflop") / "study", ISOFLOP, isoflop_loss, corpora=("texts/poems",),
@@ -122,7 +72,7 @@ def isoflop(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def isoflop_page(isoflop):
-    """Its report, with the tables beside it."""
+    """The page of its report, written together with the tables."""
     return write_study_report(ISOFLOP, isoflop, command="tinyexperts study isoflop")
 
 
@@ -159,7 +109,7 @@ def with_losses(runs, losses, *, budget):
     return replace(runs, frame=frame)
 
 
-def test_each_method_stands_at_its_own_best_size(isoflop):
+def test_each_method_is_shown_at_its_own_best_size(isoflop):
     runs = read_runs(isoflop)
     analysis = IsoFlopAnalysis(runs)
     for budget in analysis.budgets[:3]:
@@ -320,19 +270,19 @@ def test_the_tables_hold_what_was_measured(isoflop):
     for name, found in {**fit.exponents, "c": fit.constant}.items():
         assert float(laws["PEER"][name]) == pytest.approx(found, abs=6e-4)
         (low, high), is_open = fit.intervals[name], fit.open_ends[name]
-        told = [f"{end:.3f}" if not opened else "open" for end, opened in zip((low, high), is_open, strict=True)]
-        assert laws["PEER"][f"{name}, 95 %"] == " to ".join(told)
+        shown = [f"{end:.3f}" if not opened else "open" for end, opened in zip((low, high), is_open, strict=True)]
+        assert laws["PEER"][f"{name}, 95 %"] == " to ".join(shown)
     by_width = {(row["FLOPs"], row["baseline"], row["width"]): row for row in rows_of(isoflop, "differences-by-width")}
     assert len(by_width) == 3 * (3 + 4 + 3 + 1)
     for width in (32, 48, 64, 96):
         ours, theirs = (analysis.losses(method, 1e13).loc[width] for method in ("peer", "dense"))
         expected = (ours - theirs).mean()
-        told = by_width["1e+13", "dense", str(width)]
-        assert float(told["mean"].replace("\N{MINUS SIGN}", "-")) == pytest.approx(expected, abs=6e-4)
+        shown = by_width["1e+13", "dense", str(width)]
+        assert float(shown["mean"].replace("\N{MINUS SIGN}", "-")) == pytest.approx(expected, abs=6e-4)
     assert by_width["3e+13", "PKM", "96"]["seeds"] == "2"
 
 
-def test_every_run_stands_in_the_report_by_itself(isoflop, isoflop_page):
+def test_every_run_has_a_row_of_its_own_in_the_report(isoflop, isoflop_page):
     runs = read_runs(isoflop).done
     rows = {row["run"]: row for row in rows_of(isoflop, "runs")}
     assert list(rows) == list(runs.name)
@@ -342,8 +292,8 @@ def test_every_run_stands_in_the_report_by_itself(isoflop, isoflop_page):
         speed = runs.training_flops[name] / float(row["seconds of training"])
         assert float(row["training FLOPs a second"]) == pytest.approx(speed, rel=0.02)
     median = statistics.median(float(row["training FLOPs a second"]) for row in rows.values())
-    told = re.search(r"The median is ([\d.e+]+)\.", isoflop_page.read_text(encoding="utf-8"))
-    assert float(told[1]) == pytest.approx(median, rel=0.05)
+    shown = re.search(r"The median is ([\d.e+]+)\.", isoflop_page.read_text(encoding="utf-8"))
+    assert float(shown[1]) == pytest.approx(median, rel=0.05)
 
 
 def test_one_seed_has_no_interval():
@@ -354,7 +304,7 @@ def test_one_seed_has_no_interval():
 
 
 @pytest.mark.usefixtures("isoflop_page")
-def test_the_residuals_are_those_of_the_law_and_tell_a_run_astray(isoflop):
+def test_the_residuals_are_those_of_the_law_and_show_a_run_astray(isoflop):
     runs = read_runs(isoflop)
     analysis = IsoFlopAnalysis(runs)
     of_peer = IsoFlopAnalysis(replace(runs, frame=runs.frame[runs.frame.method == "peer"]))
@@ -398,7 +348,7 @@ def test_a_command_writes_out_every_kind_of_setting():
     assert parsed == config
 
 
-def test_an_ablation_is_judged_by_the_ends_of_its_axis(tmp_path):
+def test_the_verdict_on_an_ablation_compares_the_ends_of_its_axis(tmp_path):
     def loss(run):
         return 4 - 0.02 * math.log2(run.axes["num_experts"]) + NOISE[run.axes["seed"]]
 
@@ -422,8 +372,8 @@ def test_an_ablation_is_judged_by_the_ends_of_its_axis(tmp_path):
     assert float(rows[0]["without router"]) < float(rows[0]["training FLOPs"])
 
 
-def test_an_ablation_is_told_without_the_router_too(tmp_path):
-    """Losses that go by the FLOPs beside the router's, and 0.12 nats that the most experts save."""
+def test_an_ablation_is_reported_without_the_router_too(tmp_path):
+    """Losses that depend on the FLOPs without the router's, and 0.12 nats that the most experts save."""
 
     def loss(run):
         flops = account(run.config).training_flops_without_router
@@ -432,8 +382,8 @@ def test_an_ablation_is_told_without_the_router_too(tmp_path):
     folder = fill(tmp_path / "study", NUM_EXPERTS, loss)
     write_study_report(NUM_EXPERTS, folder, command="x")
     rows = rows_of(folder, "points")
-    told = [row["the same, router not counted"] for row in rows]
-    assert told == [MISSING, *(f"\N{MINUS SIGN}{saved:.3f}" for saved in (0.04, 0.08, 0.12))] * 2
+    shown = [row["the same, router not counted"] for row in rows]
+    assert shown == [MISSING, *(f"\N{MINUS SIGN}{saved:.3f}" for saved in (0.04, 0.08, 0.12))] * 2
     counted = rows[3]["loss against the first of its series"].replace("\N{MINUS SIGN}", "-")
     assert float(counted) > -0.12 + 0.02, "the router's FLOPs are missing for tokens"
     low, high = rows[3]["its 95 % interval"].replace("\N{MINUS SIGN}", "-").split(" to ")
@@ -461,20 +411,20 @@ def test_optimizers_are_compared_each_at_its_own_best_rate(tmp_path):
     assert {name: float(row["table learning rate"]) for name, row in rows.items()} == pytest.approx(
         {"sparse": 5e-3, "sparse-row": 1.5e-2, "dense": 1.5e-3}
     )
-    told = [rows[name]["loss against sparse"] for name in ("sparse", "sparse-row", "dense")]
-    assert told == [MISSING, "\N{MINUS SIGN}0.030", "+0.010"]
+    shown = [rows[name]["loss against sparse"] for name in ("sparse", "sparse-row", "dense")]
+    assert shown == [MISSING, "\N{MINUS SIGN}0.030", "+0.010"]
     assert rows["dense"]["95 % interval"].startswith("+0.010 to")
 
 
 def test_placements_are_compared_with_the_papers_block(tmp_path):
     folder = fill(tmp_path / "study", PLACEMENT, lambda run: 4 + 0.01 * run.axes["block"])
     write_study_report(PLACEMENT, folder, command="x")
-    told = {row["block"]: row["loss against the middle block"] for row in rows_of(folder, "points")}
-    assert told == {"0": "\N{MINUS SIGN}0.020", "1": "\N{MINUS SIGN}0.010", "2": MISSING, "3": "+0.010"}
+    shown = {row["block"]: row["loss against the middle block"] for row in rows_of(folder, "points")}
+    assert shown == {"0": "\N{MINUS SIGN}0.020", "1": "\N{MINUS SIGN}0.010", "2": MISSING, "3": "+0.010"}
 
 
 def test_ablations_have_the_settings_that_were_tuned():
-    """As the laptop study, whose results stand in docs/, came out."""
+    """As the laptop study, whose results are in docs/, came out."""
     with Path(__file__).parents[2].joinpath("docs/results/laptop/tables/commands.csv").open() as file:
         command = next(row["command"] for row in csv.DictReader(file) if row["run"].startswith("peer-d64-c1e13"))
     words = shlex.split(command)
@@ -486,7 +436,11 @@ def test_ablations_have_the_settings_that_were_tuned():
     assert {name: attrgetter(name)(run.config) for name in scale.peer_settings} == scale.peer_settings
 
 
-@pytest.mark.parametrize("study", STUDIES[1:], ids=lambda study: study.name)
+@pytest.mark.parametrize(
+    "study",
+    [study for study in STUDIES if getattr(study.findings, "__func__", None) is Ablation.findings],
+    ids=lambda study: study.name,
+)
 def test_every_ablation_has_a_report(study, tmp_path):
     folder = fill(tmp_path / "study", study, lambda run: 4 + NOISE[run.axes["seed"]])
     page = write_study_report(study, folder, command="x").read_text(encoding="utf-8")
@@ -503,7 +457,7 @@ def test_without_a_finished_run_there_is_no_report(tmp_path):
         write_study_report(study, folder, command="x")
 
 
-def test_the_command_writes_the_report_of_a_study_as_it_stands(run_cli, tmp_path):
+def test_the_command_writes_the_report_of_a_study_folder(run_cli, tmp_path):
     study = fill(tmp_path / "study", NUM_EXPERTS, lambda run: 4.0 + NOISE[run.axes["seed"]]).path
     report = study / "report.html"
     code, out, _ = run_cli("study", "report", study)
@@ -547,7 +501,7 @@ def test_the_report_in_a_browser(isoflop_page):
     assert min(texts) > 8
 
 
-def test_columns_of_words_are_told_from_columns_of_numbers():
+def test_columns_of_words_are_distinguished_from_columns_of_numbers():
     minus, dash = "\N{MINUS SIGN}", "\N{EN DASH}"
     numbers = [
         f"{minus}0.05",
@@ -594,7 +548,7 @@ def test_the_trend_holds_every_interval_of_three_seeds(isoflop):
     assert max(ends) < max(ticks) + step
 
 
-def test_a_best_value_at_the_end_of_what_was_tried_is_told(tmp_path):
+def test_a_best_value_at_the_end_of_what_was_tried_is_reported(tmp_path):
     def loss(run):
         return isoflop_loss(run) - 0.1 * (run.name in ("tune-dense-head-x2-seed0", "tune-peer-table-x2-seed0"))
 
@@ -636,7 +590,7 @@ def test_curves_that_share_no_seconds_are_drawn(isoflop):
     assert "It ends at PEER" in loss_curves(runs, "seconds").svg
 
 
-def test_a_folder_of_the_study_that_was_called_optimiser_still_opens(tmp_path):
+def test_a_folder_of_the_study_that_was_called_by_the_british_word_still_opens(tmp_path):
     folder = fill(tmp_path / "study", OPTIMIZER, lambda run: 4 + NOISE[run.axes["seed"]])
     for path in (folder.path / "study.json", *folder.path.glob("planned/*.json")):
         path.write_text(

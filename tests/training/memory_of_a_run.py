@@ -26,7 +26,7 @@ def main() -> None:
         for step in range(2):
             optimizer_step(run, step)
         del run
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         before = status("VmRSS")
         run = make_run(large, ranks)
         for step in range(3):

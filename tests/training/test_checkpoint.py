@@ -78,7 +78,7 @@ def test_large_tensors_are_written_in_parts(trained, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "no manifest", "empty manifest"])
-def test_a_damaged_checkpoint_is_told(trained, damage):
+def test_a_damaged_checkpoint_is_refused(trained, damage):
     folder = checkpoints(trained.run)[-1]
     path = next(folder.glob("*.safetensors"))
     if damage == "truncated":
@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_told(trained, damage):
         load_model(trained.run)
 
 
-def test_weights_that_are_not_finite_are_told(trained):
+def test_weights_that_are_not_finite_are_refused(trained):
     model = load_model(trained.run)
     with torch.no_grad():
         model.blocks[1].feed_forward.experts[5, 0, 0] = float("nan")
@@ -109,7 +109,7 @@ def test_weights_that_are_not_finite_are_told(trained):
         load_model(trained.run)
 
 
-def test_a_checkpoint_of_another_model_is_told(trained, make_config):
+def test_a_checkpoint_of_another_model_is_refused(trained, make_config):
     text = (trained.run / "config.json").read_text()
     (trained.run / "config.json").write_text(text.replace('"d_model": 16', '"d_model": 32'))
     with pytest.raises(InputError, match="does not fit the model"):
@@ -128,13 +128,13 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(trained, monkeypatch):
     assert load_model(trained.run)
 
 
-def test_checkpoints_written_beside_the_training_are_those_of_the_step(make_config, tmp_path):
+def test_checkpoints_written_during_training_are_those_of_the_step(make_config, tmp_path):
     whole = make_config()
     train(whole, progress=False)
-    beside = make_config(run=tmp_path / "beside", checkpoint={"asynchronous": True})
-    train(beside, progress=False)
-    assert [path.name for path in checkpoints(beside.run)] == [path.name for path in checkpoints(whole.run)]
-    for ours, theirs in zip(checkpoints(beside.run), checkpoints(whole.run), strict=True):
+    in_thread = make_config(run=tmp_path / "in_thread", checkpoint={"asynchronous": True})
+    train(in_thread, progress=False)
+    assert [path.name for path in checkpoints(in_thread.run)] == [path.name for path in checkpoints(whole.run)]
+    for ours, theirs in zip(checkpoints(in_thread.run), checkpoints(whole.run), strict=True):
         found, expected = (load_file(path / "model-00001-of-00001.safetensors") for path in (ours, theirs))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -142,7 +142,7 @@ def test_checkpoints_written_beside_the_training_are_those_of_the_step(make_conf
         assert [state["step"] for state in states] == [int(ours.name[-8:])] * 2
 
 
-def test_what_is_written_beside_the_training_is_a_copy(trained, monkeypatch):
+def test_what_is_written_during_training_is_a_copy(trained, monkeypatch):
     model = load_model(trained.run)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     may_write = threading.Event()
@@ -160,7 +160,7 @@ def test_what_is_written_beside_the_training_is_a_copy(trained, monkeypatch):
         assert torch.equal(tensor, before[name]), name
 
 
-def test_a_full_disk_is_told_when_the_write_beside_the_training_is_waited_for(trained, monkeypatch):
+def test_a_full_disk_is_reported_when_a_write_during_training_is_waited_for(trained, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -28,7 +28,7 @@ from tinyexperts.training.config import ScheduleConfig, with_settings
         ({"seed": -1}, "seed must be between 0 and 2\\^63 - 1, got -1"),
     ],
 )
-def test_bad_settings_are_told(make_config, changes, message):
+def test_bad_settings_are_refused(make_config, changes, message):
     with pytest.raises(InputError, match=message):
         make_config(**changes)
 
@@ -75,6 +75,6 @@ def test_paths_are_given_in_any_form(make_config, tmp_path):
         (None, "must be a path, got None"),
     ],
 )
-def test_what_is_no_path_or_not_utf_8_is_told(make_config, name, value, message):
+def test_what_is_no_path_or_not_utf_8_is_refused(make_config, name, value, message):
     with pytest.raises(InputError, match=f"^{name} {message}$"):
         make_config(**{name: value})

@@ -182,7 +182,7 @@ def test_a_step_that_is_refused_leaves_every_weight_and_state_as_it_was(make_con
     assert [*map(str, before[1])] == [*map(str, after[1])]
 
 
-def test_bad_input_is_told_before_a_folder_is_made(make_config, tiny_data, tmp_path):
+def test_bad_input_is_refused_before_a_folder_is_made(make_config, tiny_data, tmp_path):
     config = make_config()
     for changed, message in (
         (make_config(data=tmp_path / "none"), "none"),
@@ -228,7 +228,7 @@ def test_a_changed_configuration_is_not_resumed(make_config):
         train(changed, resume=True, progress=False)
 
 
-def test_resume_with_tokens_of_another_tokenizer_is_told(make_config, tmp_path):
+def test_resume_with_tokens_of_another_tokenizer_is_refused(make_config, tmp_path):
     config = make_config(num_steps=3)
     train(config, progress=False)
     texts = tmp_path / "texts"
@@ -242,7 +242,7 @@ def test_resume_with_tokens_of_another_tokenizer_is_told(make_config, tmp_path):
         train(dataclasses.replace(config, data=tmp_path / "other"), resume=True, progress=False)
 
 
-def test_resume_with_other_tokens_of_the_same_tokenizer_is_told(make_config, tiny_data, tmp_path):
+def test_resume_with_other_tokens_of_the_same_tokenizer_is_refused(make_config, tiny_data, tmp_path):
     config = make_config(num_steps=3)
     train(config, progress=False)
     texts = tmp_path / "texts"
@@ -278,7 +278,7 @@ def test_resume_of_no_run_makes_no_folder(make_config):
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "FileNotFoundError"), ("[]", "TypeError"), ("{", "JSON")])
-def test_a_damaged_description_of_the_run_is_told(make_config, content, message):
+def test_a_damaged_description_of_the_run_is_refused(make_config, content, message):
     config = make_config(num_steps=3)
     train(config, progress=False)
     path = config.run / "run.json"
@@ -287,7 +287,7 @@ def test_a_damaged_description_of_the_run_is_told(make_config, content, message)
         train(config, resume=True, progress=False)
 
 
-def test_a_model_larger_than_the_memory_is_told(make_config):
+def test_a_model_larger_than_the_memory_is_refused(make_config):
     config = make_config("peer", model={"vocab_size": 300})
     layer = dataclasses.replace(config.model.expert_layer, num_experts=(2**20) ** 2)
     huge = dataclasses.replace(config, model=dataclasses.replace(config.model, expert_layer=layer))
@@ -353,7 +353,7 @@ def test_every_function_takes_its_paths_as_strings(make_config, tiny_data, tmp_p
 
 
 @pytest.mark.parametrize("name", ["\udcff", "run\udce9"])
-def test_a_run_whose_name_is_not_utf_8_is_told(make_config, tmp_path, name):
+def test_a_run_whose_name_is_not_utf_8_is_refused(make_config, tmp_path, name):
     run = tmp_path / name
     train(make_config(num_steps=2), progress=False)
     (tmp_path / "run").rename(run)

@@ -64,7 +64,7 @@ def stops_at(step, monkeypatch, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_what_python_is_told_is_python(make_config, monkeypatch, number):
+def test_the_command_to_resume_from_python_is_python(make_config, monkeypatch, number):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "/run/kernel-1.json"])
     config = make_config()
     stops_at(2, monkeypatch, number)
@@ -84,7 +84,7 @@ def test_what_python_is_told_is_python(make_config, monkeypatch, number):
         (["study", "run", "runs/s", "peer-1"], "tinyexperts study run runs/s peer-1"),
     ],
 )
-def test_what_the_command_line_is_told_is_a_command(make_config, monkeypatch, command, again):
+def test_the_command_to_resume_from_the_command_line_is_a_command(make_config, monkeypatch, command, again):
     config = make_config()
     stops_at(0, monkeypatch)
     with pytest.raises(Interrupted, match=f"at step 1; to go on: {again}$"):

@@ -62,10 +62,10 @@ def test_text_is_generated_as_by_the_model(config):
 
 def test_bad_settings_are_refused(config):
     for options, message in (
-        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
-        ({"threads": 0}, "--threads must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"split": "test"}, "splits train and validation, got 'test'"),
-        ({"data": "a", "files": ["b"]}, "give either --data or --files, got a and 1 files"),
+        ({"data": "a", "files": ["b"]}, "give either data or files, got a and 1 files"),
     ):
         with pytest.raises(InputError, match=message):
             evaluate_run(config.run, **options)

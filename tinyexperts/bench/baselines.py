@@ -78,6 +78,13 @@ def measure_baseline(
 ) -> tuple[BaselineMeasurement | None, str | None]:
     """Measure a baseline in turns with our layer, which was also measured alone, at another moment.
 
+    Args:
+        baseline (Baseline): the baseline.
+        ours (OurLayer): our layer.
+        inputs (Inputs): tokens for both.
+        repeats (int): rounds that a median is taken over.
+        max_bytes (float): limit on tables, gradients and optimizers' state of both.
+
     Returns:
         The measurement, None if it is left out; and the reason why it, or its training step, is left out.
     """
@@ -85,9 +92,9 @@ def measure_baseline(
     forward_bytes, step_bytes = held + baseline.forward_bytes(sizes), held + baseline.step_bytes(sizes)
     reason = None
     if forward_bytes > max_bytes:
-        return None, f"it needs {memory.gib(forward_bytes)} beside ours"
+        return None, f"it needs {memory.gib(forward_bytes)} in addition to ours"
     if inputs.trains and step_bytes > max_bytes:
-        reason = f"the training step needs {memory.gib(step_bytes)} beside ours"
+        reason = f"the training step needs {memory.gib(step_bytes)} in addition to ours"
     try:
         theirs = baseline.make(ours, inputs)
     except Unavailable as error:

@@ -23,6 +23,12 @@ MAX_TOKENS = 64
 def check_kernels(layer: PEER, num_tokens: int, second_moments: Sequence[str], generator: torch.Generator) -> None:
     """Compare outputs, every gradient and the table's update, for at most 64 tokens.
 
+    Args:
+        layer (PEER): the layer whose sizes and table are taken.
+        num_tokens (int): tokens of a batch M.
+        second_moments (Sequence[str]): the kinds of updates.
+        generator (torch.Generator): the source of randomness.
+
     Raises:
         InputError: names the first tensor that differs by more than 1e-4 of its largest element, and by how much.
     """
@@ -61,6 +67,14 @@ def check_experts(
     The reference works on the touched rows alone, so that its gradient is not as large as the table; in fp32, so that
     the gradient of a 16-bit table differs by its rounding, which is allowed.
 
+    Args:
+        x_MD (float32, [M, D]): the tokens.
+        table_NED (float, [N, E, D]): the experts.
+        ids_MP (int64, [M, P]): the retrieved experts.
+        weights_MP (float32, [M, P]): their router weights.
+        activation (str | None): the activation; None for values.
+        generator (torch.Generator): the source of randomness.
+
     Raises:
         InputError: as `check_kernels`.
     """
@@ -87,7 +101,19 @@ def check_experts(
 def check_int8_experts(
     x_MD: Tensor, table_NED: Tensor, scales_NE: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None
 ) -> None:
-    """Compare the forward pass of an int8 table with the reference on its scaled values."""
+    """Compare the forward pass of an int8 table with the reference on its scaled values.
+
+    Args:
+        x_MD (float32, [M, D]): the tokens.
+        table_NED (int8, [N, E, D]): the experts.
+        scales_NE (float32, [N, E]): the scale of each vector.
+        ids_MP (int64, [M, P]): the retrieved experts.
+        weights_MP (float32, [M, P]): their router weights.
+        activation (str | None): the activation; None for values.
+
+    Raises:
+        InputError: as `check_kernels`.
+    """
     rows, positions_MP = ids_MP.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     compact = table_NED[rows].float() * scales_NE[rows].unsqueeze(-1)
     y = expert_mlp(x_MD, table_NED, ids_MP, weights_MP, activation, scales_NE=scales_NE)

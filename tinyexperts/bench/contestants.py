@@ -20,7 +20,6 @@ from tinyexperts.ops.product_key_topk import portable as topk_portable
 from tinyexperts.ops.without_kernels import without_kernels
 from tinyexperts.optim import RowSparseAdam, deferred_gradients
 
-QUERY_DIM = 128
 _LEARNING_RATE = 1e-3
 
 
@@ -39,7 +38,15 @@ class Contestant:
             return y_MD
 
     def step(self, x_MD: Tensor, grad_y_MD: Tensor) -> tuple[float, float, float]:
-        """Take a training step; return the seconds of its forward pass, its backward pass and its update."""
+        """Take a training step.
+
+        Args:
+            x_MD (float32, [M, D]): the tokens.
+            grad_y_MD (float32, [M, D]): the gradient of the output.
+
+        Returns:
+            The seconds of the forward pass, the backward pass and the update.
+        """
         with self.context():
             started = time.perf_counter()
             y_MD = self.module(x_MD)
@@ -61,7 +68,11 @@ class Contestant:
         return lambda: self.step(inputs.next(), inputs.grad_y_MD)
 
     def activation_bytes(self, x_MD: Tensor) -> int:
-        """Return the bytes that a forward pass keeps for the backward pass: each storage once, no parameters."""
+        """Return the bytes that a forward pass keeps for the backward pass: each storage once, no parameters.
+
+        Args:
+            x_MD (float32, [M, D]): the tokens.
+        """
         parameters = {parameter.untyped_storage().data_ptr() for parameter in self.module.parameters()}
         kept: dict[int, int] = {}
         x_MD = x_MD.detach().clone().requires_grad_()  # a storage of its own, and not a part of all inputs'
@@ -88,14 +99,7 @@ class OurLayer(Contestant):
 def make_layer(d_model: int, num_experts: int) -> PEER:
     """Make the paper's layer: 8 heads that retrieve 16 experts each, or fewer where a half has fewer sub-keys."""
     num_sub_keys = round(num_experts**0.5)
-    return PEER(
-        d_model,
-        num_experts,
-        num_heads=8,
-        experts_per_head=min(16, num_sub_keys),
-        query_dim=QUERY_DIM,
-        sparse=True,
-    )
+    return PEER(d_model, num_experts, experts_per_head=min(16, num_sub_keys), sparse=True)
 
 
 def our_layer(layer: PEER, second_moment: str) -> OurLayer:
@@ -106,7 +110,13 @@ def our_layer(layer: PEER, second_moment: str) -> OurLayer:
 
 
 def settle(contestant: Contestant, x_MD: Tensor, grad_y_MD: Tensor) -> None:
-    """Take a step, then write all of the optimizers' state, so that no later step waits for its memory."""
+    """Take a step, then write all of the optimizers' state, so that no later step waits for its memory.
+
+    Args:
+        contestant (Contestant): the layer.
+        x_MD (float32, [M, D]): its tokens.
+        grad_y_MD (float32, [M, D]): the gradient of its output.
+    """
     contestant.step(x_MD, grad_y_MD)
     for optimizer in contestant.optimizers:
         for state in optimizer.state.values():
@@ -173,7 +183,11 @@ class _Tokens(nn.Module):
 
 
 def peer_pytorch(layer: PEER, *, sparse: bool) -> Contestant:
-    """Return PEER-pytorch's layer of the same sizes: with fused Adam for all, or SparseAdam for its two embeddings.
+    """Return PEER-pytorch's layer of the same sizes.
+
+    Args:
+        layer (PEER): our layer.
+        sparse (bool): take SparseAdam for its two embeddings; otherwise fused Adam for all.
 
     Raises:
         ImportError: PEER-pytorch is not installed; it is none of this project's dependencies.

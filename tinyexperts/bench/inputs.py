@@ -16,6 +16,12 @@ class Inputs:
     """Random tokens in turn, each batch [M, D] of standard normal numbers, and a gradient of the output.
 
     In training the tokens require a gradient, as those of a layer within a model do.
+
+    Args:
+        num_tokens (int): tokens of a batch M.
+        d_model (int): model width D.
+        trains (bool): the layer is trained.
+        generator (torch.Generator): the source of randomness.
     """
 
     def __init__(self, num_tokens: int, d_model: int, *, trains: bool, generator: torch.Generator) -> None:

@@ -48,6 +48,12 @@ def measure_layer(
 ) -> tuple[OurLayer, LayerMeasurement]:
     """Measure the layer, its parts and its training steps.
 
+    Args:
+        layer (PEER): a layer of `make_layer`.
+        inputs (Inputs): its tokens.
+        second_moments (Sequence[str]): the kinds of training steps; none: nothing is trained.
+        repeats (int): rounds that a median is taken over.
+
     Returns:
         The layer with the state of the last second moment, and the measurement.
     """

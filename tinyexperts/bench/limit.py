@@ -42,7 +42,13 @@ def words_of(table_NED: Tensor) -> Any:
 
 
 def read_rows(words: Any, ids: Any, variant: Variant) -> None:
-    """Read the rows of `ids` (int64 of numpy, [number of rows]) on as many threads as torch uses."""
+    """Read rows of a table on as many threads as torch uses.
+
+    Args:
+        words (int64 of numpy, [N, words]): the table, from `words_of`.
+        ids (int64 of numpy, [number of rows]): the rows to read.
+        variant (Variant): the way to read them.
+    """
     parallel_for(
         _READERS[variant.rows_at_once],
         len(ids),
@@ -55,7 +61,7 @@ def read_rows(words: Any, ids: Any, variant: Variant) -> None:
 
 
 # Two kernels, written out: a loop over the rows that are read side by side takes twice as long. Unsigned indices, since
-# numba lets signed ones count from the end, and then nothing vectorises.
+# numba lets signed ones count from the end, and then nothing vectorizes.
 @kernel
 def _read_4(words: Any, ids: Any, ahead: int, at_once: int, start: int, stop: int) -> int:
     total, num_words = 0, words.shape[1]

@@ -67,7 +67,15 @@ def draw_ids(kind: str, num_experts: int, shape: tuple[int, ...], generator: tor
 def measure_operator(
     layer: PEER, kind: str, num_tokens: int, *, repeats: int, generator: torch.Generator
 ) -> OperatorMeasurement:
-    """Measure the experts' forward pass alone, with ids of the given kind."""
+    """Measure the experts' forward pass alone.
+
+    Args:
+        layer (PEER): the layer with the table.
+        kind (str): the kind of ids, as in `draw_ids`.
+        num_tokens (int): tokens of a batch M.
+        repeats (int): rounds that a median is taken over.
+        generator (torch.Generator): the source of randomness.
+    """
     table = layer.experts.detach()
     num_experts, num_vectors, d_model = table.shape
     shape = (pool_size(num_tokens), num_tokens, layer.retrieved_per_token)

@@ -21,7 +21,7 @@ from tinyexperts.bench import memory, view
 from tinyexperts.bench.baselines import BASELINES, BaselineName
 from tinyexperts.bench.contestants import make_layer
 from tinyexperts.bench.measurement import Measurement, measure_setting, to_json
-from tinyexperts.errors import InputError
+from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.files import write_atomically
 from tinyexperts.training.config import path_of
 
@@ -64,8 +64,7 @@ class LayerBenchmarkConfig:
         for num_experts in self.num_experts:
             if math.isqrt(num_experts) ** 2 != num_experts:
                 raise InputError(f"--num-experts must be squares (product keys are pairs), got {num_experts}")
-        if self.repeats < 1:
-            raise InputError(f"--repeats must be at least 1, got {self.repeats}")
+        require_at_least(1, "--repeats", self.repeats)
         if not self.max_memory_gib > 0:
             raise InputError(f"--max-memory-gib must be positive, got {self.max_memory_gib}")
 
@@ -74,6 +73,12 @@ def run_layer_benchmark(config: LayerBenchmarkConfig) -> list[Measurement]:
     """Measure every setting that fits into the memory, print tables, write layer.json and layer.svg.
 
     layer.json is written after each setting, so that an interruption keeps what is measured.
+
+    Args:
+        config (LayerBenchmarkConfig): the settings.
+
+    Returns:
+        The measurements in the order in which they were made.
 
     Raises:
         InputError: a kernel differs from the reference, or no setting fits.
@@ -150,16 +155,13 @@ def _print(measurements: Sequence[Measurement], skipped: Sequence[str]) -> None:
         console = Console(width=widest)
     for table in tables:
         console.print(table)
-    for sentence in [*skipped, *_left_out(measurements)]:
-        console.print(f"left out: {sentence}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _left_out(measurements: Sequence[Measurement]) -> list[str]:
-    return [
+    left_out = [
         f"{_name(each.d_model, each.num_experts)}, M = {each.num_tokens}, threads: {each.threads}: {reason}"
         for each in measurements
         for reason in each.left_out
     ]
+    for sentence in [*skipped, *left_out]:
+        console.print(f"left out: {sentence}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _name(d_model: int, num_experts: int) -> str:

@@ -36,15 +36,24 @@ class Group:
     description: str
     verbs: Mapping[str, Entry] = dataclasses.field(default_factory=dict)
     more: Callable[[], Mapping[str, Entry]] = dict
+    word: str = "verb"
+    """The word for one of them."""
 
 
 Entry: TypeAlias = Verb | ConfiguredVerb | Group
 
 
-def _of_recipes(make: Callable[[str], Verb]) -> dict[str, Entry]:
-    from tinyexperts.training.recipes import RECIPES
+# The names of training/recipes.py, whose import takes torch; a test compares them.
+RECIPES = {
+    "peer": "PEER: 65,536 single-neuron experts in the middle block, 4 heads x 16 active a token.",
+    "dense": "A plain transformer with dense layers only, to compare the others with.",
+    "expert-choice-moe": "A mixture of 16 experts in the middle block, which choose their tokens (expert choice).",
+    "product-key-memory": "A product-key memory: 65,536 values in the middle block, 4 heads x 32 active a token.",
+}
 
-    return {name: ConfiguredVerb(recipe.__doc__, functools.partial(make, name)) for name, recipe in RECIPES.items()}
+
+def _of_recipes(make: Callable[[str], Verb]) -> dict[str, Entry]:
+    return {name: ConfiguredVerb(description, functools.partial(make, name)) for name, description in RECIPES.items()}
 
 
 def _studies() -> dict[str, Entry]:
@@ -59,7 +68,7 @@ VERBS = Group(
     "Train, measure and use language models with PEER layers.",
     {
         "data": Group(
-            "Fetch texts, prepare data sets of tokens, and verify them.",
+            "Download texts, prepare data sets of tokens, verify them.",
             {
                 "fetch": verbs.fetch,
                 "prepare": ConfiguredVerb(verbs.prepare.__doc__, verbs.prepare),
@@ -67,12 +76,14 @@ VERBS = Group(
             },
         ),
         "train": Group(
-            "Train a language model by a recipe; --help after the recipe's name lists every setting.",
-            more=lambda: _of_recipes(verbs.train_recipe),
+            "Train a language model from a recipe, whose --help lists every setting.",
+            _of_recipes(verbs.train_recipe),
+            word="recipe",
         ),
         "plan": Group(
-            "Predict what a recipe takes on several devices: memory, exchanges and time, for each mesh of them.",
-            more=lambda: _of_recipes(verbs.plan_recipe),
+            "Predict the memory, the communication and the time that a recipe takes on several devices.",
+            _of_recipes(verbs.plan_recipe),
+            word="recipe",
         ),
         "evaluate": verbs.evaluate,
         "generate": verbs.generate,
@@ -132,16 +143,17 @@ def _chosen(program: str, group: Group, word: str | None) -> Entry:
     entries = {**group.verbs, **group.more()}
     if word and word in entries:
         return entries[word]
-    known = f"{program} has the verbs {', '.join(entries)}, and {program} --help describes them"
+    known = f"{program} has the {group.word}s {', '.join(entries)}, and {program} --help describes them"
     if word is None:
-        raise InputError(f"a verb is missing: {known}")
+        raise InputError(f"a {group.word} is missing: {known}")
     near = difflib.get_close_matches(word, entries, n=1)
-    raise InputError(f"no verb {word!r}{f', did you mean {near[0]!r}?' if near else ':'} {known}")
+    raise InputError(f"no {group.word} {word!r}{f', did you mean {near[0]!r}?' if near else ':'} {known}")
 
 
 def _print_help(program: str, group: Group) -> None:
-    parser = argparse.ArgumentParser(prog=program, usage=f"{program} VERB ...", description=group.description)
-    verbs_of_group = parser.add_subparsers(title="verbs, each with a --help of its own", metavar="VERB")
+    metavar = group.word.upper()
+    parser = argparse.ArgumentParser(prog=program, usage=f"{program} {metavar} ...", description=group.description)
+    verbs_of_group = parser.add_subparsers(title=f"{group.word}s, each with its own --help", metavar=metavar)
     for name, entry in {**group.verbs, **group.more()}.items():
         verbs_of_group.add_parser(name, help=_description(entry).partition("\n")[0].replace("%", "%%"))
     parser.print_help()

@@ -1,8 +1,8 @@
-"""What the command line shows as a table: texts, plans, evaluations."""
+"""The tables of the command line: texts, plans, evaluations."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -12,11 +12,13 @@ from tinyexperts.data import fetchable_corpora
 
 if TYPE_CHECKING:
     from tinyexperts import planning, training
+    from tinyexperts.evaluation import Evaluation
 
 _GIB = 2**30
 
 
 def print_texts() -> None:
+    """Print the corpora that `data fetch` downloads."""
     table = Table(title="tinyexperts data fetch NAME ...", title_justify="left")
     table.add_column("name", no_wrap=True)
     table.add_column("text")
@@ -29,6 +31,7 @@ def print_texts() -> None:
 
 
 def print_plans(config: training.TrainConfig, devices: planning.Devices, plans: list[planning.MeshPlan]) -> None:
+    """Print a column for each mesh, and the quickest that fits, or what would make one fit."""
     console = Console()
     _print_fitting_width(console, config, devices, plans)
     fitting = [mesh for mesh in plans if mesh.fits(devices)]
@@ -57,7 +60,7 @@ def print_plans(config: training.TrainConfig, devices: planning.Devices, plans: 
 def _print_fitting_width(
     console: Console, config: training.TrainConfig, devices: planning.Devices, plans: list[planning.MeshPlan]
 ) -> None:
-    """In several tables where one would be too wide: a number must not be cut off."""
+    """Print several tables if one would be too wide: a number must not be cut off."""
     table = _table_of_plans(config, devices, plans)
     if len(plans) > 1 and Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width:
         half = (len(plans) + 1) // 2
@@ -86,7 +89,9 @@ def _table_of_plans(config: training.TrainConfig, devices: planning.Devices, pla
     return table
 
 
-def print_evaluation(text: str, summary: dict[str, Any]) -> None:
+def print_evaluation(text: str, evaluation: Evaluation) -> None:
+    """Print an evaluation under the name of its text: a table of losses, and the sentences of its tasks."""
+    summary = evaluation.summary()
     table = Table(title=text, title_justify="left")
     for column in ("routing", "nats a token", "perplexity", "bits a byte", "nats, new bigrams", "tokens"):
         table.add_column(column, justify="left" if column == "routing" else "right")
@@ -102,9 +107,6 @@ def print_evaluation(text: str, summary: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
-    for usage in summary["expert_usage"]:
-        console.print(
-            f"{usage['layer']}: {usage['usage']:.1%} of {usage['num_experts']:,} experts used, unevenness "
-            f"{usage['unevenness']:.2f} nats, Gini {usage['gini']:.2f}, {usage['num_dead']:,} dead",
-            highlight=False,
-        )
+    for result in evaluation.results.values():
+        for sentence in result.sentences():
+            console.print(sentence, highlight=False, markup=False)

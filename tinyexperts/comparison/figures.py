@@ -19,10 +19,14 @@ _AXES = {"training_flops": "training FLOPs", "num_tokens": "training tokens", "s
 
 @house_style()
 def loss_curves(runs: Sequence[Results], x: str) -> Drawing | None:
-    """Draw held-out loss against `training_flops`, `num_tokens` or `seconds`; None where no run recorded two points.
+    """Draw held-out loss during training; None where no run recorded two points.
 
     Each seed is a thin line, the mean of a method's seeds a bold one over the part of the axis that all its seeds
-    cover; mark and label are of the mean of their ends.
+    cover. Mark and label show the mean of their ends.
+
+    Args:
+        runs (Sequence[Results]): the runs.
+        x (str): the axis, `training_flops`, `num_tokens` or `seconds`.
     """
     curves = {run: points for run in runs if len(points := _points(run, x)) > 1}
     if not curves:
@@ -106,7 +110,7 @@ def usage_histogram(run: Results, layer: LayerUsage) -> Drawing | None:
 
 
 def _points(run: Results, x: str) -> np.ndarray:
-    """Return [num_points, 2] of the axis and the held-out loss, without what isn't finite."""
+    """Return [num_points, 2] of the axis and the held-out loss, without values that aren't finite."""
     points = np.array([(line[x], line["loss"]) for line in run.validation if x in line and "loss" in line], dtype=float)
     points = points.reshape(-1, 2)
     finite: np.ndarray = points[np.isfinite(points).all(axis=1)]

@@ -1,32 +1,13 @@
-"""Findings: what the report of a study shows, and the verdicts on the paper's claims."""
+"""The verdicts on the paper's claims, and differences as text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from tinyexperts.report.numbers import MISSING, signed
-from tinyexperts.report.page import Finding, Sample, Section
+from tinyexperts.report.page import Finding
 from tinyexperts.statistics.seed_interval import SeedInterval
-
-
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """The part of a report's page that depends on the study."""
-
-    findings: Sequence[Finding]
-    sections: Sequence[Section]
-    doubts: Sequence[str] = ()
-    """A sentence for each reason to doubt the findings."""
-    repeatable: Sequence[str] = ()
-    """The names of the runs whose commands the report gives."""
-    title: str = ""
-    """The title of the page, where it is not the study's name."""
-    samples: Mapping[str, tuple[Sample, ...]] | None = None
-    """Texts of the models by their prompt."""
-    folded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Texts to look up, by title."""
 
 
 def verdict_on(
@@ -35,10 +16,11 @@ def verdict_on(
     """Return the verdict on a claim that a difference is below zero: only an interval without zero decides.
 
     Args:
-        claim: the claim as a sentence.
-        difference: the difference over seeds, in nats; None where there is nothing to compare.
-        is_finished: no run of it is still to come; until then the verdict is "unfinished".
-        margins: the paper's own differences (nats); the evidence says whether the interval holds them.
+        claim (str): the claim as a sentence.
+        difference (SeedInterval | None): the difference over seeds, in nats; None where there is nothing to compare.
+        is_finished (bool): no run of it is still to come; until then the verdict is "unfinished".
+        margins (Sequence[float]): the paper's own differences (nats); the evidence says whether the interval holds
+            them.
     """
     if difference is None:
         evidence = "no sizes and seeds to compare" if is_finished else "runs are still to come"

@@ -20,7 +20,12 @@ HELD_OUT = "loss, held out"
 
 
 def frame_of(results: Sequence[Results], **columns: Sequence[Any]) -> pd.DataFrame:
-    """Return the frame of run folders, with `results` and more as columns."""
+    """Return the frame of run folders.
+
+    Args:
+        results (Sequence[Results]): the run folders, which become the column `results`.
+        columns (Sequence[Any]): more columns, by name.
+    """
     import pandas as pd
 
     return pd.DataFrame([row_of(each) for each in results]).assign(results=list(results), **columns)

@@ -113,7 +113,15 @@ class Comparison:
 
 
 def compare_methods(runs: Sequence[Results], baseline: str) -> list[Comparison]:
-    """Return every other method against the baseline, paired by seed; one without a pair is kept and says so."""
+    """Compare every other method with the baseline, paired by seed; one without a pair is kept and says so.
+
+    Args:
+        runs (Sequence[Results]): the runs of all methods.
+        baseline (str): the name of the baseline.
+
+    Returns:
+        A comparison for each other method; none where the baseline has no run.
+    """
     methods = list(dict.fromkeys(run.method for run in runs))
     if baseline not in methods:
         return []
@@ -138,7 +146,13 @@ def compare_methods(runs: Sequence[Results], baseline: str) -> list[Comparison]:
 
 
 def interpolate(lines: Sequence[dict[str, Any]], x: str, at: float) -> float | None:
-    """Return the held-out loss at a point of the axis `x`, between the recorded lines; None outside of them."""
+    """Return the held-out loss at a point of an axis, between the recorded lines; None outside of them.
+
+    Args:
+        lines (Sequence[dict[str, Any]]): lines of metrics.
+        x (str): the name of the axis in the lines.
+        at (float): the point.
+    """
     points = [(line[x], line["loss"]) for line in lines if x in line and "loss" in line]
     if not points or not points[0][0] <= at <= points[-1][0]:
         return None
@@ -147,7 +161,7 @@ def interpolate(lines: Sequence[dict[str, Any]], x: str, at: float) -> float | N
 
 
 def first_end(*runs: Results) -> float | None:
-    """Return the seconds of training after which the first of the runs had ended; None where one does not tell."""
+    """Return the seconds of training after which the first of the runs had ended; None where one has no record."""
     ends = [max((float(line["seconds"]) for line in run.validation if "seconds" in line), default=None) for run in runs]
     known = [end for end in ends if end is not None]
     return min(known) if len(known) == len(ends) else None

@@ -1,6 +1,6 @@
 """The findings of a set of runs: a verdict, figures, tables and samples, and the page that shows them.
 
-All of it is computed from the run folders (results.py); what they lack is said on the page.
+All of it is computed from the run folders (results.py); the page names what they lack.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tinyexperts.comparison.figures import difference_curves, loss_curves, usage_histogram
-from tinyexperts.comparison.findings import Findings
 from tinyexperts.comparison.frame import HELD_OUT
 from tinyexperts.comparison.methods import label_of
 from tinyexperts.comparison.paired import Comparison, compare_methods, first_end
 from tinyexperts.comparison.results import Results, read_results
 from tinyexperts.errors import InputError
 from tinyexperts.report.numbers import MISSING, fixed, format_count, percent, scientific, signed
-from tinyexperts.report.page import Finding, Page, Sample, Section
+from tinyexperts.report.page import Finding, Findings, Page, Sample, Section
 from tinyexperts.report.style import FALL, Drawing
 from tinyexperts.report.table import Table
 
@@ -44,12 +44,12 @@ def write_report(
     """Write the report of run folders to one HTML file that needs no network.
 
     Args:
-        folders: run folders named `<method>-seed<k>`, in the order in which the tables show them.
-        output: the HTML file; its folder is made where it isn't there, an earlier report is replaced.
-        command: the command that makes the report again.
-        title: the title of the page.
-        baseline: the method that the others are compared with.
-        created: the time shown; now by default.
+        folders (Sequence[str | PathLike]): run folders named `<method>-seed<k>`, in the order of the tables.
+        output (str | PathLike): the HTML file; its folder is made if it isn't there, an earlier report is replaced.
+        command (str): the command that makes the report again.
+        title (str): the title of the page.
+        baseline (str): the method that the others are compared with.
+        created (datetime | None): the time shown; None: now.
 
     Raises:
         InputError: no run is given.
@@ -57,26 +57,21 @@ def write_report(
     if not folders:
         raise InputError("a report needs at least one run folder, got none")
     runs = [read_results(folder) for folder in folders]
-    found = findings_of(runs, baseline)
-    page = Page(
-        title=title,
-        subtitle=f"{len(runs)} run{'' if len(runs) == 1 else 's'}",
-        findings=tuple(found.findings),
-        problems=tuple(found.doubts),
-        sections=tuple(found.sections),
-        samples=found.samples,
-        folded=found.folded,
-        command=command,
-        made_of=_versions(runs),
-        created=created,
-    )
+    found = replace(findings_of(runs, baseline), title=title)
+    subtitle = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+    page = Page(found=found, subtitle=subtitle, command=command, made_of=_versions(runs), created=created)
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page.as_html(), encoding="utf-8")
 
 
 def findings_of(runs: Sequence[Results], baseline: str) -> Findings:
-    """Return the findings of the runs: every other method against a baseline, and each run."""
+    """Return the findings of runs: every other method against a baseline, and each run.
+
+    Args:
+        runs (Sequence[Results]): the runs.
+        baseline (str): the name of the baseline.
+    """
     comparisons = compare_methods(runs, baseline)
     nothing = f"Nothing to compare: the report needs runs of {label_of(baseline)} and of another method."
     curves = [loss_curves(runs, x) for x in ("training_flops", "num_tokens", "seconds")]

@@ -137,11 +137,8 @@ def _read_json(path: Path, kind: type, problems: list[str]) -> Any:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problems.append(f"{path.parent.name}: {path.name} is missing.")
-        return None
     except (OSError, ValueError) as error:
-        problems.append(f"{path.parent.name}: {path.name} can't be read ({error}).")
+        problems.append(_problem(path, error))
         return None
     if not isinstance(content, kind):
         problems.append(f"{path.parent.name}: {path.name} holds {type(content).__name__}, not {kind.__name__}.")
@@ -155,8 +152,7 @@ def _read_metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read ({error})"
-        problems.append(f"{path.parent.name}: {path.name} {reason}.")
+        problems.append(_problem(path, error))
         return []
     lines = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -171,13 +167,16 @@ def _read_usage(folder: Path, evaluation: dict[str, Any] | None, problems: list[
     layers = []
     for entry in (evaluation or {}).get("expert_usage") or []:
         path = folder / entry["file"]
-        expert_share: np.ndarray | None
+        expert_share: np.ndarray | None = None
         try:
             expert_share = np.load(path)
         except (OSError, ValueError) as error:
-            reason = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read ({error})"
-            problems.append(f"{folder.name}: {path.name} {reason}.")
-            expert_share = None
-        values = {key: entry[key] for key in ("layer", "num_experts", "usage", "unevenness", "gini", "num_dead")}
-        layers.append(LayerUsage(**{**values, "layer": str(values["layer"])}, expert_share=expert_share))
+            problems.append(_problem(path, error))
+        values = {key: entry[key] for key in ("num_experts", "usage", "unevenness", "gini", "num_dead")}
+        layers.append(LayerUsage(layer=str(entry["layer"]), **values, expert_share=expert_share))
     return tuple(layers)
+
+
+def _problem(path: Path, error: Exception) -> str:
+    reason = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read ({error})"
+    return f"{path.parent.name}: {path.name} {reason}."

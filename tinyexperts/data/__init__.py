@@ -10,7 +10,7 @@ require_extra("train", __name__)
 from tinyexperts.data.corpora import CORPORA, NamedCorpus, corpus_to_fetch, fetchable_corpora, open_corpus
 from tinyexperts.data.document import Corpus, Document, printable
 from tinyexperts.data.encoded_text import EncodedText
-from tinyexperts.data.fetch import FetchedCorpus, download_progress, fetch_corpus
+from tinyexperts.data.fetch import FetchedCorpus, byte_progress, fetch_corpus
 from tinyexperts.data.files import FileCorpus
 from tinyexperts.data.hub import HubCorpus
 from tinyexperts.data.packages import PackageCorpus, PackageFile
@@ -43,8 +43,8 @@ __all__ = [
     "TokenLoader",
     "TokenSplit",
     "Tokenizer",
+    "byte_progress",
     "corpus_to_fetch",
-    "download_progress",
     "evaluation_windows",
     "fetch_corpus",
     "fetchable_corpora",

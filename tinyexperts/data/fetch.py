@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tinyexperts.data.corpora import NamedCorpus, corpus_to_fetch
 from tinyexperts.data.document import Corpus, Document, printable
@@ -141,12 +141,13 @@ def _documents(corpus: Corpus, max_bytes: int, progress: Progress) -> Iterator[D
         yield document
 
 
-def download_progress() -> Progress:
-    """Return the bars of downloads."""
+def byte_progress() -> Progress:
+    """Return bars that count bytes."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )

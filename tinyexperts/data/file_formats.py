@@ -48,7 +48,12 @@ class NotTextError(InputError):
 
 
 def read_file(path: Path, name: str, *, text_field: str = "text") -> Iterator[Document]:
-    """Yield the documents of one file; `name` is the start of their names.
+    """Yield the documents of one file.
+
+    Args:
+        path (Path): the file.
+        name (str): the start of the documents' names.
+        text_field (str): the field or column that holds the text, in files with records.
 
     Raises:
         NotTextError: an archive, an unknown compression, a pipe, a link that leads nowhere; a file that should be text
@@ -79,7 +84,7 @@ def read_file(path: Path, name: str, *, text_field: str = "text") -> Iterator[Do
     except (EOFError, zlib.error, getattr(opener, "LZMAError", EOFError)) as error:
         raise InputError(f"{not_whole}: {error}") from error
     except OSError as error:
-        # gzip and bz2 tell of damage by an OSError that is none of the system's.
+        # gzip and bz2 report damage by an OSError that is none of the system's.
         sentence = not_whole if opener and error.errno is None else f"cannot read {shown}"
         raise InputError(f"{sentence}: {error.strerror or error}") from error
 
@@ -144,7 +149,7 @@ def _read_json_lines(lines: Iterable[bytes], shown: str, name: str, text_field: 
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not a JSON object: {error}") from error
-        yield Document(f"{name}:{number}", _text_of(record, text_field, where))
+        yield Document(f"{name}:{number}", text_of_record(record, text_field, where))
 
 
 def _read_json(file: IO[bytes], shown: str, name: str, text_field: str) -> Iterator[Document]:
@@ -157,7 +162,7 @@ def _read_json(file: IO[bytes], shown: str, name: str, text_field: str) -> Itera
         if not content:
             continue
         first = _json_or_none(content) if content.startswith(b"{") else None
-        if first != {}:  # an object without fields holds no document and tells nothing of what follows
+        if first != {}:  # an object without fields holds no document and does not show what follows
             break
     if isinstance(first, dict) and first:
         for line in file:
@@ -173,7 +178,7 @@ def _read_json(file: IO[bytes], shown: str, name: str, text_field: str) -> Itera
     elements = _json_or_none(text) if text.lstrip().startswith("[") else None
     if isinstance(elements, list) and elements and isinstance(elements[0], dict) and text_field in elements[0]:
         for number, element in enumerate(elements):
-            yield Document(f"{name}:{number}", _text_of(element, text_field, f"{shown}, element {number}"))
+            yield Document(f"{name}:{number}", text_of_record(element, text_field, f"{shown}, element {number}"))
         return
     _refuse_broken_records(text, shown, text_field)
     yield Document(name, text)
@@ -195,7 +200,17 @@ def _json_or_none(content: str | bytes) -> object:
         return None
 
 
-def _text_of(record: object, text_field: str, where: str) -> str:
+def text_of_record(record: object, text_field: str, where: str) -> str:
+    """Return the text of a row or of a JSON object; a null is an empty text.
+
+    Args:
+        record (object): the row, a dictionary by fields.
+        text_field (str): the field that holds the text.
+        where (str): the row's place in the error.
+
+    Raises:
+        InputError: no such field, or something else in it than valid text.
+    """
     if not isinstance(record, dict):
         raise InputError(f"{where}: not a JSON object but a {type(record).__name__}")
     if text_field not in record:

@@ -20,6 +20,17 @@ def paths_of(paths: Paths) -> tuple[Path, ...]:
     return (Path(paths),) if isinstance(paths, str | os.PathLike) else tuple(map(Path, paths))
 
 
+def read_files(
+    files: Iterable[Path], folder: Path, skipped: list[str], *, text_field: str = "text"
+) -> Iterator[Document]:
+    """Yield the documents of the files of a folder; a sentence for each file without text is appended to `skipped`."""
+    for file in files:
+        try:
+            yield from read_file(file, printable(file.relative_to(folder)), text_field=text_field)
+        except NotTextError as error:
+            skipped.append(str(error))
+
+
 class FileCorpus:
     """The documents of files and folders, folders in the order of their sorted paths.
 
@@ -30,6 +41,10 @@ class FileCorpus:
 
     def __init__(self, paths: Paths, *, text_field: str = "text") -> None:
         """Check that every path exists.
+
+        Args:
+            paths (Paths): one path or several, of files and folders.
+            text_field (str): the field or column that holds the text, in files with records.
 
         Raises:
             InputError: no path, or one that does not exist.
@@ -59,12 +74,7 @@ class FileCorpus:
             if not path.is_dir():
                 yield from read_file(path, printable(path), text_field=self.text_field)
                 continue
-            for file in walk_files(path):
-                name = printable(file.relative_to(path))
-                try:
-                    yield from read_file(file, name, text_field=self.text_field)
-                except NotTextError as error:
-                    skipped.append(str(error))
+            yield from read_files(walk_files(path), path, skipped, text_field=self.text_field)
 
     def description(self) -> dict[str, str]:
         """Return the paths as they were given and the field that was read."""

@@ -14,9 +14,13 @@ _Identity = tuple[int, int]
 
 
 def walk_files(folder: Path, excluded_folders: Collection[str] = ("__pycache__",)) -> Iterator[Path]:
-    """Yield everything below a folder that is no folder, sorted, without hidden entries and the folders of these names.
+    """Yield everything below a folder that is no folder, sorted, without hidden entries.
 
     Pipes, sockets, devices and links that lead nowhere are among them: `read_file` refuses each by name.
+
+    Args:
+        folder (Path): the folder.
+        excluded_folders (Collection[str]): names of folders that are passed over.
 
     Raises:
         InputError: a folder that cannot be listed.
@@ -33,6 +37,10 @@ def walk_folders(
 
     A folder that both a link and a real path reach is read at the real path, and one that only links reach at the first
     of them in the order of the walk, so that links in a circle end.
+
+    Args:
+        folder (Path): the folder.
+        excluded_folders (Collection[str]): names of folders that are passed over.
 
     Raises:
         InputError: a folder that cannot be listed.

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from tinyexperts.data.document import Document
+from tinyexperts.data.file_formats import text_of_record
 from tinyexperts.errors import InputError
 
 
@@ -36,7 +37,10 @@ class HubCorpus:
         """
         if importlib.util.find_spec("datasets") is None:
             raise InputError(f"the data set {self.path} needs the datasets library: pip install 'tinyexperts[data]'")
-        texts = (self._text_of(row, number) for number, row in enumerate(self._rows()))
+        texts = (
+            text_of_record(row, self.text_field, f"the data set {self.path}, row {number}")
+            for number, row in enumerate(self._rows())
+        )
         for number, text in enumerate(join_wikitext_articles(texts) if self.rows_are_lines else texts):
             yield Document(f"{self.path}:{number}", text)
 
@@ -72,17 +76,6 @@ class HubCorpus:
             raise InputError(
                 f"cannot read the data set {self.path} (config {self.config}, split {self.split}): {reason}"
             ) from error
-
-    def _text_of(self, row: dict[str, object], number: int) -> str:
-        where = f"the data set {self.path}, row {number}"
-        if self.text_field not in row:
-            raise InputError(f"{where}: no field {self.text_field!r}; the fields are {', '.join(map(repr, row))}")
-        text = row[self.text_field]
-        if text is None:
-            return ""
-        if not isinstance(text, str):
-            raise InputError(f"{where}: the field {self.text_field!r} must be a string, got a {type(text).__name__}")
-        return text
 
 
 # " = Title = ", but not the " = = Section = = " inside an article.

@@ -28,7 +28,7 @@ class Batch:
 class TokenLoader:
     """A server of shuffled windows of a split; it remembers nothing between steps, so any step can be the first.
 
-    Window w holds the T + 1 tokens from w * T on: neighbours share one token, so that each token but the first is
+    Window w holds the T + 1 tokens from w * T on: neighbors share one token, so that each token but the first is
     predicted in one window. The tokens after the last whole window, fewer than T, are left out. Each epoch visits every
     window once in an order drawn from (seed, epoch); a batch may hold the end of one epoch and the start of the next.
     """
@@ -43,7 +43,15 @@ class TokenLoader:
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
-        """Plan the batches of `batch_size` rows over all ranks.
+        """Plan the batches.
+
+        Args:
+            split (TokenSplit): the tokens.
+            batch_size (int): rows B of a batch, over all ranks.
+            context_length (int): tokens T of a row.
+            seed (int): the seed of the windows' order.
+            rank (int): the number of this rank.
+            num_ranks (int): the number of ranks that share a batch.
 
         Raises:
             InputError: sizes that are not positive, a batch that the ranks cannot share evenly, a context longer than
@@ -71,7 +79,10 @@ class TokenLoader:
         self._order_of_epoch: tuple[int, np.ndarray] | None = None
 
     def batch(self, step: int) -> Batch:
-        """Return this rank's rows of a step, counted from 0; the ranks' rows in order are the batch of one rank.
+        """Return this rank's rows of a step; the rows of all ranks in order are the batch of a single rank.
+
+        Args:
+            step (int): the number of the step, from 0.
 
         Raises:
             InputError: a negative step.
@@ -88,10 +99,6 @@ class TokenLoader:
         # The device by name: torch would take its default one otherwise.
         sequence_ids = torch.tensor(windows, dtype=torch.int64, device="cpu")
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), sequence_ids)
-
-    def epoch(self, step: int) -> float:
-        """Return the number of times that the split has been seen when `step` begins."""
-        return step * self.batch_size / self.num_windows
 
     def _window_at(self, position: int) -> int:
         epoch, index = divmod(position, self.num_windows)

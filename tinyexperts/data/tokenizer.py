@@ -198,7 +198,13 @@ class Tokenizer:
 
 
 def text_loss(num_lossy: int, num_documents: int, first: str = "") -> str:
-    """Say why bits per byte are unknown; `first` is the name of a document that the tokenizer changes."""
+    """Return the sentence that says why bits per byte are unknown.
+
+    Args:
+        num_lossy (int): the number of documents that the tokenizer changes.
+        num_documents (int): the number of all documents.
+        first (str): the name of the first of them, if it is known.
+    """
     where = f" (the first: {first})" if first else ""
     return f"bits per byte are unknown: the tokenizer loses text in {num_lossy:,} of {num_documents:,} documents{where}"
 
@@ -270,6 +276,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
 
     The end-of-text token has id 0, the 256 bytes follow, then the merges, each of a pair that was seen at least twice.
     A word (a run of letters, of digits, of signs or of white space) of more than 1,024 bytes is learned from in parts.
+
+    Args:
+        texts (Iterable[str]): the texts, which are read once.
+        vocab_size (int): the number of tokens.
 
     Raises:
         InputError: a vocabulary too small for the bytes, or larger than the texts support.

@@ -3,7 +3,7 @@
 from tinyexperts.evaluation.evaluate import Evaluation, evaluate
 from tinyexperts.evaluation.expert_usage import ExpertUsage, expert_usage, recorded_expert_usage
 from tinyexperts.evaluation.perplexity import LossByCopy, Perplexity, bigram_stood_earlier, measure_perplexity
-from tinyexperts.evaluation.task import Subject, Task, TaskResult
+from tinyexperts.evaluation.task import Subject, TaskResult
 
 __all__ = [
     "Evaluation",
@@ -11,7 +11,6 @@ __all__ = [
     "LossByCopy",
     "Perplexity",
     "Subject",
-    "Task",
     "TaskResult",
     "bigram_stood_earlier",
     "evaluate",

@@ -37,10 +37,17 @@ def evaluate(
     """Evaluate a model on a text, in windows of its own context length.
 
     Args:
-        model: the model, on any device.
-        text: a split of a data set, or files.
-        batch_size: windows in one forward pass.
-        max_tokens: whole windows, evenly spread over the text, until they hold this many tokens; None: all.
+        model (Transformer): the model, on any device.
+        text (TokenSplit | EncodedText): a split of a data set, or files.
+        batch_size (int): windows in one forward pass.
+        max_tokens (int | None): whole windows, evenly spread over the text, until they hold this many tokens; None:
+            all.
+
+    Returns:
+        The result of each task.
+
+    Raises:
+        InputError: a number of tokens that is not positive.
     """
     subject = Subject(model=model, text=text, batch_size=batch_size, max_tokens=max_tokens)
-    return Evaluation(results={task.name: task.evaluate(subject) for task in TASKS})
+    return Evaluation(results={name: task(subject) for name, task in TASKS.items()})

@@ -53,7 +53,14 @@ class ExpertUsage:
 
 @contextmanager
 def recorded_expert_usage(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Sum the router weights of every product-key layer while open; yields z' (fp64, [N]) by the layer's name."""
+    """Sum the router weights of every product-key layer while open.
+
+    Args:
+        model (nn.Module): the model; its layers are found by their class.
+
+    Yields:
+        z' (fp64, [N]) by the layer's name.
+    """
     sums: dict[str, Tensor] = {}
     handles = []
     try:
@@ -72,9 +79,10 @@ def recorded_expert_usage(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def expert_usage(weight_sums: Tensor) -> ExpertUsage:
-    """Compute the usage from z' (fp64, [N]), the sum of each expert's router weights.
+    """Compute the usage of experts from the sums of their router weights.
 
-    Where no expert got any weight (ReLU router weights can all be zero) every share is 0.
+    Args:
+        weight_sums (fp64, [N]): z'; all zero (ReLU router weights can be) gives shares of 0.
     """
     total = weight_sums.sum()
     return ExpertUsage(share=(weight_sums / total if total > 0 else weight_sums).cpu())

@@ -60,20 +60,29 @@ def measure_perplexity(
     forward_context: AbstractContextManager[object] | None = None,
     ranks: dist.ProcessGroup | None = None,
 ) -> Perplexity:
-    """Measure the loss of every token of the split, in windows of `context_length` that start afresh.
+    """Measure the loss of every token of the split, in windows without common context; the model evaluates meanwhile.
 
-    The model is in evaluation mode meanwhile.
+    Args:
+        model (Transformer): the model, on any device.
+        split (TokenSplit | EncodedText): the tokens.
+        context_length (int): the tokens of a window.
+        batch_size (int): the windows of a forward pass.
+        max_tokens (int | None): take whole windows, evenly spread over the split, until they hold this many tokens;
+            bits per byte are not known then.
+        forward_context (AbstractContextManager | None): the context of the forward pass, for example autocast.
+        ranks (ProcessGroup | None): processes that share the windows; each makes the same number of forward passes, and
+            all get the result.
 
-    max_tokens: take whole windows, evenly spread over the split, until they hold so many tokens; bits per byte are not
-        known then.
-    forward_context: what the forward pass runs in, for example autocast.
-    ranks: processes that share the windows; all make as many forward passes, and all get the result.
+    Returns:
+        The loss, and the numbers of tokens and bytes.
+
+    Raises:
+        InputError: a context, or a number of tokens, that is not positive.
     """
     device = next(model.parameters()).device
     sums, counts = np.zeros(2), np.zeros(2, dtype=np.int64)
-    no_gradients = (
-        torch.inference_mode() if ranks is None else torch.no_grad()
-    )  # FSDP2 trains with what it gathers here
+    # FSDP2 trains with what it gathers here.
+    no_gradients = torch.inference_mode() if ranks is None else torch.no_grad()
     with evaluation_mode(model), no_gradients:
         for inputs, targets in _batches(split, context_length, batch_size, max_tokens):
             rows, num_own = _share(len(inputs), ranks)
@@ -111,7 +120,15 @@ def _share(num_windows: int, ranks: dist.ProcessGroup | None) -> tuple[list[int]
 
 
 def bigram_stood_earlier(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mark where (input, target) occurred earlier in the row: inputs, targets (int64, [B, T]) -> bool [B, T]."""
+    """Mark the places of which (input, target) has occurred earlier in the row.
+
+    Args:
+        inputs (int64, [B, T]): the tokens.
+        targets (int64, [B, T]): the token that follows each.
+
+    Returns:
+        earlier (bool, [B, T]): True at such places.
+    """
     bigrams = (inputs << 32 | targets).numpy()
     earlier = np.ones(bigrams.shape, dtype=bool)
     for row, bigrams_T in enumerate(bigrams):
@@ -122,7 +139,7 @@ def bigram_stood_earlier(inputs: Tensor, targets: Tensor) -> Tensor:
 def _batches(
     split: TokenSplit | EncodedText, context_length: int, batch_size: int, max_tokens: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows in order, as many together as batch_size; the last window, which is shorter, by itself."""
+    """Yield windows in order, batch_size together; the last window, which is shorter, alone."""
     max_windows = None if max_tokens is None else math.ceil(max_tokens / context_length)
     windows = enumerate(evaluation_windows(split, context_length, max_windows=max_windows))
     for _, group in groupby(windows, key=lambda item: (item[0] // batch_size, len(item[1][0]))):

@@ -1,9 +1,8 @@
-"""An evaluation task: one thing that is measured of a trained model. A new one is a file in tasks/ and a line in it."""
+"""The argument and the result of an evaluation task: a function in tasks/, with a line in TASKS."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,14 +49,10 @@ class TaskResult(ABC):
     def summary(self) -> dict[str, Any]:
         """Return the keys of evaluation.json that are this task's."""
 
+    def sentences(self) -> list[str]:
+        """Return the lines that `tinyexperts evaluate` prints below the table of losses."""
+        return []
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the files of the result's own into a run folder; return the summary, which names them."""
         return self.summary()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A task; its function measures a subject."""
-
-    name: str
-    evaluate: Callable[[Subject], TaskResult]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ class DenseFFN(FeedForward):
     """y = down(act(up(x))): the twin against which the sparse layers are measured.
 
     Args:
-        d_model: width D.
-        hidden_dim: number of hidden neurons; 4 * d_model when None.
-        activation: "gelu" (exact), "relu", "relu2" or "silu".
+        d_model (int): width D.
+        hidden_dim (int | None): number of hidden neurons; 4 * d_model when None.
+        activation (str): "gelu" (exact), "relu", "relu2" or "silu".
 
     Raises:
         InputError: a width below 1 or an unknown activation.
@@ -69,6 +70,8 @@ class DenseFFN(FeedForward):
 class DenseConfig:
     """A dense feed-forward layer."""
 
+    kind: ClassVar[str] = "dense"
+    """The name of this kind of layer in files."""
     hidden_dim: int | None = None
     """Hidden neurons; default: 4 * d_model."""
     activation: Activation = "gelu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -44,13 +44,13 @@ class ExpertChoiceMoE(FeedForward):
     wider, whatever the layer is cast to or loaded from.
 
     Args:
-        d_model: width D.
-        num_experts: 128 in the paper, each the size of the dense MLP.
-        capacity_factor: experts a token gets on average.
-        hidden_dim: hidden neurons of one expert; 4 * d_model when None.
-        activation: "gelu" (exact), "relu", "relu2" or "silu".
-        ranks: the processes over whose tokens together the experts choose, each with as many; the parameters are whole
-            on each, and their gradients, of its own tokens, are to be summed.
+        d_model (int): width D.
+        num_experts (int): 128 in the paper, each the size of the dense MLP.
+        capacity_factor (float): experts a token gets on average.
+        hidden_dim (int | None): hidden neurons of one expert; 4 * d_model when None.
+        activation (str): "gelu" (exact), "relu", "relu2" or "silu".
+        ranks (RankGroups | None): the processes over whose tokens together the experts choose, each with as many; the
+            parameters are whole on each, and their gradients, of its own tokens, are to be summed.
 
     Raises:
         InputError: a size below 1, a capacity factor outside (0, num_experts], an unknown activation.
@@ -155,7 +155,7 @@ class ExpertChoiceMoE(FeedForward):
     @torch.no_grad()
     def _update_threshold(self, top_scores: Tensor, capacity: int, num_tokens: int) -> None:
         """Move the running mean (momentum 0.01, plain at first) of the middle between the last taken and the next."""
-        if capacity == num_tokens:  # nothing was left, so that nothing is too low
+        if capacity == num_tokens:  # all were taken, so that no score is too low
             cut_off = torch.zeros_like(self.threshold)
         else:
             cut_off = ((top_scores[capacity - 1] + top_scores[capacity]) / 2).to(self.threshold.dtype)
@@ -190,6 +190,8 @@ class ExpertChoiceMoE(FeedForward):
 class ExpertChoiceMoEConfig:
     """An expert-choice mixture of dense experts."""
 
+    kind: ClassVar[str] = "expert_choice_moe"
+    """The name of this kind of layer in files."""
     num_experts: int = 128
     """Experts."""
     capacity_factor: float = 1.0

@@ -1,4 +1,4 @@
-"""The contract of every feed-forward layer: x[..., D] in, y[..., D] out, and an account of what it costs.
+"""The contract of every feed-forward layer: x[..., D] in, y[..., D] out, and a count of its costs.
 
 FLOPs are those of the matrix products (2 a multiply-add) of one forward pass; training costs three times as much (the
 backward pass multiplies twice for each forward product). Norms, activations and softmax are not counted, as is usual.
@@ -14,30 +14,37 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """FLOPs a token of one forward pass: `router` chooses the experts, `experts` is the work of the chosen ones."""
+    """FLOPs a token of one forward pass."""
 
     router: int
+    """The choice of the experts."""
     experts: int
+    """The work of the chosen experts."""
 
     @property
     def total(self) -> int:
+        """The sum of both."""
         return self.router + self.experts
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
-    """Number of parameters: `active` take part in the output of one token, `total` are stored."""
+    """Number of parameters."""
 
     active: int
+    """Those that take part in the output of one token."""
     total: int
+    """Those that are stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroups:
-    """The parameters by the way they are trained: `tables` have one row an expert, of which a step touches few."""
+    """The parameters by the way they are trained."""
 
     dense: list[nn.Parameter]
+    """Those that every step changes."""
     tables: list[nn.Parameter]
+    """Those with one row an expert, of which a step touches few."""
 
 
 class FeedForward(nn.Module, ABC):
@@ -56,5 +63,5 @@ class FeedForward(nn.Module, ABC):
         """Count the active and total number of parameters, router included."""
 
     def parameter_groups(self) -> ParameterGroups:
-        """Say which parameters are tables; by default none is."""
+        """Return the parameters by the way they are trained; by default none is a table."""
         return ParameterGroups(dense=list(self.parameters()), tables=[])

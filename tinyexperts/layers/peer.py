@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -26,25 +27,27 @@ class PEER(ProductKeyLayer):
     statistics, unless tinyexperts.layers.share_query_statistics(model) was called.
 
     Args:
-        d_model: width D.
-        num_experts: N, a square.
-        num_heads: H independent queries a token, whose outputs are summed.
-        experts_per_head: K <= sqrt(N).
-        query_dim: Q, even.
-        query_norm: "batch" (the paper's query BN), "layer" (each head's query by itself) or "none". Batch norm uses the
-            batch's statistics in training and running ones in evaluation; frozen, which is when none of its own
-            parameters (router.norm's) requires a gradient, it uses and keeps the running ones in training too.
-        router_weights: "softmax" over a head's K scores (the paper), "sigmoid" or "relu" of each score.
-        activation: "gelu", "relu", "relu2" or "silu"; the paper doesn't say which it ran.
-        gated: gated experts, named by the paper as an easy extension.
-        shared_sub_keys: one set of product keys for all heads (the paper), or one a head.
-        sparse: give the gradient of `experts` as a sparse_coo tensor of the touched rows, as nn.Embedding(sparse=True);
-            train it with tinyexperts.optim.RowSparseAdam or torch.optim.SparseAdam. Dense by default, for any loop.
-        ranks: the processes that share the layer's work, and its table by columns (see ProductKeyLayer).
+        d_model (int): width D.
+        num_experts (int): N, a square.
+        num_heads (int): H independent queries a token, whose outputs are summed.
+        experts_per_head (int): K <= sqrt(N).
+        query_dim (int): Q, even.
+        query_norm (str): "batch" (the paper's query BN), "layer" (each head's query alone) or "none". Batch norm uses
+            the batch's statistics in training and running ones in evaluation. It is frozen when none of its own
+            parameters (router.norm's) requires a gradient: then it uses and keeps the running ones in training too.
+        router_weights (str): "softmax" over a head's K scores (the paper), "sigmoid" or "relu" of each score.
+        activation (str): "gelu", "relu", "relu2" or "silu"; the paper doesn't say which it used.
+        gated (bool): gated experts, named by the paper as an easy extension.
+        shared_sub_keys (bool): one set of product keys for all heads (the paper), or one a head.
+        sparse (bool): give the gradient of `experts` as a sparse_coo tensor of the touched rows, as
+            nn.Embedding(sparse=True); train it with tinyexperts.optim.RowSparseAdam or torch.optim.SparseAdam. Dense by
+            default, for any loop.
+        ranks (RankGroups | None): the processes that share the layer's work, and its table by columns (see
+            ProductKeyLayer).
 
     Raises:
-        InputError (a ValueError): num_experts not a square, query_dim odd, experts_per_head > sqrt(num_experts), an
-            unknown option, ranks that do not divide d_model or leave less than 64 columns to each.
+        InputError: num_experts not a square, query_dim odd, experts_per_head > sqrt(num_experts), an unknown option,
+            ranks that do not divide d_model or have less than 64 columns each.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class PEER(ProductKeyLayer):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw u (and w) normal of variance 1 / D, so that u . x starts at unit variance; v of a quarter of it.
 
-        The paper leaves this open; the quarter is what the first runs at small scale were made with.
+        The paper does not say; the first runs at small scale were made with this quarter.
         """
         self.router.reset_parameters(generator)
         self._draw_experts(1 / math.sqrt(self.model_dim), generator)
@@ -99,6 +102,8 @@ class PEER(ProductKeyLayer):
 class PEERConfig:
     """A PEER layer."""
 
+    kind: ClassVar[str] = "peer"
+    """The name of this kind of layer in files."""
     num_experts: int = 1024**2
     """Single-neuron experts, a square."""
     num_heads: int = 8
@@ -108,7 +113,7 @@ class PEERConfig:
     query_dim: int = 128
     """Width of a query, even."""
     query_norm: QueryNorm = "batch"
-    """Normalisation of the queries."""
+    """Normalization of the queries."""
     router_weights: RouterWeights = "softmax"
     """The function that turns scores into router weights."""
     activation: Activation = "gelu"

@@ -18,10 +18,10 @@ from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
 from tinyexperts.ops.expert_mlp.columns import ColumnShard, expert_mlp_in_columns
 from tinyexperts.ops.rank_groups import RankGroups
 
-# Of a rank: with fewer, exchanging the products of the P experts costs more than the columns save.
+# The least columns of a rank: with fewer, exchanging the products of the P experts costs more than they save.
 MIN_COLUMNS = 64
 
-# Of a shared table, drawn at a time: a multiple of 16, the numbers that torch's generator draws together.
+# Rows of a shared table that are drawn at a time: a multiple of 16, the numbers that torch's generator draws together.
 _DRAWN_ROWS = 1 << 12
 
 
@@ -35,7 +35,7 @@ class ProductKeyLayer(FeedForward):
 
     A batch of padded sequences takes a `mask` (bool, the leading dimensions of x; True: a real token). Query batch norm
     alone uses it, where it takes statistics of the batch: of the real tokens only, so that these have the outputs and
-    gradients that they have without padding. Masked-out tokens get outputs too, normalised by the same statistics; keep
+    gradients that they have without padding. Masked-out tokens get outputs too, normalized by the same statistics; keep
     them out of the loss. With fewer than two real tokens, the running statistics are used, and stay.
     """
 
@@ -80,22 +80,37 @@ class ProductKeyLayer(FeedForward):
         return self.experts.shape[2] * (1 if self.ranks is None else self.ranks.num_shards)
 
     def route(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        """Choose the experts of each token, best first: x (float, [..., D]) -> Routing, each part [..., H, K].
+        """Choose the experts of each token, best first.
 
-        mask (bool, [...]): True for real tokens, as in forward. In training mode this is a forward pass of the router,
-        and moves the running statistics of its batch norm, unless that is frozen: call `eval()` first to look.
+        In training mode this is a forward pass of the router. It moves the running statistics of its batch norm, unless
+        that is frozen: call `eval()` first to look.
+
+        Args:
+            x (float, [..., D]): the tokens.
+            mask (bool, [...]): True for real tokens, as in `forward`.
+
+        Returns:
+            The Routing, each part [..., H, K].
+
+        Raises:
+            InputError: a mask that `forward` refuses.
         """
         routing: Routing = self.router(x) if mask is None else self.router(x, mask)
         return routing
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map x (float, [..., D]) -> y (same shape and dtype).
+        """Compute the layer's output for each token.
 
-        mask (bool, [...]): True for real tokens, False for padding, which query batch norm leaves out.
+        Args:
+            x (float, [..., D]): the tokens.
+            mask (bool, [...]): True for real tokens, False for padding, which query batch norm ignores.
+
+        Returns:
+            y (dtype of x, [..., D]): the outputs.
 
         Raises:
-            InputError (a ValueError): a mask that is not bool, of the leading dimensions of x, on its device; a layer
-                with sparse gradients in DistributedDataParallel.
+            InputError: a mask that is not bool, of the leading dimensions of x, on its device; a layer with sparse
+                gradients in DistributedDataParallel.
         """
         if self.sparse and self.experts.requires_grad and torch.is_grad_enabled():
             _check_summed_by_its_wrapper()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -19,18 +20,19 @@ class ProductKeyMemory(ProductKeyLayer):
     differ in the experts alone. `experts` [N, 1, D] holds the values.
 
     Args:
-        d_model: width D.
-        num_experts: N, a square.
-        num_heads: H queries a token, whose outputs are summed.
-        experts_per_head: K <= sqrt(N).
-        query_dim: Q, even.
-        query_norm: "batch", "layer" or "none"; as in PEER, with its `mask`, and its rule for a frozen batch norm.
-        sparse: give the gradient of the values as a sparse_coo tensor of the touched rows.
-        ranks: the processes that share the layer's work, and its table by columns (see ProductKeyLayer).
+        d_model (int): width D.
+        num_experts (int): N, a square.
+        num_heads (int): H queries a token, whose outputs are summed.
+        experts_per_head (int): K <= sqrt(N).
+        query_dim (int): Q, even.
+        query_norm (str): "batch", "layer" or "none"; as in PEER, with its `mask`, and its rule for a frozen batch norm.
+        sparse (bool): give the gradient of the values as a sparse_coo tensor of the touched rows.
+        ranks (RankGroups | None): the processes that share the layer's work, and its table by columns (see
+            ProductKeyLayer).
 
     Raises:
-        InputError (a ValueError): num_experts not a square, query_dim odd, experts_per_head > sqrt(num_experts), an
-            unknown option, ranks that do not divide d_model or leave less than 64 columns to each.
+        InputError: num_experts not a square, query_dim odd, experts_per_head > sqrt(num_experts), an unknown option,
+            ranks that do not divide d_model or have less than 64 columns each.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class ProductKeyMemory(ProductKeyLayer):
 class ProductKeyMemoryConfig:
     """A product-key memory."""
 
+    kind: ClassVar[str] = "product_key_memory"
+    """The name of this kind of layer in files."""
     num_experts: int = 1024**2
     """Values, a square."""
     num_heads: int = 8
@@ -82,7 +86,7 @@ class ProductKeyMemoryConfig:
     query_dim: int = 128
     """Width of a query, even."""
     query_norm: QueryNorm = "batch"
-    """Normalisation of the queries."""
+    """Normalization of the queries."""
 
     def build(
         self,

@@ -1,7 +1,7 @@
 """The router that PEER and product-key memory share: query network, its norm, and exact product-key retrieval.
 
 Source: the paper (arXiv 2407.04153), section 2; its query batch norm is in query_batch_norm.py.
-The paper leaves the query's width, its bias and the initialisation open: here no bias (batch norm would remove it),
+The paper leaves the query's width, its bias and the initialization open: here no bias (batch norm would remove it),
 normal queries of variance 1 / D, and unit-norm sub-keys, so that scores start with a variance of about 2 whatever Q is.
 """
 
@@ -27,11 +27,11 @@ class Routing(NamedTuple):
     """The experts of each token and head, best first; each [..., H, K]."""
 
     ids: Tensor
-    """int64"""
+    """The experts' ids (int64)."""
     scores: Tensor
-    """fp32 (fp64 in an fp64 layer): query . key"""
+    """The products query . key (fp32; fp64 in an fp64 layer)."""
     weights: Tensor
-    """as the scores: what each expert's output is multiplied by"""
+    """The factors of the experts' outputs (dtype of the scores)."""
 
 
 class ProductKeyRouter(nn.Module):
@@ -107,14 +107,19 @@ class ProductKeyRouter(nn.Module):
             self.norm.reset_parameters()
 
     def queries(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (float, [..., D]) -> normalised queries [M, H, Q], M the product of the leading dimensions.
+        """Compute the normalized queries.
 
-        mask (bool, [...]): as in ProductKeyLayer.
+        Args:
+            x (float, [..., D]): the tokens.
+            mask (bool, [...]): as in ProductKeyLayer.
+
+        Returns:
+            queries (float, [M, H, Q]): M is the product of the leading dimensions of x.
         """
         if mask is not None:
             _check_mask(mask, x)
         query_MC: Tensor = self.query(x.reshape(-1, x.shape[-1]))
-        # By the option and not by the norm's class: a norm may be wrapped or replaced (compiled, synchronised).
+        # By the option and not by the norm's class: a norm may be wrapped or replaced (compiled, synchronized).
         if self.query_norm == "batch":
             query_MC = self.norm(query_MC) if mask is None else self._normed_by_real_tokens(query_MC, mask.reshape(-1))
         query_MHQ = query_MC.view(-1, self.num_heads, self.query_dim)
@@ -131,7 +136,7 @@ class ProductKeyRouter(nn.Module):
         return normed
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        """x (float, [..., D]), mask (bool, [...]) as in ProductKeyLayer -> the Routing, each [..., H, K]."""
+        """Choose the experts of each token; arguments as in ProductKeyLayer.route."""
         scores, ids = product_key_topk(self.queries(x, mask), self.sub_keys, self.experts_per_head)
         if self.router_weights == "softmax":
             weights = scores.softmax(-1)

@@ -28,12 +28,12 @@ def share_query_statistics(module: AnyModule, group: dist.ProcessGroup | None = 
 
     As torch.nn.SyncBatchNorm.convert_sync_batchnorm does for other batch norms: before or after the module is wrapped
     in DistributedDataParallel. In training all ranks call forward and backward passes together; each may have another
-    number of tokens, or none. A copy.deepcopy of the module shares the group; pickling, as in torch.save, leaves it
-    out, since a group belongs to the processes that made it: call this again on a module that was loaded.
+    number of tokens, or none. A copy.deepcopy of the module shares the group; pickling, as in torch.save, drops it,
+    since a group belongs to the processes that made it: call this again on a module that was loaded.
 
     Args:
-        module: a layer, or a model that has some in it.
-        group: the processes; all of them (the default group) when None.
+        module (nn.Module): a layer, or a model that has some in it.
+        group (ProcessGroup | None): the processes; all of them (the default group) when None.
 
     Returns:
         The same module.
@@ -69,7 +69,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
     they are, and a checkpoint or default type of fewer bits is widened.
 
     A recomputed forward pass (activation checkpointing) leaves the running statistics alone, and so does an empty
-    batch. With gradient accumulation every micro-batch is normalised by its own statistics and moves the running ones
+    batch. With gradient accumulation every micro-batch is normalized by its own statistics and moves the running ones
     once. With a `statistics_group` (see share_query_statistics) the batch is that of all its ranks. Without running
     statistics (track_running_stats=False) the batch's own are used in evaluation too.
     """
@@ -97,7 +97,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._widen_statistics()  # which assign=True replaces by what the checkpoint holds
+        self._widen_statistics()  # assign=True replaces them by the checkpoint's
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QueryBatchNorm:
         """Copy all but the process group, which can't be copied: the copy shares it."""
@@ -119,10 +119,17 @@ class QueryBatchNorm(nn.BatchNorm1d):
         return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
     def forward(self, query_MC: Tensor, mask_M: Tensor | None = None) -> Tensor:
-        """query_MC (float, [M, H*Q]) -> the same shape.
+        """Normalize queries by the batch's statistics, or by the running ones.
 
-        Batch statistics are of the tokens for which mask_M (bool, [M]) is True, and all tokens are normalised by them.
-        Where there are fewer than two such tokens, and so no variance, the running statistics are used, and stay.
+        Batch statistics are of the tokens that the mask keeps, and normalize all tokens. Fewer than two such tokens
+        have no variance: then the running statistics are used, and do not move.
+
+        Args:
+            query_MC (float, [M, H*Q]): the queries.
+            mask_M (bool, [M]): True for real tokens; None for all.
+
+        Returns:
+            normalized (dtype of the queries, [M, H*Q]).
         """
         mean, var = self.running_mean, self.running_var
         by_batch = mean is None or var is None or (self.training and not self.is_frozen)
@@ -148,7 +155,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
         return normed.to(query_MC.dtype)
 
     def _count_batch(self) -> float:
-        """Count a batch, and say how far it moves the running statistics."""
+        """Count a batch; return how far it moves the running statistics."""
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
@@ -158,9 +165,9 @@ class QueryBatchNorm(nn.BatchNorm1d):
     def _forward_of_real_tokens(
         self, query_MC: Tensor, mask_M: Tensor | None, group: dist.ProcessGroup | None
     ) -> Tensor:
-        """By the statistics of the tokens that the mask leaves, of all ranks of the group.
+        """Normalize by the statistics of the tokens that the mask keeps, of all ranks of the group.
 
-        How many these are is known on the device alone: no branch depends on it, so that the graph is one, and static.
+        Only the device knows how many these are: no branch depends on it, so that the graph is one, and static.
         """
         query = query_MC.to(torch.promote_types(query_MC.dtype, torch.float32))
 
@@ -178,13 +185,13 @@ class QueryBatchNorm(nn.BatchNorm1d):
             tracked = self.running_mean, self.running_var
         otherwise_mean, otherwise_var = (0.0, 1.0) if tracked is None else (t.to(query.dtype) for t in tracked)
         mean = torch.where(has_variance, sums[:-1] / count.clamp(min=1), otherwise_mean)
-        centred = query - mean
-        squares = sum_of_real(centred.square())
+        centered = query - mean
+        squares = sum_of_real(centered.square())
         squares = squares if group is None else sum_over_ranks(squares, group)
         variance = torch.where(has_variance, squares / count.clamp(min=1), otherwise_var)
         if tracked is not None and self.training and self.track_running_stats and not in_recomputation():
             self._move_statistics(*tracked, mean.detach(), variance.detach(), count)
-        normed = centred * (variance + self.eps).rsqrt()
+        normed = centered * (variance + self.eps).rsqrt()
         normed = normed if self.weight is None else normed * self.weight
         normed = normed if self.bias is None else normed + self.bias
         return normed.to(query_MC.dtype)
@@ -193,7 +200,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
     def _move_statistics(
         self, running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, count: Tensor
     ) -> None:
-        """Move them by a batch of `count` tokens; where that has no variance, not at all."""
+        """Move the running statistics by a batch of `count` tokens, if that has a variance."""
         has_variance = count > 1
         momentum: Tensor | float = self.momentum or 0.0
         if self.num_batches_tracked is not None:

@@ -6,6 +6,6 @@ import torch
 
 
 def in_recomputation() -> bool:
-    """Return True while autograd runs a backward pass: what a forward pass gathers must not move a second time."""
+    """Return True while autograd runs a backward pass: a forward pass must not move its statistics a second time."""
     # A traced graph gathers its statistics once, in its own forward part.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

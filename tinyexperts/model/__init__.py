@@ -5,11 +5,4 @@ from tinyexperts.model.evaluation_mode import evaluation_mode
 from tinyexperts.model.generation import generate
 from tinyexperts.model.transformer import Cache, Transformer
 
-__all__ = [
-    "Cache",
-    "ExpertLayerConfig",
-    "Transformer",
-    "TransformerConfig",
-    "evaluation_mode",
-    "generate",
-]
+__all__ = ["Cache", "ExpertLayerConfig", "Transformer", "TransformerConfig", "evaluation_mode", "generate"]

@@ -21,14 +21,14 @@ class LayerCache:
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
     def extend(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values from position `start` on; returns those of all positions up to their end."""
+        """Store the keys and values from position `start` on; return those of all positions up to their end."""
         stop = start + keys.shape[2]
         self.keys[:, :, start:stop], self.values[:, :, start:stop] = keys, values
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
 
 def rotary_angles(config: TransformerConfig, start: int, stop: int, device: torch.device) -> Tensor:
-    """Angle of each position and pair of elements (fp32, [stop - start, head width / 2])."""
+    """Return the angle of each position and pair of elements (fp32, [stop - start, head width / 2])."""
     half = config.d_model // config.num_heads // 2
     frequencies = config.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
     return torch.arange(start, stop, device=device, dtype=torch.float32).unsqueeze(1) * frequencies
@@ -54,7 +54,17 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, angles: Tensor, start: int = 0, cache: LayerCache | None = None) -> Tensor:
-        """x (float, [B, T, D]) at the positions from `start` on, whose angles are given -> the same shape."""
+        """Attend to the positions so far.
+
+        Args:
+            x (float, [B, T, D]): the positions from `start` on.
+            angles (fp32, [T, head width / 2]): their angles (`rotary_angles`).
+            start (int): the first position.
+            cache (LayerCache | None): the keys and values of the positions before; it is extended.
+
+        Returns:
+            y (dtype of x, [B, T, D]).
+        """
         batch_size, length, d_model = x.shape
         query, key, value = (
             projection(x).view(batch_size, length, -1, self.head_dim).transpose(1, 2)
@@ -74,6 +84,6 @@ class Attention(nn.Module):
         return projected
 
     def flops_per_token(self, context_length: int) -> int:
-        """Projections, and scores and sums over the whole context (the causal half is not subtracted)."""
+        """Count projections, and scores and sums over the whole context (the causal half is not subtracted)."""
         projections = sum(m.weight.numel() for m in (self.query, self.key, self.value, self.output))
         return 2 * projections + 4 * context_length * self.num_heads * self.head_dim

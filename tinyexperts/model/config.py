@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from tinyexperts.errors import InputError
+from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.layers import DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig
 
 ExpertLayerConfig: TypeAlias = DenseConfig | ExpertChoiceMoEConfig | ProductKeyMemoryConfig | PEERConfig
@@ -13,7 +13,11 @@ ExpertLayerConfig: TypeAlias = DenseConfig | ExpertChoiceMoEConfig | ProductKeyM
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """A decoder-only transformer, of which some blocks carry the expert layer."""
+    """A decoder-only transformer, of which some blocks carry the expert layer.
+
+    Raises:
+        InputError: a setting out of range, or settings that don't fit each other.
+    """
 
     vocab_size: int
     """Tokens of the vocabulary."""
@@ -42,9 +46,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_key_value_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+            require_at_least(1, name, getattr(self, name))
         if self.d_model % (2 * self.num_heads):
             raise InputError(
                 f"d_model must be a multiple of 2 * num_heads = {2 * self.num_heads} (rotary embedding turns pairs), "

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode for the length of a scope."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode while open; then each module gets its own mode back, whatever was raised."""
+    """Put a model in evaluation mode; at the end each module gets its own mode back, whatever was raised."""
     before = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyexperts.errors import InputError
+from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.model.evaluation_mode import evaluation_mode
 from tinyexperts.model.transformer import Cache, Transformer
 
@@ -25,14 +25,15 @@ def generate(
     """Continue each row of a prompt; the model is in evaluation mode meanwhile.
 
     Args:
+        model (Transformer): the model.
         prompt (int64, [B, T]): T >= 1 tokens.
-        max_new_tokens: tokens to add at most.
-        temperature: the logits are divided by it; 0 takes the likeliest token, and of several such the first, among
+        max_new_tokens (int): tokens to add at most.
+        temperature (float): the divisor of the logits; 0 takes the likeliest token, the first of several such, among
             which the tiniest temperature above 0 draws.
-        top_k: draw among the k likeliest tokens only.
-        top_p: draw among the fewest likeliest tokens whose probabilities reach this sum.
-        generator: the source of the draws.
-        end_of_text_id: a row that has drawn this token repeats it, and generation ends when all rows have.
+        top_k (int | None): draw among the k likeliest tokens only.
+        top_p (float | None): draw among the fewest likeliest tokens whose probabilities reach this sum.
+        generator (torch.Generator | None): the source of the draws.
+        end_of_text_id (int | None): a row that has drawn this token repeats it, and generation ends when all rows have.
 
     Returns:
         tokens (int64, [B, T + new]): the prompt and its continuation.
@@ -42,8 +43,7 @@ def generate(
     """
     if prompt.dim() != 2 or prompt.shape[1] < 1:
         raise InputError(f"the prompt must be [B, T] with at least one token, got {list(prompt.shape)}")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    require_at_least(1, "max_new_tokens", max_new_tokens)
     if prompt.shape[1] + max_new_tokens > model.config.context_length:
         raise InputError(
             f"a prompt of {prompt.shape[1]} tokens and {max_new_tokens} new ones are more than the model's context of "
@@ -51,8 +51,7 @@ def generate(
         )
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature must be at least 0 and finite, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k must be at least 1, got {top_k}")
+    require_at_least(1, "top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
     with evaluation_mode(model):

@@ -15,17 +15,22 @@ from tinyexperts.model.attention import Attention, LayerCache, rotary_angles
 from tinyexperts.model.config import TransformerConfig
 from tinyexperts.ops.rank_groups import RankGroups
 
-# Of a chunk of the loss: 4 MiB of fp32 logits, but tokens enough to keep the matrix products wide.
+# The size of a chunk of the loss: 4 MiB of fp32 logits, but tokens enough to keep the matrix products wide.
 _CHUNK_LOGITS, _LEAST_CHUNK_TOKENS = 1 << 20, 128
 
 
 class Cache:
-    """The keys and values of all blocks for the positions seen so far: what makes generation linear in its length."""
+    """The keys and values of all blocks for the positions seen so far, which make generation linear in its length.
+
+    Args:
+        model (Transformer): the model that fills the cache.
+        batch_size (int): B, the number of sequences.
+    """
 
     def __init__(self, model: Transformer, batch_size: int) -> None:
         weight = model.embedding.weight
         self.length = 0
-        """positions seen so far"""
+        """The number of positions seen so far."""
         self.layers = [LayerCache(model.config, batch_size, weight.device, weight.dtype) for _ in model.blocks]
 
 
@@ -46,13 +51,18 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model; `sparse_tables` gives the tables of its PEER and product-key-memory layers sparse gradients.
+    """A decoder-only language model.
 
     Initial weights come from torch's global generator: seed it. Matrices are normal of variance 1 / fan-in, those that
     write into the residual stream scaled by 1 / sqrt(2 * num_layers) (GPT-2); the embedding has standard deviation 0.02
     (GPT-2) and the untied head starts at zero, so that the first loss is log V (assumption: as nanochat's).
-    Feed-forward layers initialise themselves. With `ranks`, the processes that train it together, tables are shared by
-    columns, and everything else is the whole model on each rank.
+    Feed-forward layers initialize themselves.
+
+    Args:
+        config (TransformerConfig): the settings.
+        sparse_tables (bool): give the tables of PEER and product-key-memory layers sparse gradients.
+        ranks (RankGroups | None): the processes that train the model together. They share tables by columns; each has
+            all of the other parameters.
     """
 
     blocks: Sequence[Block]
@@ -93,7 +103,7 @@ class Transformer(nn.Module):
 
         Args:
             tokens (int64, [B, T]): with a cache, those that follow the ones it has seen; it is extended by them.
-            cache: made by `Cache(model, batch_size)`.
+            cache (Cache | None): made by `Cache(model, batch_size)`.
 
         Returns:
             logits (float, [B, T, V]).
@@ -105,10 +115,17 @@ class Transformer(nn.Module):
         return logits
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Compute the mean loss of the tokens that follow: `targets` (int64, [B, T]) after `tokens`.
+        """Compute the mean loss, which equals F.cross_entropy of the logits.
 
-        It is in nats a token (fp32, scalar), and equals F.cross_entropy of the logits. On a CPU in fp32 these never
-        exist whole: they are made, turned into gradients and forgotten by chunks that stay in the cache.
+        On a CPU in fp32 the logits never exist whole: they are made, turned into gradients and forgotten by chunks
+        that stay in the cache.
+
+        Args:
+            tokens (int64, [B, T]): the input.
+            targets (int64, [B, T]): the token that follows each of them.
+
+        Returns:
+            loss (fp32, scalar): in nats a token.
 
         Raises:
             InputError: as `forward`.
@@ -124,7 +141,7 @@ class Transformer(nn.Module):
         )
 
     def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return the final normalised hidden states (float, [B, T, D]); arguments and errors as in `forward`."""
+        """Return the final normalized hidden states (float, [B, T, D]); arguments and errors as in `forward`."""
         if tokens.dim() != 2:
             raise InputError(f"tokens must be [B, T], got {list(tokens.shape)}")
         start = 0 if cache is None else cache.length
@@ -144,7 +161,7 @@ class Transformer(nn.Module):
         return normed
 
     def flops_per_token(self, context_length: int) -> int:
-        """Count the FLOPs a token of one forward pass over sequences of this length, of all modules."""
+        """Count the FLOPs of all modules for a token, in one forward pass over sequences of this length."""
         return (
             sum(
                 block.attention.flops_per_token(context_length) + block.feed_forward.flops_per_token().total
@@ -158,7 +175,7 @@ class Transformer(nn.Module):
         return sum(block.feed_forward.flops_per_token().router for block in self.blocks)
 
     def num_parameters(self) -> ParameterCount:
-        """Count all parameters, and those that take part in one token; of an untied embedding that is one row."""
+        """Count all parameters, and those that take part in one token: one row of an untied embedding."""
         counts = [block.feed_forward.num_parameters() for block in self.blocks]
         in_layers = {parameter for block in self.blocks for parameter in block.feed_forward.parameters()}
         total = sum(parameter.numel() for parameter in self.parameters() if parameter not in in_layers)

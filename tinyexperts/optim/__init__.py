@@ -1,4 +1,4 @@
-"""Optimisation: Adam on touched rows, clipping, the split of a model's parameters, and learning-rate schedules."""
+"""Optimization: Adam on touched rows, clipping, the split of a model's parameters, and learning-rate schedules."""
 
 from tinyexperts.optim.gradient_clipping import clip_gradient_norm_
 from tinyexperts.optim.parameter_groups import (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tinyexperts.layers.feed_forward import FeedForward
 
-# What DistributedDataParallel, torch.compile, checkpointing and FullyShardedDataParallel put into names.
+# The parts that DistributedDataParallel, torch.compile, checkpointing and FullyShardedDataParallel put into names.
 _WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _EMBEDDING_NAMES, _HEAD_NAMES = {"embedding"}, {"head", "lm_head"}
 
@@ -19,23 +19,24 @@ _Path = tuple[str, ...]
 def find_embedding_and_head(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
     """Find the parameters of two dimensions or more of the embeddings and of the heads; tied ones are in both.
 
-    Nothing inside a FeedForward layer is either. Embeddings are nn.Embedding and nn.EmbeddingBag, what has a weight and
-    is called embedding, and what a module's get_input_embeddings() returns. Heads are what a module's
-    get_output_embeddings() returns and, outside of such modules, what has a weight and is called head or lm_head, and
-    each nn.Linear that makes as many numbers as an embedding has rows and whose result no other layer takes.
+    The modules inside a FeedForward layer are neither. Embeddings are nn.Embedding and nn.EmbeddingBag, modules with a
+    weight that are called embedding, and the result of a module's get_input_embeddings(). Heads are the result of a
+    module's get_output_embeddings(). Outside of modules with this method, heads are modules with a weight that are
+    called head or lm_head, and each nn.Linear that makes as many numbers as an embedding has rows and whose result no
+    other layer takes.
     """
     modules = dict(_outside_feed_forward(model))
-    said = [module for each in modules.values() for module in _said_by(each, "get_input_embeddings") or ()]
+    named = [module for each in modules.values() for module in _ask(each, "get_input_embeddings") or ()]
     embeddings = {
         path: module
         for path, module in modules.items()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        or (_has_weight(module) and (_own_name(path) in _EMBEDDING_NAMES or module in said))
+        or (_has_weight(module) and (_own_name(path) in _EMBEDDING_NAMES or module in named))
     }
     heads: list[nn.Module] = []
     searched = dict(modules)
     for path, module in modules.items():
-        answer = _said_by(module, "get_output_embeddings")
+        answer = _ask(module, "get_output_embeddings")
         if answer is not None:
             heads += answer
             searched = {other: each for other, each in searched.items() if other[: len(path)] != path}
@@ -53,20 +54,20 @@ def _outside_feed_forward(module: nn.Module, path: _Path = ()) -> Iterator[tuple
         yield from _outside_feed_forward(child, (*path, name))
 
 
-def _said_by(module: nn.Module, method: str) -> list[nn.Module] | None:
-    """Ask a module by a method of Hugging Face's models; None where it has no such method, or no answer."""
-    ask = getattr(module, method, None)
-    if not callable(ask):
+def _ask(module: nn.Module, method: str) -> list[nn.Module] | None:
+    """Return the answer of a method of Hugging Face's models; None if there is no such method, or no answer."""
+    function = getattr(module, method, None)
+    if not callable(function):
         return None
     try:
-        answer = ask()
+        answer = function()
     except NotImplementedError:
         return None
     return [answer] if isinstance(answer, nn.Module) else []
 
 
 def _has_weight(module: nn.Module) -> bool:
-    """Return True if it has a matrix of weights of its own, perhaps under a parametrisation."""
+    """Return True if it has a matrix of weights of its own, perhaps under a parametrization."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() >= 2
 
@@ -80,11 +81,11 @@ def _matrices_of(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
 
 
 def _makers_of_logits(model: nn.Module, embeddings: dict[_Path, nn.Module]) -> list[_Path]:
-    """Paths of linear layers as wide as the vocabulary, of which no layer takes what they make.
+    """Return the paths of linear layers as wide as the vocabulary whose result no layer takes.
 
-    An MLP may be as wide as the vocabulary, and so may the whole model, of bytes for example: a layer that takes that
-    many numbers takes them from the layers nearest to it in the tree of modules, and whose twin in another block is
-    taken from is no head either.
+    An MLP may be as wide as the vocabulary, and so may the whole model, of bytes for example. So a layer that takes as
+    many numbers takes them from the layers nearest to it in the tree of modules, and a layer is no head either if its
+    twin in another block is taken from.
     """
     modules = {tuple(filter(None, name.split("."))): module for name, module in model.named_modules()}
     found = []
@@ -130,7 +131,7 @@ def _nearest(
 
 
 def _in_any_block(path: _Path, modules: dict[_Path, nn.Module]) -> tuple[object, ...]:
-    """Return what a layer shares with its twins in other blocks: its path without numbers, and the block's shapes."""
+    """Return a key that is equal for a layer's twins in other blocks: path without numbers, and the block's shapes."""
     numbered = [depth for depth in range(1, len(path)) if re.search(r"\d", path[depth - 1])]
     if not numbered:
         return path

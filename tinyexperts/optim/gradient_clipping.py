@@ -21,19 +21,23 @@ from tinyexperts.optim.sparse_gradients import coalesced_gradient
 def clip_gradient_norm_(
     parameters: Tensor | Iterable[Tensor], max_norm: float | None, ranks: RankGroups | None = None
 ) -> Tensor:
-    """Scale all gradients in place so that their global L2 norm is at most `max_norm`; return the norm before scaling.
+    """Scale all gradients in place so that their global L2 norm is at most `max_norm`.
 
-    Equals torch.nn.utils.clip_grad_norm_ on the densified gradients. A sparse `.grad` that holds a row several times is
-    replaced by its coalesced form, since the norm is that of the sums. A non-finite norm scales as torch does: look at
-    it.
+    It equals torch.nn.utils.clip_grad_norm_ on the densified gradients. A sparse `.grad` that holds a row several times
+    is replaced by its coalesced form, since the norm is that of the sums. A non-finite norm scales as in torch: check
+    the result.
 
-    parameters: one or several; parameters without a gradient are passed over
-    max_norm: positive; None or inf only measures
-    ranks: the processes that share the parameters, all of which call this: DTensors (FSDP2) lie by parts on all of
-        them, the other parameters are tables shared by columns
-    returns the global norm (float, scalar)
+    Args:
+        parameters (Tensor | Iterable[Tensor]): one or several; those without a gradient are skipped.
+        max_norm (float | None): positive; None or inf only measures.
+        ranks (RankGroups | None): the processes that share the parameters. All of them call this. DTensors (FSDP2) are
+            spread over all ranks, the other parameters are tables shared by columns.
 
-    Raises InputError unless max_norm is positive.
+    Returns:
+        norm (float, scalar): the global norm before scaling.
+
+    Raises:
+        InputError: max_norm is not positive.
     """
     if max_norm is not None and not max_norm > 0:
         raise InputError(f"max_norm must be positive, or None to measure only, got {max_norm}")
@@ -70,7 +74,7 @@ def clip_gradient_norm_(
 
 
 def _norm(gradients: list[Tensor], deferred: list[TableGradient]) -> Tensor:
-    # Of nothing torch makes a norm on its default device, which may be another one than the parameters'.
+    # torch's norm of nothing is on its default device, which may not be the parameters'.
     total_norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device="cpu")
     if deferred:
         squares = sum(pairs.squared_norm() for pairs in deferred)

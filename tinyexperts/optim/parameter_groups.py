@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FlatParameter
 from torch.optim import AdamW, Optimizer
 
-from tinyexperts.errors import InputError
+from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.layers.feed_forward import FeedForward
 from tinyexperts.ops.expert_mlp.deferred import supports_deferred
 from tinyexperts.optim.embedding_and_head import find_embedding_and_head
@@ -31,26 +31,37 @@ class ParameterKinds:
     """A model's trainable parameters by kind, each once, under the names of `model.named_parameters()`."""
 
     tables: dict[str, nn.Parameter]
+    """One row an expert, of which a step touches few."""
     matrices: dict[str, nn.Parameter]
+    """Those of two dimensions or more that are nothing else."""
     embedding: dict[str, nn.Parameter]
+    """The token embedding, also where it is the head too."""
     head: dict[str, nn.Parameter]
+    """The matrix of the logits."""
     vectors: dict[str, nn.Parameter]
+    """Norm gains and biases."""
 
 
 def split_parameters(model: nn.Module) -> ParameterKinds:
-    """Split the trainable parameters by kind, wherever in the model they lie: wrapped, compiled or nested.
+    """Split the trainable parameters by kind, also those of modules that are wrapped, compiled or nested.
 
-    Tables are what a FeedForward layer says they are. Outside of these layers:
+    Tables are those that FeedForward layers name. Outside of these layers:
 
-    The embedding: nn.Embedding and nn.EmbeddingBag, those of positions too; what is called `embedding`; and what a
-    module's get_input_embeddings() returns.
+    The embedding: nn.Embedding and nn.EmbeddingBag, those of positions too; modules called `embedding`; and the result
+    of a module's get_input_embeddings().
 
-    The head: what a module's get_output_embeddings() returns; what is called `head` or `lm_head`; and each nn.Linear
-    that makes as many numbers as an embedding has rows and whose result no other layer takes: the up projection of an
-    MLP may be as wide as the vocabulary, and a down projection takes what it makes.
+    The head: the result of a module's get_output_embeddings(); modules called `head` or `lm_head`; and each nn.Linear
+    that makes as many numbers as an embedding has rows and whose result no other layer takes. (The up projection of an
+    MLP may be as wide as the vocabulary, but a down projection takes its result.)
 
     Tied weights count once, as embedding. Of the rest, parameters with two dimensions or more are matrices, the others
     vectors: biases, also those of a head.
+
+    Args:
+        model (nn.Module): any model.
+
+    Returns:
+        The parameters by kind.
 
     Raises:
         InputError: FullyShardedDataParallel has flattened the parameters.
@@ -102,17 +113,29 @@ def build_optimizers(
     """Build one AdamW and, for tables with sparse gradients, one RowSparseAdam: fused where all tables allow it.
 
     Every group carries "name" (tables, matrices, embedding, head or vectors) and "peak_lr", which
-    `scale_learning_rates` multiplies. Kinds that the model has none of make no group; where matrices outside of
-    FeedForward layers are trained, and a rate is given for an embedding or a head that the model has not, a warning
-    says so.
+    `scale_learning_rates` multiplies. Kinds without parameters make no group. A rate for an embedding or a head that
+    the model lacks gives a warning if matrices outside of FeedForward layers are trained.
 
-    sparse_tables: whether the tables' gradients are sparse; otherwise they are a group of the AdamW, without decay
-    *_lr: peak learning rates; None for an embedding or a head that the model has not
-    betas, table_betas: (beta1, beta2) of Adam, for everything but the tables, and for the tables
-    weight_decay: decoupled decay of the matrices, a step: learning rate x weight_decay
-    table_second_moment: "element" or "row", of the RowSparseAdam
+    Args:
+        model (nn.Module): any model.
+        sparse_tables (bool): True if the tables' gradients are sparse. Otherwise the tables are a group of the AdamW,
+            without weight decay.
+        matrix_lr (float): peak learning rate of the hidden matrices.
+        embedding_lr (float | None): that of the token embedding; None if the model has none.
+        head_lr (float | None): that of the head; None if the model has none.
+        vector_lr (float): that of the vectors.
+        table_lr (float): that of the tables.
+        betas (tuple[float, float]): (beta1, beta2) of Adam, for everything but the tables.
+        table_betas (tuple[float, float]): (beta1, beta2) of the tables.
+        eps (float): added to Adam's denominator.
+        weight_decay (float): decoupled decay of the matrices: a step shrinks them by learning rate * weight_decay.
+        table_second_moment (str): "element" or "row", as in RowSparseAdam.
 
-    Raises InputError as split_parameters does, and for a rate of None where the model has parameters of that kind.
+    Returns:
+        The AdamW, then the RowSparseAdam; only those that have parameters.
+
+    Raises:
+        InputError: parameters that split_parameters refuses, or a rate of None for a kind that the model has.
     """
     embedding, head = find_embedding_and_head(model)
     kinds = _split(model, embedding, head)
@@ -120,7 +143,7 @@ def build_optimizers(
         if rate is None and (found := getattr(kinds, kind)):
             raise InputError(f"{kind}_lr must be given for {', '.join(found)}, got None")
     missing = [(embedding, embedding_lr, "embedding"), (head, head_lr, "head")]
-    _tell_missing([kind for found, rate, kind in missing if rate is not None and not found], kinds, model)
+    _warn_of_missing([kind for found, rate, kind in missing if rate is not None and not found], kinds, model)
 
     def group(name: str, lr: float | None, **options: Any) -> list[dict[str, Any]]:
         parameters = list(getattr(kinds, name).values())
@@ -145,8 +168,8 @@ def build_optimizers(
     return optimizers
 
 
-def _tell_missing(missing: list[str], kinds: ParameterKinds, model: nn.Module) -> None:
-    """Warn of rates that rule nothing, unless only FeedForward layers are trained, which have neither kind."""
+def _warn_of_missing(missing: list[str], kinds: ParameterKinds, model: nn.Module) -> None:
+    """Warn of rates without parameters, unless only FeedForward layers are trained, which have neither kind."""
     in_layers = {p for module in model.modules() if isinstance(module, FeedForward) for p in module.parameters()}
     others = [name for name, parameter in kinds.matrices.items() if parameter not in in_layers]
     if missing and others:
@@ -160,7 +183,12 @@ def _tell_missing(missing: list[str], kinds: ParameterKinds, model: nn.Module) -
 
 
 def scale_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
-    """Set the learning rate of every group to `factor` times its peak."""
+    """Set the learning rate of every group to `factor` times its peak.
+
+    Args:
+        optimizers (Iterable[Optimizer]): those of `build_optimizers`.
+        factor (float): a schedule's value.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -169,18 +197,24 @@ def scale_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> None
 def expected_touched_share(num_tokens_per_step: int, retrieved_per_token: int, num_experts: int) -> float:
     """Return the expected share of a table's rows that a step touches, for ids drawn uniformly: 1 - (1 - 1/N)^(M P).
 
-    num_tokens_per_step: M, all sequences of all accumulated batches of one optimizer step
-    retrieved_per_token: P, experts a token
-    num_experts: N, rows of the table
-
-    Real routers are less even and touch fewer rows. Below about a quarter, sparse gradients and RowSparseAdam are
+    Real routers are less even and touch fewer rows. Below about a quarter sparse gradients and RowSparseAdam are
     faster; with the fused step of the CPU they are at any share.
+
+    Args:
+        num_tokens_per_step (int): M, all sequences of all accumulated batches of one optimizer step.
+        retrieved_per_token (int): P, experts a token.
+        num_experts (int): N, rows of the table.
+
+    Returns:
+        The share, between 0 and 1.
+
+    Raises:
+        InputError: a negative number of tokens or experts a token, or no experts.
     """
     for name, value in (("num_tokens_per_step", num_tokens_per_step), ("retrieved_per_token", retrieved_per_token)):
         if value < 0:
             raise InputError(f"{name} must not be negative, got {value}")
-    if num_experts < 1:
-        raise InputError(f"num_experts must be at least 1, got {num_experts}")
+    require_at_least(1, "num_experts", num_experts)
     if num_experts == 1:
         return float(num_tokens_per_step * retrieved_per_token > 0)
     # 1 - (1 - 1/N)^n loses every digit for a large N: log1p and expm1 keep them.

@@ -1,8 +1,8 @@
 """Adam for tables with sparse gradients: a step costs what its touched rows cost, whatever the size of the table.
 
-Must match torch.optim.SparseAdam, where no option says otherwise. Unlike it, the state is not even zeroed row by row:
-memory is taken from the operating system as rows are touched. Tables want a learning rate of their own and no weight
-decay (arXiv 1907.05242); the defaults, 1e-2 with (0.9, 0.99), are those that did best in this project's first runs.
+It must match torch.optim.SparseAdam, unless an option says otherwise. In contrast to it the state costs memory only for
+touched rows: the operating system gives it as they are touched. Tables want a learning rate of their own and no weight
+decay (arXiv 1907.05242); the defaults, 1e-2 with (0.9, 0.99), did best in this project's first runs.
 """
 
 from __future__ import annotations
@@ -31,24 +31,28 @@ _SECOND_MOMENTS = ("element", "row")
 class RowSparseAdam(torch.optim.Optimizer):
     """Adam on the rows that have a gradient; rows without one keep their value and their moments.
 
-    params: parameters with sparse_coo gradients of one sparse dimension, or groups of them; every option below may
-        differ by group
-    lr, betas, eps: as in torch.optim.SparseAdam
-    weight_decay: decoupled, as in torch.optim.AdamW, but of touched rows only: before the step their values shrink by
-        lr * weight_decay of themselves
-    second_moment: "element", a number an element, as in Adam; "row", one for the D elements of a vector, the running
-        mean over steps of the mean over D of the squared gradient: nearly halves the state
-
-    fused: backward passes in `deferred_gradients([optimizer])` leave each table's gradient as the pairs that it is made
-        of, and `step` sums a row when it updates it, so that the gradient is never written out. For tables on the CPU
-        in fp32 or fp64. The step equals the one without it to the bit. Outside that scope it changes nothing
-
     The state of a parameter [N, ..., D] is `step` (int64 scalar on the CPU, number of steps), `exp_avg` (of the
     parameter's shape) and `exp_avg_sq` (of the parameter's shape; with "row" [N, ...], without D), both fp32 where the
     parameter is bf16 or fp16.
 
-    Raises InputError for a negative lr, eps or weight_decay, for betas outside [0, 1), for another second_moment, for
-    "row" where a table is shared by columns over ranks, and for fused where a table is elsewhere or of another type.
+    Args:
+        params (Iterable): parameters with sparse_coo gradients of one sparse dimension, or groups of them; every option
+            below may differ by group.
+        lr (float): learning rate, as in torch.optim.SparseAdam.
+        betas (tuple[float, float]): (beta1, beta2), as in torch.optim.SparseAdam.
+        eps (float): as in torch.optim.SparseAdam: it is added before the bias correction.
+        weight_decay (float): decoupled, as in torch.optim.AdamW, but of touched rows only: before the step their values
+            shrink by lr * weight_decay of themselves.
+        second_moment (str): "element", a number an element, as in Adam; "row", one for the D elements of a vector, the
+            running mean over steps of the mean over D of the squared gradient. "row" nearly halves the state.
+        fused (bool): backward passes in `deferred_gradients([optimizer])` keep each table's gradient as the pairs that
+            it is made of, and `step` sums a row when it updates it, so that the gradient is never written out. It is
+            for tables on the CPU in fp32 or fp64, equals the step without it to the bit, and changes nothing outside
+            that scope.
+
+    Raises:
+        InputError: a negative lr, eps or weight_decay, betas outside [0, 1), another second_moment, "row" for a table
+            shared by columns over ranks, fused for a table elsewhere or of another type.
     """
 
     def __init__(
@@ -72,7 +76,11 @@ class RowSparseAdam(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; options it does not name take the optimiser's defaults."""
+        """Add a group of parameters; options that it does not name take the optimizer's defaults.
+
+        Raises:
+            InputError: an option or a table that the class refuses.
+        """
         options = {**self.defaults, **param_group}
         for name in ("lr", "eps", "weight_decay"):
             if not options[name] >= 0:
@@ -96,9 +104,10 @@ class RowSparseAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every row that has a gradient; returns what `closure` returns.
+        """Update every row that has a gradient; return the result of `closure`.
 
-        Raises InputError where a gradient is dense, and where second_moment is "row" and a parameter has one dimension.
+        Raises:
+            InputError: a dense gradient, or a parameter of one dimension with second_moment "row".
         """
         loss = None
         if closure is not None:
@@ -133,7 +142,7 @@ class RowSparseAdam(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` returned; `fused`, which goes with where the tables are, stays as it was made."""
+        """Load the result of `state_dict()`; `fused`, which depends on the tables' device, stays as it was made."""
         fused = [group["fused"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, fused, strict=True):
@@ -150,16 +159,19 @@ class RowSparseAdam(torch.optim.Optimizer):
 
 @contextmanager
 def deferred_gradients(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
-    """Open a scope for backward passes, whose gradients of tables `RowSparseAdam(fused=True)` is to step on.
+    """Open a scope whose backward passes defer the gradients of the tables of `RowSparseAdam(fused=True)`.
 
     with deferred_gradients(optimizers):
         loss.backward()
 
-    In the scope the tables of those of `optimizers` that are RowSparseAdams with fused=True get a `.grad` that is not
-    written out: a sparse_coo tensor that holds what it is made of. Their `step` and `clip_gradient_norm_` read that;
-    anything else that uses the gradient, in the scope or after it, writes it out, and finds the same numbers. A second
-    backward pass writes out the sum. Gradients that are returned (`torch.autograd.grad`), those that a graph of
-    torch.compile computes, and passes that other threads make in the scope are as outside of it.
+    In the scope these tables get a `.grad` that is not written out: a sparse_coo tensor that holds the parts it is made
+    of. `step` and `clip_gradient_norm_` read these; anything else that uses the gradient, in the scope or after it,
+    writes it out, and finds the same numbers. A second backward pass writes out the sum. The scope has no effect on
+    gradients that are returned (`torch.autograd.grad`), on those that a graph of torch.compile computes, and on
+    backward passes of other threads.
+
+    Args:
+        optimizers (Iterable[Optimizer]): any; those that are no RowSparseAdam with fused=True are ignored.
 
     Raises:
         InputError: one of these tables has a hook, which would see no gradient; in the backward pass, a layer made
@@ -194,7 +206,7 @@ def _zero_state(parameter: Tensor, second_moment: str) -> dict[str, Tensor]:
 
 
 def _lazy_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that on a CPU cost memory only where touched: torch.zeros writes them all, numpy's calloc does not."""
+    """Return zeros that cost a CPU memory only where touched: torch.zeros writes them all, numpy's calloc does not."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     zeros = np.zeros(tuple(shape), dtype=np.float64 if dtype == torch.float64 else np.float32)

@@ -30,8 +30,14 @@ class Activations:
 
 @functools.lru_cache(maxsize=256)  # a pass on fake tensors takes seconds, and the runs of a study share their models
 def count_activations(config: TransformerConfig, device: torch.device, precision: str) -> Activations:
-    """Count the activations of a model in a precision on a kind of device, which this machine need not have."""
-    # So many that activations rule: of few the peak is where all gradients are there.
+    """Count the activations of a model.
+
+    Args:
+        config (TransformerConfig): the model.
+        device (torch.device): a kind of device, which this machine need not have.
+        precision (str): "fp32" or "bf16".
+    """
+    # Enough sequences that activations rule: with few of them the peak is where all gradients are there.
     few, many = (_peak_bytes(config, device, precision, num_sequences) for num_sequences in (64, 128))
     return Activations(bytes=2 * few - many, bytes_of_token=(many - few) / (64 * config.context_length))
 

@@ -1,4 +1,4 @@
-"""Devices for which runs are planned: their memory and speeds, those of an H100 where nothing else is said."""
+"""Devices for which runs are planned: their memory and speeds, those of an H100 by default."""
 
 from __future__ import annotations
 
@@ -45,7 +45,15 @@ class Devices:
         link_gb_per_second: float = H100_LINK_GB_PER_SECOND,
         node_link_gb_per_second: float = H100_NODE_LINK_GB_PER_SECOND,
     ) -> Devices:
-        """Return the devices that "8x80GB" stands for, with the number on a node and speeds.
+        """Return the devices of a text like "8x80GB".
+
+        Args:
+            text (str): the number of devices and the memory of each.
+            per_node (int): devices of a node.
+            tflops (float): peak TFLOP/s of a device.
+            memory_gb_per_second (float): speed between a device and its memory.
+            link_gb_per_second (float): speed at which a device sends to others of its node.
+            node_link_gb_per_second (float): speed at which a device sends to those of other nodes.
 
         Raises:
             InputError: another form, nodes that are not equal, or a speed that is not positive.

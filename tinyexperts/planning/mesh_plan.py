@@ -91,7 +91,14 @@ class MeshPlan:
 
 
 def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
-    """Plan each mesh that the devices and the model's width allow, the largest table groups first.
+    """Plan each mesh that the devices and the model's width allow.
+
+    Args:
+        config (TrainConfig): the run; its device "auto" stands for GPUs.
+        devices (Devices): the devices, which this machine need not have.
+
+    Returns:
+        A plan for each mesh, the largest table groups first.
 
     Raises:
         InputError: the devices do not divide the batch.
@@ -111,13 +118,24 @@ def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
         for count in range(1, (devices.count if can_share else 1) + 1)
         if devices.count % count == width % count == 0 and (count == 1 or width // count >= MIN_COLUMNS)
     ]
-    return [_plan_of_mesh(config, devices, costs, activations, count, sparse_tables) for count in reversed(shards)]
+    return [
+        _Mesh(config, costs, activations, sparse_tables, devices.count, num_shards).plan(devices)
+        for num_shards in reversed(shards)
+    ]
 
 
 def smaller_plans(config: TrainConfig, devices: Devices) -> dict[str, MeshPlan]:
-    """Find the changes, as options, that take at least a twentieth less memory, each with its smallest plan.
+    """Find changes of a run that take at least a twentieth less memory.
 
-    The least memory comes first.
+    Args:
+        config (TrainConfig): the run.
+        devices (Devices): the devices.
+
+    Returns:
+        The smallest plan of each change by the options that make it, the least memory first.
+
+    Raises:
+        InputError: the devices do not divide the batch.
     """
     sequences, count = config.batch_size * config.gradient_accumulation, devices.count
     changes: dict[str, dict[str, Any]] = {
@@ -141,9 +159,18 @@ def smaller_plans(config: TrainConfig, devices: Devices) -> dict[str, MeshPlan]:
 
 
 def column_bytes_of_token(retrieved: int, num_vectors: int, width: int, num_shards: int) -> tuple[float, float]:
-    """Count the bytes that a token sends to the ranks that share a table, in a forward and in a backward pass.
+    """Count the bytes that a token sends to the ranks that share a table.
 
     x and y by all-to-all; the parts of the products and the coefficients to or from all others, forward the ids too.
+
+    Args:
+        retrieved (int): experts that a token retrieves, P.
+        num_vectors (int): vectors of an expert, E.
+        width (int): model width D.
+        num_shards (int): ranks that share the table.
+
+    Returns:
+        The bytes of a forward pass and those of a backward pass.
     """
     others = num_shards - 1
     columns = _BYTES * width * others / num_shards * _num_operands(num_vectors)
@@ -156,114 +183,104 @@ def _num_operands(num_vectors: int) -> int:
     return 2 if num_vectors > 1 else 1
 
 
-def _plan_of_mesh(
-    config: TrainConfig,
-    devices: Devices,
-    costs: ModelCosts,
-    activations: Activations,
-    num_shards: int,
-    sparse_tables: bool,
-) -> MeshPlan:
-    num_ranks, num_replicas = devices.count, devices.count // num_shards
-    micro_tokens = config.batch_size * config.model.context_length / num_ranks
-    step_tokens = micro_tokens * config.gradient_accumulation
-    memory = _memory(config, costs, activations, num_ranks, num_shards, micro_tokens, sparse_tables)
-    exchanges = _exchanges(costs, num_ranks, num_shards, num_replicas, micro_tokens)
-    exchanges = Exchanges(**{name: config.gradient_accumulation * value for name, value in vars(exchanges).items()})
-    flops = 3 * costs.forward_flops.total * step_tokens
-    return MeshPlan(
-        replicate=num_replicas,
-        table=num_shards,
-        memory=memory,
-        exchanges=exchanges,
-        flops=flops,
-        compute_seconds=flops / (devices.flops * UTILIZATION),
-        memory_seconds=_moved_bytes(config, costs, activations, num_ranks, num_shards, step_tokens, sparse_tables)
-        / devices.memory_speed,
-        exchange_seconds=exchanges.columns / devices.speed_among(num_shards)
-        + (exchanges.dense_part + exchanges.replicas) / devices.speed_among(num_ranks),
-    )
+@dataclass(frozen=True)
+class _Mesh:
+    """One mesh of the devices, and the run that is planned on it."""
 
+    config: TrainConfig
+    costs: ModelCosts
+    activations: Activations
+    sparse_tables: bool
+    num_ranks: int
+    num_shards: int
 
-def _memory(
-    config: TrainConfig,
-    costs: ModelCosts,
-    activations: Activations,
-    num_ranks: int,
-    num_shards: int,
-    micro_tokens: float,
-    sparse_tables: bool,
-) -> Memory:
-    tables = sum(table.numbers for table in costs.tables) / num_shards
-    dense = costs.dense(num_ranks) / num_ranks
-    all_tokens = micro_tokens * num_ranks
-    gathered = 0
-    if num_ranks > 1:  # weights and gradients of what lies outside, of the block at work, and the next one's weights
-        gathered = 2 * costs.outside_of_blocks(num_ranks) + 3 * costs.largest_block(num_ranks)
-    table_moments = 2 * tables
-    if sparse_tables and config.optimizer.table_second_moment == "row":
-        table_moments = tables + sum(table.num_experts * table.num_vectors for table in costs.tables)
-    gradients = _table_gradients(config, costs, all_tokens, sparse_tables) / num_shards
-    # Ids and coefficients of the tokens of all others of a table are kept.
-    others = sum((num_shards - 1) * table.retrieved * (_ID_BYTES + _BYTES) for table in costs.tables)
-    held = activations.bytes + micro_tokens * (activations.bytes_of_token + others)
-    # A dense gradient is put together from the touched rows, when most activations are gone.
-    touched = 0.0 if sparse_tables else _BYTES * costs.touched(all_tokens) / num_shards
-    weights, moments = _BYTES * (dense + tables), _BYTES * (2 * dense + table_moments)
-    return Memory(
-        weights=weights,
-        gathered=_BYTES * gathered,
-        gradients=_BYTES * (dense + gradients),
-        moments=moments,
-        activations=max(held, touched),
-        copies=weights + moments if config.checkpoint.asynchronous else 0.0,
-    )
+    @property
+    def micro_tokens(self) -> float:
+        """The tokens of one rank in a micro-batch."""
+        return self.config.batch_size * self.config.model.context_length / self.num_ranks
 
+    def plan(self, devices: Devices) -> MeshPlan:
+        step_tokens = self.micro_tokens * self.config.gradient_accumulation
+        exchanges = self.exchanges()
+        flops = 3 * self.costs.forward_flops.total * step_tokens
+        return MeshPlan(
+            replicate=self.num_ranks // self.num_shards,
+            table=self.num_shards,
+            memory=self.memory(),
+            exchanges=exchanges,
+            flops=flops,
+            compute_seconds=flops / (devices.flops * UTILIZATION),
+            memory_seconds=self.moved_bytes(step_tokens) / devices.memory_speed,
+            exchange_seconds=exchanges.columns / devices.speed_among(self.num_shards)
+            + (exchanges.dense_part + exchanges.replicas) / devices.speed_among(self.num_ranks),
+        )
 
-def _table_gradients(config: TrainConfig, costs: ModelCosts, micro_tokens: float, sparse_tables: bool) -> float:
-    """Count the numbers in the gradients of all tables, when most of them are there."""
-    touched = costs.touched(micro_tokens)
-    num_passes = config.gradient_accumulation
-    if not sparse_tables:  # that of this pass, and the sum of the passes before
-        return sum(table.numbers for table in costs.tables) * min(num_passes, 2)
-    if num_passes == 1:  # on a CPU nothing is written out: the fused step sums each row when it updates it
-        return 0.0 if config.device == "cpu" else touched
-    return num_passes * touched + costs.touched(num_passes * micro_tokens)  # kept side by side, then summed
+    def memory(self) -> Memory:
+        costs, config, num_ranks, num_shards = self.costs, self.config, self.num_ranks, self.num_shards
+        tables = sum(table.numbers for table in costs.tables) / num_shards
+        dense = costs.dense(num_ranks) / num_ranks
+        all_tokens = self.micro_tokens * num_ranks
+        gathered = 0
+        if (
+            num_ranks > 1
+        ):  # weights and gradients outside of the blocks and of the block at work, the next one's weights
+            gathered = 2 * costs.outside_of_blocks(num_ranks) + 3 * costs.largest_block(num_ranks)
+        table_moments = 2 * tables
+        if self.sparse_tables and config.optimizer.table_second_moment == "row":
+            table_moments = tables + sum(table.num_experts * table.num_vectors for table in costs.tables)
+        gradients = self.table_gradients(all_tokens) / num_shards
+        # Ids and coefficients of the tokens of all others of a table are kept.
+        others = sum((num_shards - 1) * table.retrieved * (_ID_BYTES + _BYTES) for table in costs.tables)
+        held = self.activations.bytes + self.micro_tokens * (self.activations.bytes_of_token + others)
+        # A dense gradient is put together from the touched rows, when most activations are gone.
+        touched = 0.0 if self.sparse_tables else _BYTES * costs.touched(all_tokens) / num_shards
+        weights, moments = _BYTES * (dense + tables), _BYTES * (2 * dense + table_moments)
+        return Memory(
+            weights=weights,
+            gathered=_BYTES * gathered,
+            gradients=_BYTES * (dense + gradients),
+            moments=moments,
+            activations=max(held, touched),
+            copies=weights + moments if config.checkpoint.asynchronous else 0.0,
+        )
 
+    def table_gradients(self, micro_tokens: float) -> float:
+        """Count the numbers in the gradients of all tables, when most of them are there."""
+        touched = self.costs.touched(micro_tokens)
+        num_passes = self.config.gradient_accumulation
+        if not self.sparse_tables:  # that of this pass, and the sum of the passes before
+            return sum(table.numbers for table in self.costs.tables) * min(num_passes, 2)
+        if num_passes == 1:  # on a CPU nothing is written out: the fused step sums each row when it updates it
+            return 0.0 if self.config.device == "cpu" else touched
+        return num_passes * touched + self.costs.touched(num_passes * micro_tokens)  # all are kept, then summed
 
-def _exchanges(costs: ModelCosts, num_ranks: int, num_shards: int, num_replicas: int, micro_tokens: float) -> Exchanges:
-    """Count one micro-batch: FSDP2 gathers weights forward, those of blocks again backward, and scatters gradients."""
-    columns = replicas = 0.0
-    for table in costs.tables:
-        columns += sum(column_bytes_of_token(table.retrieved, table.num_vectors, table.width, num_shards))
-        pairs = num_shards * table.retrieved * (_ID_BYTES + table.num_vectors * _BYTES)
-        replicas += (num_replicas - 1) * (pairs + _num_operands(table.num_vectors) * table.width * _BYTES)
-    return Exchanges(
-        dense_part=_BYTES * (num_ranks - 1) / num_ranks * (2 * costs.dense(num_ranks) + costs.of_blocks(num_ranks)),
-        columns=columns * micro_tokens,
-        replicas=replicas * micro_tokens,
-    )
+    def exchanges(self) -> Exchanges:
+        """Count a step: FSDP2 gathers weights forward, those of blocks again backward, and scatters gradients."""
+        costs, num_ranks, num_passes = self.costs, self.num_ranks, self.config.gradient_accumulation
+        dense_part = _BYTES * (num_ranks - 1) / num_ranks * (2 * costs.dense(num_ranks) + costs.of_blocks(num_ranks))
+        columns = replicas = 0.0
+        for table in costs.tables:
+            columns += sum(column_bytes_of_token(table.retrieved, table.num_vectors, table.width, self.num_shards))
+            pairs = self.num_shards * table.retrieved * (_ID_BYTES + table.num_vectors * _BYTES)
+            num_others = num_ranks // self.num_shards - 1
+            replicas += num_others * (pairs + _num_operands(table.num_vectors) * table.width * _BYTES)
+        return Exchanges(
+            dense_part=num_passes * dense_part,
+            columns=num_passes * (columns * self.micro_tokens),
+            replicas=num_passes * (replicas * self.micro_tokens),
+        )
 
+    def moved_bytes(self, step_tokens: float) -> float:
+        """Count the bytes that move between a device and its memory in a step.
 
-def _moved_bytes(
-    config: TrainConfig,
-    costs: ModelCosts,
-    activations: Activations,
-    num_ranks: int,
-    num_shards: int,
-    step_tokens: float,
-    sparse_tables: bool,
-) -> float:
-    """Count the bytes that move between a device and its memory in a step.
-
-    Weights forward and backward; activations written and read, and their gradients; retrieved rows forward and
-    backward; values and moments read and written by the optimiser, with the gradient.
-    """
-    dense = costs.dense(num_ranks)
-    moved = _BYTES * (2 * config.gradient_accumulation * dense + 8 * dense / num_ranks)
-    moved += 4 * activations.bytes_of_token * step_tokens
-    for table in costs.tables:
-        moved += 2 * _BYTES * step_tokens * table.retrieved * table.num_vectors * table.width
-        share = table.touched_share(step_tokens * num_ranks) if sparse_tables else 1.0
-        moved += 8 * _BYTES * share * table.numbers / num_shards
-    return moved
+        Weights forward and backward; activations written and read, and their gradients; retrieved rows forward and
+        backward; values and moments read and written by the optimizer, with the gradient.
+        """
+        dense = self.costs.dense(self.num_ranks)
+        moved = _BYTES * (2 * self.config.gradient_accumulation * dense + 8 * dense / self.num_ranks)
+        moved += 4 * self.activations.bytes_of_token * step_tokens
+        for table in self.costs.tables:
+            moved += 2 * _BYTES * step_tokens * table.retrieved * table.num_vectors * table.width
+            share = table.touched_share(step_tokens * self.num_ranks) if self.sparse_tables else 1.0
+            moved += 8 * _BYTES * share * table.numbers / self.num_shards
+        return moved

@@ -196,7 +196,14 @@ class Account:
 
 
 def account(config: TrainConfig) -> Account:
-    """Count the costs of a run; no weight is made."""
+    """Count the costs of a run; no weight is made.
+
+    Args:
+        config (TrainConfig): the run.
+
+    Returns:
+        Its parameters, FLOPs and bytes, and the steps that its budget affords.
+    """
     model = count_costs(config.model)
     rows = config.model.d_model + sum(table.retrieved * table.num_vectors * table.width for table in model.tables)
     matrices = model.num_matmul * config.gradient_accumulation / config.tokens_per_step

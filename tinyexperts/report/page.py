@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -54,30 +54,40 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Page:
-    """The content of a page, from top to bottom."""
+class Findings:
+    """The results of runs, in the order of the page that shows them."""
 
-    title: str
-    subtitle: str
-    findings: tuple[Finding, ...]
-    problems: tuple[str, ...]
+    title: str = ""
+    """The title of the page; empty: the name of the study."""
+    findings: Sequence[Finding]
+    doubts: Sequence[str] = ()
     """A sentence for each thing that is missing or doubtful."""
-    sections: tuple[Section, ...]
+    sections: Sequence[Section]
+    samples: Mapping[str, tuple[Sample, ...]] | None = None
+    """Texts of the models by their prompt; None: the page is about no texts."""
+    repeatable: Sequence[str] = ()
+    """The names of the runs whose commands the page gives."""
+    folded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Texts to look up by title, such as configurations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A page: findings, and how they were made."""
+
+    found: Findings
+    subtitle: str
     command: str
     """The command that makes the page again."""
     made_of: str
     """The data and the versions behind the page."""
-    samples: Mapping[str, tuple[Sample, ...]] | None = None
-    """Texts of the models by their prompt; None: the page is about no texts."""
-    folded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Texts to look up by title, such as configurations."""
     created: datetime | None = None
     """The time that the page names; None: now."""
 
     @property
     def tables(self) -> list[Table]:
         """The tables of all sections."""
-        return [table for section in self.sections for table in section.tables]
+        return [table for section in self.found.sections for table in section.tables]
 
     def as_html(self) -> str:
         """Return the page as HTML that needs no network."""
@@ -85,14 +95,13 @@ class Page:
         return _template().render(page=self, created=created)
 
     def as_markdown(self) -> str:
-        """Return the findings, problems and tables as Markdown."""
-        findings = [
-            f"- {found.text}: **{found.verdict}** ({found.evidence})" for found in self.findings if found.verdict
-        ]
-        findings += [f"- {found.text}" for found in self.findings if not found.verdict]
-        problems = ["What is missing or doubtful:", "", *(f"- {problem}" for problem in self.problems), ""]
+        """Return the findings, doubts and tables as Markdown."""
+        found = self.found
+        lines = [f"- {each.text}: **{each.verdict}** ({each.evidence})" for each in found.findings if each.verdict]
+        lines += [f"- {each.text}" for each in found.findings if not each.verdict]
+        doubts = ["What is missing or doubtful:", "", *(f"- {doubt}" for doubt in found.doubts), ""]
         tables = [table.as_markdown() for table in self.tables if table.rows]
-        return "\n".join([f"# {self.title}", "", *findings, "", *(problems if self.problems else []), *tables])
+        return "\n".join([f"# {found.title}", "", *lines, "", *(doubts if found.doubts else []), *tables])
 
 
 @functools.cache

@@ -110,7 +110,14 @@ class Plot:
         self.axes.plot(x, y, linestyle="", marker=marker, markersize=size, color=color, **style)
 
     def means(self, x: ArrayLike, seeds: Sequence[Sequence[float]], means: Sequence[float], **style: Any) -> None:
-        """Draw a line through means, and a small mark for each seed."""
+        """Draw a line through means, and a small mark for each seed.
+
+        Args:
+            x (ArrayLike): the positions.
+            seeds (Sequence[Sequence[float]]): the values of the seeds at each position.
+            means (Sequence[float]): their means.
+            style (Any): the style of the line.
+        """
         self.axes.plot(x, means, **style)
         for position, values in zip(np.atleast_1d(x), seeds, strict=True):
             self.marks([position] * len(values), values, style["color"], style.get("marker", "o"), 3, alpha=0.6)
@@ -145,7 +152,13 @@ class Plot:
         axes.spines["bottom"].set_bounds(0, end)
 
     def drawing(self, name: str, *, caption: str, text: str) -> Drawing:
-        """Finish the figure; name: of its ids on the page, text: its alternative for those who can't see it."""
+        """Finish the figure.
+
+        Args:
+            name (str): the start of its ids on the page.
+            caption (str): the caption.
+            text (str): the alternative for those who can't see it.
+        """
         if self._ends:
             self._draw_labels()
         return Drawing(caption=caption, svg=svg_of(self._figure, name, text))
@@ -168,7 +181,13 @@ class Plot:
 
 
 def svg_of(figure: Figure, name: str, description: str) -> Markup:
-    """Return a figure as an SVG element that scales with the page, with ids of its own among other figures."""
+    """Return a figure as an SVG element that scales with the page.
+
+    Args:
+        figure (Figure): the figure.
+        name (str): the start of its ids, which other figures of the page don't share.
+        description (str): the alternative for those who can't see it.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     ET.register_namespace("", "http://www.w3.org/2000/svg")

@@ -16,33 +16,37 @@ from tinyexperts.statistics.seed_interval import Outcome, SeedInterval, paired_d
 class ComputeMultiplier:
     """The multiplier, or the reason why there is none."""
 
-    value: float | None
+    value: float | None = None
     """The geometric mean over seeds."""
-    interval: tuple[float, float] | None
+    interval: tuple[float, float] | None = None
     """The 95 % interval; None for one seed."""
-    refusal: str | None
+    refusal: str | None = None
     """The reason, in words."""
 
 
 def compute_multiplier(
     baseline: Mapping[int, Mapping[float, float]], method: Mapping[int, float], budget: float
 ) -> ComputeMultiplier:
-    """Compute it from losses (nats): a baseline's by seed and budget (FLOPs), and a method's by seed at one budget.
+    """Compute the multiplier of a method at one budget.
 
-    Between two budgets the baseline's loss is taken as linear in their logarithm; beyond them nothing is said but on
-    which side the multiplier lies, where the difference to the last budget, or to the first, has an interval that
-    leaves out zero.
+    Between two budgets the baseline's loss is taken as linear in their logarithm. Beyond them only the side of the
+    multiplier is given, where the difference to the last budget, or to the first, has an interval without zero.
+
+    Args:
+        baseline (Mapping[int, Mapping[float, float]]): the baseline's losses (nats) by seed and budget (FLOPs).
+        method (Mapping[int, float]): the method's losses by seed.
+        budget (float): the method's training FLOPs.
     """
     seeds = sorted(baseline.keys() & method.keys())
     if not seeds:
-        return _refused("the two share no seed")
+        return ComputeMultiplier(refusal="the two share no seed")
     logs, beyond, before = [], [], []
     first, last = {}, {}
     for seed in seeds:
         budgets = sorted(baseline[seed])
         losses = [baseline[seed][b] for b in budgets]
         if len(budgets) < 2 or any(later >= earlier for earlier, later in pairwise(losses)):
-            return _refused(f"the baseline's loss does not fall from budget to budget for seed {seed}")
+            return ComputeMultiplier(refusal=f"the baseline's loss does not fall from budget to budget for seed {seed}")
         first[seed], last[seed] = losses[0], losses[-1]
         if method[seed] < losses[-1]:
             beyond.append(seed)
@@ -53,25 +57,23 @@ def compute_multiplier(
             logs.append(float(at) - math.log(budget))
     if beyond and _outcome(method, last) == "lower":
         least = min(max(baseline[seed]) for seed in seeds) / budget
-        return _refused(f"more than {least:.2f}: the baseline's largest budget does not reach the loss")
+        return ComputeMultiplier(
+            refusal=f"more than {least:.2f}: the baseline's largest budget does not reach the loss"
+        )
     if before and _outcome(method, first) == "higher":
         most = max(min(baseline[seed]) for seed in seeds) / budget
-        return _refused(f"less than {most:.2f}: the baseline's least budget is better already")
+        return ComputeMultiplier(refusal=f"less than {most:.2f}: the baseline's least budget is better already")
     if beyond or before:
         where = ((beyond, "beyond the largest budget"), (before, "before the least"))
         listed = ", ".join(f"{side} {len(outside)} of {len(seeds)}" for outside, side in where if outside)
-        return _refused(f"can't tell; seeds {listed}")
+        return ComputeMultiplier(refusal=f"can't tell; seeds {listed}")
     interval = SeedInterval(values=tuple(logs))
     low, high = interval.bounds
     with np.errstate(over="ignore"):
         ends = (float(np.exp(low)), float(np.exp(high)))
-    return ComputeMultiplier(value=math.exp(interval.mean), interval=ends if len(seeds) > 1 else None, refusal=None)
+    return ComputeMultiplier(value=math.exp(interval.mean), interval=ends if len(seeds) > 1 else None)
 
 
 def _outcome(method: Mapping[int, float], end: Mapping[int, float]) -> Outcome:
     difference = paired_difference(method, end)
     return "undecided" if difference is None else difference.outcome
-
-
-def _refused(reason: str) -> ComputeMultiplier:
-    return ComputeMultiplier(value=None, interval=None, refusal=reason)

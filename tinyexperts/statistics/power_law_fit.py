@@ -76,7 +76,12 @@ class PowerLawFit:
 def fit_power_law(
     terms: Sequence[Term], variables: Mapping[str, Sequence[float]], losses: Sequence[float]
 ) -> PowerLawFit:
-    """Fit a law to runs: the values of each variable, and the losses in nats.
+    """Fit a law to runs.
+
+    Args:
+        terms (Sequence[Term]): the terms of the law.
+        variables (Mapping[str, Sequence[float]]): the values of each variable, one a run.
+        losses (Sequence[float]): the loss of each run in nats.
 
     Raises:
         ValueError: a variable that is missing, values that are not positive, or fewer different runs than the law has
@@ -93,7 +98,7 @@ def fit_power_law(
     num_different = len(np.unique(np.stack([values[name] for name in sorted(wanted)]), axis=1).T)
     if num_different < num_parameters:
         raise ValueError(f"the law has {num_parameters} parameters, and there are {num_different} different runs")
-    # About their geometric mean, so that the columns of the linear problem are of one size.
+    # Relative to their geometric mean, so that the columns of the linear problem are of one size.
     middle = {name: float(np.exp(np.log(v).mean())) for name, v in values.items()}
 
     def design(exponents: np.ndarray) -> np.ndarray:
@@ -146,7 +151,7 @@ def fit_power_law(
         for number, term in enumerate(terms)
     }
     spare = len(loss) - num_parameters
-    # What a parameter without an effect would take from the loss by chance.
+    # The loss plus what a parameter without an effect would take from it by chance.
     limit = cost * (1 + float(scipy.special.fdtri(1, spare, _CONFIDENCE)) / spare) if spare else np.inf
     near = [*grid, tuple(map(float, exponents))]
 

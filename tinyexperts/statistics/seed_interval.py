@@ -23,8 +23,7 @@ Outcome = Literal["lower", "higher", "undecided"]
 class SeedInterval:
     """Values of the same quantity, one a seed; the interval holds their true mean with 95 % confidence.
 
-    With fewer than two values, or one that is not finite, there is nothing to judge chance by: the interval is
-    everything.
+    Fewer than two values, or one that is not finite, say nothing about chance: the interval is then everything.
     """
 
     values: tuple[float, ...]
@@ -59,6 +58,11 @@ class SeedInterval:
 
 
 def paired_difference(method: BySeed, baseline: BySeed) -> SeedInterval | None:
-    """Return method minus baseline over the seeds that both have; None where they share none."""
+    """Return method minus baseline over the seeds that both have; None where they share none.
+
+    Args:
+        method (BySeed): the method's values by seed.
+        baseline (BySeed): the baseline's values by seed.
+    """
     seeds = sorted(set(method.keys()) & set(baseline.keys()))
     return SeedInterval(values=tuple(float(method[seed] - baseline[seed]) for seed in seeds)) if seeds else None

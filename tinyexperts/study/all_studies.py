@@ -18,6 +18,9 @@ STUDIES = (ISOFLOP, NUM_EXPERTS, ACTIVE_EXPERTS, QUERY_NORM, USAGE, PLACEMENT, O
 def study_named(name: str) -> Study:
     """Return a study, or the demo, by its name.
 
+    Args:
+        name (str): the name, as in the command.
+
     Raises:
         InputError: there is no such study.
     """

@@ -13,15 +13,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tinyexperts.comparison.findings import Findings
 from tinyexperts.comparison.methods import method_named
 from tinyexperts.comparison.paired import compare_methods
 from tinyexperts.comparison.report import findings_of
 from tinyexperts.comparison.results import Results, read_results
 from tinyexperts.data.prepare import PrepareConfig, prepare
 from tinyexperts.data.shards.reader import TokenDataset
-from tinyexperts.errors import InputError
+from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.report.numbers import format_count
+from tinyexperts.report.page import Findings
 from tinyexperts.study.analysis.frame import StudyRuns
 from tinyexperts.study.grid import GridRun, Stage
 from tinyexperts.study.run_study import StudyConfig, run_stages
@@ -64,8 +64,7 @@ class DemoConfig:
         ):
             raise InputError(f"seeds must be one or more different numbers from 0 to 2^63 - 1, got {self.seeds}")
         for name in ("num_parallel", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            require_at_least(1, name, getattr(self, name))
 
     @property
     def data(self) -> Path:
@@ -77,6 +76,9 @@ def run_demo(config: DemoConfig) -> None:
     """Prepare the corpus, train, evaluate and sample every run, write the report, and print the results.
 
     Runs that an earlier call with these settings finished are kept, those that it began are continued.
+
+    Args:
+        config (DemoConfig): the runs, and the folder.
 
     Raises:
         InputError: a run failed, after the others have ended and the report is written; a folder of another study.
@@ -91,7 +93,9 @@ def run_demo(config: DemoConfig) -> None:
         num_train_tokens = TokenDataset.open(config.data).split("train").num_tokens
         execution = StudyConfig(data=config.data, output=config.output, num_parallel=config.num_parallel)
         run_stages(folder, DEMO.stages(config), execution, num_train_tokens, show=partial(_show, folder, config))
-        failed = [status.reason for run in folder.planned_runs() if (status := folder.status(run)).state != "done"]
+        failed = [
+            status.reason for run in folder.planned_runs() if (status := folder.status_of(run.name)).state != "done"
+        ]
         if failed:
             raise InputError("; ".join(map(str, failed)))
 

@@ -34,7 +34,7 @@ Stage = Callable[[Mapping[str, float]], list[GridRun]]
 
 
 def expected_runs(stages: Sequence[Stage]) -> list[GridRun]:
-    """Return the runs of all stages as if every run ended with the same loss, to say what they may cost."""
+    """Return the runs of all stages as if every run ended with the same loss, to estimate their cost."""
     losses: dict[str, float] = {}
     planned: list[GridRun] = []
     for stage in stages:
@@ -46,6 +46,10 @@ def expected_runs(stages: Sequence[Stage]) -> list[GridRun]:
 
 def check_grid(runs: Sequence[GridRun], num_train_tokens: int) -> None:
     """Refuse a grid that can't be run as it is meant.
+
+    Args:
+        runs (Sequence[GridRun]): the runs of the grid.
+        num_train_tokens (int): tokens of the training split.
 
     Raises:
         InputError: a budget that affords no step, or a corpus too small for a budget.

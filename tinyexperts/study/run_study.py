@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tinyexperts.data import FileCorpus, TokenDataset
 from tinyexperts.data.files import skipped_note
-from tinyexperts.errors import InputError
+from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.study.grid import GridRun, Stage, check_grid, expected_runs
 from tinyexperts.study.runner.dry_run import print_plan
 from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Command, Job, run_jobs
@@ -60,7 +60,7 @@ class StudyConfig:
     num_parallel: int = 2
     """Runs side by side: one core each on a CPU."""
     minutes: float | None = None
-    """Save and stop after so long; the same command goes on from there."""
+    """Save and stop after this many minutes; the same command continues."""
     dry_run: bool = False
     """Show every run, its FLOPs, memory and hours, and run nothing."""
 
@@ -70,8 +70,7 @@ class StudyConfig:
         object.__setattr__(self, "data", path_of("data", self.data))
         if self.output is not None:
             object.__setattr__(self, "output", path_of("output", self.output))
-        if self.num_parallel < 1:
-            raise InputError(f"num_parallel must be at least 1, got {self.num_parallel}")
+        require_at_least(1, "num_parallel", self.num_parallel)
         if self.slurm_gpus not in (0, 1):
             raise InputError(f"slurm_gpus must be 0 or 1: a run of a study takes one device, got {self.slurm_gpus}")
         for name in ("slurm_partition", "slurm_hours", "slurm_gpus"):
@@ -83,8 +82,7 @@ class StudyConfig:
             raise InputError(f"minutes must be positive, got {self.minutes}")
         if self.minutes is not None and self.executor == "slurm":
             raise InputError(f"minutes are for runs on this machine, got {self.minutes} with slurm: use slurm_hours")
-        if self.evaluation_tokens is not None and self.evaluation_tokens < 1:
-            raise InputError(f"evaluation_tokens must be at least 1, got {self.evaluation_tokens}")
+        require_at_least(1, "evaluation_tokens", self.evaluation_tokens)
         names = [path.stem for path in self.evaluation_corpora]
         if len(set(names)) < len(names):
             raise InputError(f"evaluation corpora must have different names, got {', '.join(names)}")
@@ -96,6 +94,10 @@ class StudyConfig:
 def run_study(study: Study, config: StudyConfig) -> None:
     """Plan, run and finish a study.
 
+    Args:
+        study (Study): the study.
+        config (StudyConfig): its size, its data, and how it is run.
+
     Raises:
         InputError: bad input; another process in the same folder; runs that failed, after all others have ended.
         Interrupted: on Ctrl-C and after the minutes that were given, when the runs are saved.
@@ -104,7 +106,7 @@ def run_study(study: Study, config: StudyConfig) -> None:
     vocab_size = _VOCAB_SIZE_UNTIL_THERE_IS_DATA if dataset is None else dataset.index.vocab_size
     stages = study.stages(scale_named(config.scale, data=config.data, vocab_size=vocab_size))
     if config.dry_run or dataset is None:
-        print_plan(study.name, config.scale, study.question, expected_runs(stages))
+        print_plan(study.name, config.scale, study.question, expected_runs(stages), is_tuned=len(stages) > 1)
         if dataset is None:
             print(f"There is no data set in {config.data}: a vocabulary of {vocab_size:,} is assumed.")
         return
@@ -142,7 +144,14 @@ def _show(study: Study, folder: StudyFolder) -> None:
 def run_stages(
     folder: StudyFolder, stages: Sequence[Stage], config: StudyConfig, num_train_tokens: int, show: Callable[[], None]
 ) -> None:
-    """Plan and run the stages one after the other, and show the results, those so far where it ends early.
+    """Plan and run the stages one after the other, and show the results, also where a stage ends early.
+
+    Args:
+        folder (StudyFolder): the folder of the study.
+        stages (Sequence[Stage]): the stages.
+        config (StudyConfig): how the runs are carried out.
+        num_train_tokens (int): tokens of the data set's training split.
+        show (Callable[[], None]): called at the end to show the results.
 
     Raises:
         InputError: runs failed that a later stage depends on; another grid.
@@ -154,10 +163,8 @@ def run_stages(
         _run_stage(folder, runs, config, deadline, title=f"stage {number + 1} of {len(stages)}: ")
         if time.monotonic() > deadline:
             show()
-            raise Interrupted(
-                "the minutes are over; what was trained is saved, and the same command goes on from there"
-            )
-        statuses = [folder.status(run) for run in runs]
+            raise Interrupted("the minutes are over; what was trained is saved, and the same command continues it")
+        statuses = [folder.status_of(run.name) for run in runs]
         failed = [status for status in statuses if status.state != "done"]
         settled = all(status.is_settled for status in statuses) and 2 * len(failed) <= len(runs)
         if not settled and number + 1 < len(stages):
@@ -165,7 +172,7 @@ def run_stages(
             raise InputError(
                 f"{len(failed)} of {len(runs)} runs of stage {number + 1} failed ({failed[0].name}: "
                 f"{failed[0].reason}), and what comes next depends on them; the same command tries them again, and "
-                "goes on without those that fail again, if they are less than half"
+                "continues without those that fail again, if they are less than half"
             )
     show()
 
@@ -196,39 +203,30 @@ def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, de
     open_runs = [run for run in runs if not folder.has_ended(run)]
     if not open_runs:
         return
+    options: dict[str, Any] = {
+        "num_parallel": config.num_parallel,
+        "console": Console(stderr=True),
+        "title": title,
+        "num_done": len(runs) - len(open_runs),
+    }
     try:
-        _run_all(folder, open_runs, config, deadline, title=title, num_done=len(runs) - len(open_runs))
+        if config.executor == "slurm":
+            from tinyexperts.study.runner.slurm import run_array
+
+            options["timeout_min"] = math.ceil(60 * (config.slurm_hours or _SLURM_HOURS))
+            if config.slurm_partition is not None:
+                options["slurm_partition"] = config.slurm_partition
+            if config.slurm_gpus:
+                options["gpus_per_node"] = config.slurm_gpus
+            run_array(folder, open_runs, **options)
+        else:
+            max_seconds = deadline - time.monotonic()
+            jobs = [_job(folder, run.name) for run in open_runs]
+            run_jobs(jobs, environment=ENVIRONMENT, max_seconds=max_seconds, failed=folder.note_failure, **options)
     except KeyboardInterrupt:
-        raise Interrupted("stopped; what was trained is saved, and the same command goes on from there") from None
+        raise Interrupted("stopped; what was trained is saved, and the same command continues it") from None
 
 
-def _run_all(
-    folder: StudyFolder, runs: list[GridRun], config: StudyConfig, deadline: float, *, title: str, num_done: int
-) -> None:
-    display: dict[str, Any] = {"console": Console(stderr=True), "title": title, "num_done": num_done}
-    if config.executor == "slurm":
-        from tinyexperts.study.runner.slurm import run_array
-
-        parameters: dict[str, Any] = {"timeout_min": math.ceil(60 * (config.slurm_hours or _SLURM_HOURS))}
-        if config.slurm_partition is not None:
-            parameters["slurm_partition"] = config.slurm_partition
-        if config.slurm_gpus:
-            parameters["gpus_per_node"] = config.slurm_gpus
-        run_array(folder, runs, num_parallel=config.num_parallel, **display, **parameters)
-    else:
-        jobs = [
-            Job(
-                folder=folder.run_path(run.name),
-                commands=(Command(name="running", arguments=(*PROGRAM, "study", "run", str(folder.path), run.name)),),
-                log=folder.log_path(run.name),
-            )
-            for run in runs
-        ]
-        run_jobs(
-            jobs,
-            num_parallel=config.num_parallel,
-            environment=ENVIRONMENT,
-            max_seconds=deadline - time.monotonic(),
-            failed=folder.note_failure,
-            **display,
-        )
+def _job(folder: StudyFolder, name: str) -> Job:
+    command = Command(name="running", arguments=(*PROGRAM, "study", "run", str(folder.path), name))
+    return Job(folder=folder.run_path(name), commands=(command,), log=folder.log_path(name))

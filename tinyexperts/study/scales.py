@@ -60,7 +60,15 @@ class Scale:
         return every[len(every) // 2]
 
     def config(self, layer: ExpertLayerConfig, *, width: int, budget: float, seed: int, **changes: Any) -> TrainConfig:
-        """Return a run of this scale; changes are settings of TrainConfig, by their dotted names."""
+        """Return the configuration of a run at this scale.
+
+        Args:
+            layer (ExpertLayerConfig): the expert layer.
+            width (int): the model width D.
+            budget (float): training FLOPs.
+            seed (int): the seed.
+            changes (Any): settings of TrainConfig, by their dotted names.
+        """
         settings = {
             "model.d_model": width,
             "model.num_heads": width // self.head_dim,
@@ -72,7 +80,12 @@ class Scale:
 
 
 def scale_named(name: ScaleName, *, data: Path, vocab_size: int) -> Scale:
-    """Return the sizes of a scale, for a data set and its vocabulary.
+    """Return the sizes of a scale.
+
+    Args:
+        name (ScaleName): minute, laptop, gpu or paper.
+        data (Path): the data set of all runs.
+        vocab_size (int): the size of its vocabulary.
 
     Raises:
         InputError: an unknown name.
@@ -97,17 +110,8 @@ def _base(
     return TrainConfig(run=Path(), data=data, model=model, training_flops=1.0, **settings)
 
 
-def _layers(
-    num_experts: int, heads: int, query_dim: int, mixture_experts: int, activation: Activation
-) -> dict[str, ExpertLayerConfig]:
-    sizes = LayerSizes(
-        num_experts=num_experts,
-        num_heads=heads,
-        query_dim=query_dim,
-        num_mixture_experts=mixture_experts,
-        activation=activation,
-    )
-    return {method.name: method.layer(sizes) for method in METHODS}
+def _layers(**sizes: Any) -> dict[str, ExpertLayerConfig]:
+    return {method.name: method.layer(LayerSizes(**sizes)) for method in METHODS}
 
 
 def _minute(data: Path, vocab_size: int) -> Scale:
@@ -116,14 +120,13 @@ def _minute(data: Path, vocab_size: int) -> Scale:
         data, vocab_size, context_length=32, num_layers=2, activation="relu2",
         batch_size=2, threads=1, validation_every=50, validation_tokens=256,
     )  # fmt: skip
-    layers = _layers(32**2, 1, 8, 4, "relu2")
     return Scale(
         name="minute",
         widths={1e8: (8, 16, 24), 2e8: (8, 16, 24)},
         last_budget=3e8,
         head_dim=8,
         seeds=(0, 1),
-        layers=layers,
+        layers=_layers(num_experts=32**2, num_heads=1, query_dim=8, num_mixture_experts=4, activation="relu2"),
         base=base,
         experts=(16**2, 32**2),
         active=((1, 8), (1, 16)),
@@ -142,7 +145,7 @@ def _laptop(data: Path, vocab_size: int) -> Scale:
         last_budget=1e14,
         head_dim=16,
         seeds=(0, 1, 2),
-        layers=_layers(256**2, 4, 32, 16, "relu2"),
+        layers=_layers(num_experts=256**2, num_heads=4, query_dim=32, num_mixture_experts=16, activation="relu2"),
         base=base,
         experts=(64**2, 128**2, 256**2, 512**2),
         active=((2, 16), (4, 16), (8, 16), (8, 32), (16, 32)),
@@ -170,7 +173,7 @@ def _gpu(data: Path, vocab_size: int) -> Scale:
         widths={1e14: (64, 96, 128), 3e14: (96, 128, 192), 1e15: (128, 192, 256)},
         head_dim=32,
         seeds=(0, 1, 2),
-        layers=_layers(512**2, 8, 64, 32, "relu2"),
+        layers=_layers(num_experts=512**2, num_heads=8, query_dim=64, num_mixture_experts=32, activation="relu2"),
         base=base,
         experts=(128**2, 256**2, 512**2, 1024**2),
         active=((4, 8), (8, 8), (8, 16), (16, 16), (16, 32)),
@@ -181,7 +184,7 @@ def _paper(data: Path, vocab_size: int) -> Scale:
     """Return the paper's own settings: 12 blocks, the middle one replaced, and 128 sequences of 2,048 tokens.
 
     What the paper leaves open (optimizer, learning rates, widths, query width, activation) is ours, and so is a
-    micro-batch of 4 sequences, of which query normalisation and expert choice see no others: with it all runs but
+    micro-batch of 4 sequences, beyond which query normalization and expert choice see no tokens: with it all runs but
     those of PEER at the last width fit one GPU of 80 GB.
     """
     base = _base(
@@ -198,7 +201,7 @@ def _paper(data: Path, vocab_size: int) -> Scale:
         widths={6e18: (512, 640, 768, 1024, 1280), 2e19: (640, 768, 1024, 1280, 1536)},
         head_dim=64,
         seeds=(0, 1, 2),
-        layers=_layers(1024**2, 8, 128, 128, "gelu"),
+        layers=_layers(num_experts=1024**2, num_heads=8, query_dim=128, num_mixture_experts=128, activation="gelu"),
         base=base,
         experts=(128**2, 256**2, 512**2, 1024**2),
         active=((4, 8), (8, 8), (8, 16), (16, 16), (16, 32)),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyexperts.comparison.findings import Findings
+from tinyexperts.report.page import Findings
 from tinyexperts.study.analysis.frame import StudyRuns
 from tinyexperts.study.grid import Stage
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from tinyexperts.errors import InputError
@@ -18,7 +19,15 @@ _NO_CLAIM = Finding(text="The paper claims nothing that this study could contrad
 
 
 def write_study_report(study: Study, folder: StudyFolder, *, command: str) -> Path:
-    """Write report.html, report.md and tables/*.csv into the folder of a study; return the path of the page.
+    """Write report.html, report.md and tables/*.csv into the folder of a study.
+
+    Args:
+        study (Study): the study.
+        folder (StudyFolder): its folder.
+        command (str): the command that makes the report again.
+
+    Returns:
+        The path of the page.
 
     Raises:
         InputError: no run of the study is done.
@@ -49,17 +58,15 @@ def _page(study: Study, folder: StudyFolder, runs: StudyRuns, command: str) -> P
     ]
     hours = runs.done.seconds.sum() / 3600
     versions = sorted({_versions(results.run["versions"]) for results in runs.results.values() if results.run})
-    return Page(
+    found = replace(
+        found,
         title=found.title or f"The study {settings.study} at {settings.scale} scale",
-        subtitle=f"{len(runs.results)} runs, {hours:.1f} hours of training",
-        findings=tuple(found.findings) or (_NO_CLAIM,),
-        problems=(*runs.problems, *planned_without, *found.doubts),
-        sections=(*found.sections, *(Section(title=table.title, tables=(table,)) for table in shared)),
-        samples=found.samples,
-        folded=found.folded,
-        command=command,
-        made_of=f"{_texts(settings)}. {'; '.join(versions)}",
+        findings=found.findings or [_NO_CLAIM],
+        doubts=[*runs.problems, *planned_without, *found.doubts],
+        sections=[*found.sections, *(Section(title=table.title, tables=(table,)) for table in shared)],
     )
+    subtitle = f"{study.question} {len(runs.results)} runs, {hours:.1f} hours of training"
+    return Page(found=found, subtitle=subtitle, command=command, made_of=f"{_texts(settings)}. {'; '.join(versions)}")
 
 
 def _texts(settings: StudySettings) -> str:

@@ -12,7 +12,12 @@ from tinyexperts.training import TrainConfig
 
 
 def train_command(method: str, config: TrainConfig) -> str:
-    """Return the command that trains one run of a method."""
+    """Return the command that trains one run of a method.
+
+    Args:
+        method (str): the name of the method.
+        config (TrainConfig): the configuration of the run.
+    """
     row = method_named(method)
     return shlex.join(["tinyexperts", "train", row.recipe_name, *_options("--", config, row.recipe())])
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run, by torch.distributed.checkpoint in its safetensors format: no pickles.
 
 A checkpoint is a folder step-00000500/ with the tensors (model.<name>, optimizer.<parameter>.<state>) and a
-manifest.json that carries the trainer's state and the SHA-256 of each file. It is written beside and renamed, so what
-bears the final name is whole. Any number of ranks reads what any other number wrote.
+manifest.json that carries the trainer's state and the SHA-256 of each file. It is written under another name
+and renamed, so a folder of the final name is whole. Any number of ranks reads what any other number wrote.
 """
 
 from __future__ import annotations
@@ -68,7 +68,19 @@ def save_checkpoint(
     keep: int,
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write the checkpoint of a step and delete all but the last `keep`; all ranks call it together.
+    """Write the checkpoint of a step and delete all but the last ones; all ranks call it together.
+
+    Args:
+        run (str | os.PathLike[str]): the folder of the run.
+        step (int): the number of steps that were made.
+        model (nn.Module): the model.
+        optimizers (Sequence[Optimizer]): its optimizers.
+        state (dict[str, Any]): the trainer's state, for JSON.
+        keep (int): the number of checkpoints to keep.
+        ranks (Ranks): the processes that train the model.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
         InputError: it can't be written (disk full); earlier checkpoints stay as they are.
@@ -78,14 +90,18 @@ def save_checkpoint(
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, one after the other; left, it waits for the last of them.
-
-    asynchronous: in a thread of its own, from a copy of all tensors; the ranks then talk over a gloo group of its own.
-        Not by dcp.async_save, which knows neither files of a part of a table nor replicas that
-        take turns with them (checkpoint_files.py)
-    """
+    """The writer of a run's checkpoints, one after the other; as a context, it waits for the last at the end."""
 
     def __init__(self, run: Path, *, keep: int, ranks: Ranks, asynchronous: bool) -> None:
+        """Prepare the writing.
+
+        Args:
+            run (Path): the folder of the run.
+            keep (int): the number of checkpoints to keep.
+            ranks (Ranks): the processes that train the model.
+            asynchronous (bool): write in a thread, from a copy of all tensors; its exchanges have a gloo group of their
+                own. (dcp.async_save knows neither files of a part of a table nor replicas that take turns with them.)
+        """
         self._run, self._keep, self._ranks, self._asynchronous = run, keep, ranks, asynchronous
         if asynchronous and ranks.groups is not None:
             own_group = dist.new_group(backend="gloo", timeout=ranks.timeout)
@@ -103,6 +119,12 @@ class CheckpointWriter:
 
     def save(self, step: int, model: nn.Module, optimizers: Sequence[Optimizer], state: dict[str, Any]) -> None:
         """Write the checkpoint of a step, or begin to when the one before is written.
+
+        Args:
+            step (int): the number of steps that were made.
+            model (nn.Module): the model.
+            optimizers (Sequence[Optimizer]): its optimizers.
+            state (dict[str, Any]): the trainer's state, for JSON.
 
         Raises:
             InputError: it, or the one before, could not be written.
@@ -127,7 +149,7 @@ class CheckpointWriter:
         """Return when nothing is being written.
 
         Raises:
-            InputError: what was being written could not be.
+            InputError: the checkpoint could not be written.
         """
         if self._thread is not None:
             self._thread.join()
@@ -156,9 +178,9 @@ def _write_checkpoint(
         partial.rename(final)
 
     try:
-        run_on_all_ranks(ranks, begin if ranks.is_first else _nothing)
+        run_on_all_ranks(ranks, begin if ranks.is_first else lambda: None)
         files = write_tensors(tensors, partial, ranks)
-        run_on_all_ranks(ranks, finish if ranks.is_first else _nothing)
+        run_on_all_ranks(ranks, finish if ranks.is_first else lambda: None)
     except Unwritten as error:
         if ranks.is_first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -185,9 +207,18 @@ def load_checkpoint(
     *,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Load a checkpoint into the model and the optimisers, in place; returns the trainer's state.
+    """Load a checkpoint into a model and its optimizers, in place.
 
     Each rank reads its parts of the tensors, in whatever parts they were written.
+
+    Args:
+        checkpoint (str | os.PathLike[str]): the folder of the checkpoint.
+        model (nn.Module): the model.
+        optimizers (Sequence[Optimizer]): its optimizers; without them only the weights are loaded.
+        ranks (Ranks): the processes that train the model.
+
+    Returns:
+        The trainer's state.
 
     Raises:
         InputError: a missing, truncated or altered file, tensors that don't fit the model, a weight that is not finite.
@@ -220,7 +251,7 @@ def load_checkpoint(
             if not is_finite(tensor):
                 raise InputError(f"{checkpoint} holds weights that are not finite: {name.removeprefix('model.')}")
     for optimizer, parameter, key, tensor in states:
-        # AdamW's step counter lies beside its parameter, RowSparseAdam's on the CPU.
+        # AdamW's step counter is on its parameter's device, RowSparseAdam's on the CPU.
         stays = isinstance(optimizer, RowSparseAdam) and key == "step"
         optimizer.state[parameter][key] = tensor if stays else tensor.to(parameter.device)
     state: dict[str, Any] = manifest["state"]
@@ -229,6 +260,10 @@ def load_checkpoint(
 
 def load_model(run: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Transformer:
     """Load the model of a run at its last checkpoint, in evaluation mode.
+
+    Args:
+        run (str | os.PathLike[str]): the folder of the run.
+        device (torch.device | str): the device of the model.
 
     Raises:
         InputError: no run, no checkpoint, a damaged one, or weights that are not finite.
@@ -254,12 +289,8 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(least) and math.isfinite(largest)
 
 
-def _nothing() -> None:
-    """Do nothing, where the first rank does something."""
-
-
 def _weights(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """Parameters and buffers, tied ones once, as the parts of the whole that they are."""
+    """Return parameters and buffers, tied ones once; on several ranks as parts of the whole."""
     parameters = dict(model.named_parameters())
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
     return {
@@ -280,7 +311,7 @@ def _tensors(model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) ->
 
 
 def _empty_state(parameter: Tensor, entry: Any, ranks: Ranks) -> Tensor:
-    """Make memory for this rank's part of a tensor of an optimiser's state, stored as `entry`, on the CPU."""
+    """Make memory for this rank's part of a tensor of an optimizer's state, stored as `entry`, on the CPU."""
     dtype = entry.properties.dtype
     if isinstance(parameter, DTensor) and entry.size == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype)

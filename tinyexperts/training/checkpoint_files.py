@@ -1,6 +1,6 @@
 """The files of a checkpoint: tensors in safetensors, as torch.distributed.checkpoint lays them out, and their digests.
 
-Each rank writes what it has of a tensor, and of what all have one writes; a file says where its part lies in the whole.
+Each rank writes its part of a tensor; one rank writes what all have. A file gives the place of its part in the whole.
 """
 
 from __future__ import annotations
@@ -40,7 +40,14 @@ class Unwritten(Exception):
 
 
 def run_on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """Do `work` on each rank; return what it returns on all.
+    """Do some work on each rank.
+
+    Args:
+        ranks (Ranks): the ranks, which all call this.
+        work (Callable[[], T]): the work of this rank.
+
+    Returns:
+        The results of all ranks.
 
     Raises:
         Unwritten: on all, where it failed on one.
@@ -53,15 +60,23 @@ def run_on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> list[T]:
         if ranks.size > 1:
             failed = isinstance(error, dcp.api.CheckpointException) and error.failures  # by rank; raised on all
             problem += f" on rank {next(iter(failed), ranks.rank) if failed else ranks.rank}"
-    told = ranks.all_gather_object((problem, done))
-    for why, _ in told:
+    outcomes = ranks.all_gather_object((problem, done))
+    for why, _ in outcomes:
         if why is not None:
             raise Unwritten(why)
-    return [result for _, result in told]
+    return [result for _, result in outcomes]
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dict[str, str]:
-    """Write this rank's part of the tensors; returns the SHA-256 of each file that any rank wrote, by its name.
+    """Write this rank's part of the tensors.
+
+    Args:
+        tensors (dict[str, Tensor]): this rank's tensors by name, DTensors where they are parts of a whole.
+        folder (Path): the folder of the files.
+        ranks (Ranks): the ranks, which all call this.
+
+    Returns:
+        The SHA-256 of each file that any rank wrote, by its name.
 
     Raises:
         Unwritten: on all ranks, where it failed on one.
@@ -70,9 +85,8 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dic
     small = {name: tensor for name, tensor in tensors.items() if name not in large}
     run_on_all_ranks(ranks, lambda: _write_large(large, folder, ranks))
     run_on_all_ranks(ranks, lambda: _write_small(small, folder, ranks))
-    written = run_on_all_ranks(ranks, lambda: sorted(path.name for path in folder.iterdir()))[
-        0
-    ]  # a folder may lag elsewhere
+    # The first rank's list, since a folder may lag elsewhere.
+    written = run_on_all_ranks(ranks, lambda: sorted(path.name for path in folder.iterdir()))[0]
     shares = run_on_all_ranks(
         ranks, lambda: {name: sha256_of_file(folder / name) for name in written[ranks.rank :: ranks.size]}
     )
@@ -81,6 +95,10 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dic
 
 def verified_manifest(checkpoint: Path, ranks: Ranks) -> dict[str, Any]:
     """Return the content of manifest.json after each rank has verified its share of the files.
+
+    Args:
+        checkpoint (Path): the folder of the checkpoint.
+        ranks (Ranks): the ranks, which all call this.
 
     Raises:
         InputError: a missing, truncated or altered file.
@@ -109,8 +127,8 @@ def reason(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
-    if isinstance(error, SafetensorError) and (told := re.search(r"I/O error: (.*) \(os error", str(error))):
-        return told[1]
+    if isinstance(error, SafetensorError) and (found := re.search(r"I/O error: (.*) \(os error", str(error))):
+        return found[1]
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

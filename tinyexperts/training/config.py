@@ -8,12 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from tinyexperts.errors import InputError
+from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.model import TransformerConfig
 
 
 def path_of(name: str, value: str | os.PathLike[str]) -> Path:
     """Return a caller's argument as a path that can be written to files in UTF-8.
+
+    Args:
+        name (str): the argument's name in the error.
+        value (str | os.PathLike[str]): the argument.
 
     Raises:
         InputError: it is no path, or not UTF-8.
@@ -26,11 +30,6 @@ def path_of(name: str, value: str | os.PathLike[str]) -> Path:
     except UnicodeEncodeError:
         raise InputError(f"{name} must be a path in UTF-8, got {os.fsencode(path)!r}") from None
     return path
-
-
-def _check_at_least_1(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise InputError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +106,8 @@ class CheckpointConfig:
     """Write checkpoints while training continues, from a copy of all weights and moments in memory."""
 
     def __post_init__(self) -> None:
-        _check_at_least_1("checkpoint.every", self.every)
-        _check_at_least_1("checkpoint.keep", self.keep)
+        require_at_least(1, "checkpoint.every", self.every)
+        require_at_least(1, "checkpoint.keep", self.keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +182,7 @@ class TrainConfig:
             *("num_steps", "batch_size", "gradient_accumulation", "threads"),
             *("log_every", "validation_every", "validation_tokens"),
         ):
-            _check_at_least_1(name, getattr(self, name))
+            require_at_least(1, name, getattr(self, name))
         if self.training_flops is not None and not 0 < self.training_flops < float("inf"):
             raise InputError(f"training_flops must be positive, got {self.training_flops}")
         if not 0 <= self.seed < 2**63:
@@ -199,7 +198,12 @@ Config = TypeVar("Config", bound=Any)
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """Return a configuration with some settings changed, each by its dotted name: "optimizer.weight_decay"."""
+    """Return a configuration with some settings changed.
+
+    Args:
+        config (Config): a TrainConfig, or one of its parts.
+        settings (Mapping[str, Any]): new values by dotted names, for example "optimizer.weight_decay".
+    """
     changes: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():

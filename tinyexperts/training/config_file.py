@@ -1,7 +1,7 @@
 """The JSON of a TrainConfig, as run folders and studies keep it: version 2, and the upgrade of version 1.
 
-Version 1 (without a number) had all settings of training side by side, and told the kinds of layers apart by their
-fields, some of which had other names.
+Version 1 (without a number) had all settings of training side by side. A layer's kind followed from its fields, some of
+which had other names.
 """
 
 from __future__ import annotations
@@ -9,23 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json as parse_json
 
 from tinyexperts.errors import InputError
-from tinyexperts.layers import DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig
+from tinyexperts.model import ExpertLayerConfig
 from tinyexperts.training.config import OptimizerConfig, TrainConfig
 
 VERSION = 2
 
-KINDS = {
-    "dense": DenseConfig,
-    "expert_choice_moe": ExpertChoiceMoEConfig,
-    "product_key_memory": ProductKeyMemoryConfig,
-    "peer": PEERConfig,
-}
+KINDS = {layer.kind: layer for layer in get_args(ExpertLayerConfig)}
 
 # Version 1: the settings that have moved into a group, and the other names of fields of the model and its layers.
 _GROUPS = ("optimizer", "schedule", "checkpoint", "distributed")
@@ -65,7 +60,7 @@ def from_json(text: str | bytes) -> TrainConfig:
     """Return the configuration that a file of this version or of an earlier one holds.
 
     Raises:
-        InputError: no JSON, or as from_content.
+        InputError: it is no JSON, a field is unknown, missing or bad, or a later version wrote it.
     """
     try:
         content = parse_json(text)
@@ -77,16 +72,15 @@ def from_json(text: str | bytes) -> TrainConfig:
 def to_content(config: TrainConfig) -> dict[str, Any]:
     """Return a configuration as plain values for JSON, with the version and the kind of its expert layer."""
     content = TypeAdapter(TrainConfig).dump_python(config, mode="json")
-    kind = next(name for name, each in KINDS.items() if type(config.model.expert_layer) is each)
-    content["model"]["expert_layer"] = {"kind": kind, **content["model"]["expert_layer"]}
+    content["model"]["expert_layer"] = {"kind": config.model.expert_layer.kind, **content["model"]["expert_layer"]}
     return {"version": VERSION, **content}
 
 
 def from_content(content: Any) -> TrainConfig:
-    """Return the configuration that plain values from JSON stand for.
+    """Return the configuration of plain values from JSON.
 
     Raises:
-        InputError: names the field that is unknown, missing or bad; or a later version wrote it.
+        InputError: a field, which is named, is unknown, missing or bad, or a later version wrote it.
     """
     version = content.get("version", 1) if isinstance(content, dict) else VERSION
     if version not in range(1, VERSION + 1):

@@ -11,7 +11,10 @@ from tinyexperts.errors import InputError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is cuda where there is one, else cpu.
+    """Return the device of a name.
+
+    Args:
+        name (str): cpu, cuda, mps or xpu, with a number or without; auto is cuda if there is one, else cpu.
 
     Raises:
         InputError: torch knows or has no such device.

@@ -42,15 +42,18 @@ _KINDS = {"matrices": "matrix", "embedding": "embedding", "head": "head", "table
 
 
 class Interrupted(EarlyExit):
-    """The run was saved and stopped; the message says how to resume it.
-
-    signal: what asked a training for it: Ctrl-C, SIGTERM, SIGHUP, or SIGUSR2, by which submitit tells that a job's time
-        is over; None for a study that was stopped
-    """
+    """The end of a run that was saved and stopped; the message has the command that resumes it."""
 
     exit_code = 130
 
     def __init__(self, message: str, *, signal: int | None = None) -> None:
+        """Keep the reason.
+
+        Args:
+            message (str): the sentence.
+            signal (int | None): the request to stop: SIGINT (Ctrl-C), SIGTERM, SIGHUP, or SIGUSR2, which submitit sends
+                when a job's time is over; None for a study that was stopped.
+        """
         super().__init__(message)
         self.signal = signal
 
@@ -58,17 +61,21 @@ class Interrupted(EarlyExit):
 def train(
     config: TrainConfig, *, resume: bool = False, progress: bool = True, command: Sequence[str] | None = None
 ) -> None:
-    """Run a configuration to its end, in its run folder; `resume` goes on from the last checkpoint.
+    """Train a model to the end of its configuration, in its run folder.
 
-    Under torchrun all ranks call it, and train one model together; the first of them writes the run folder. In another
-    thread than the main one no signal is listened to: Python hands them to the main thread alone.
+    Under torchrun all ranks call it and train one model together; the first rank writes the run folder. Signals stop a
+    run in the main thread only, as Python hands them to no other.
 
-    progress: show a progress bar
-    command: what was typed after `tinyexperts`, where it was: kept in run.json, and told to whom goes on with the run
+    Args:
+        config (TrainConfig): the configuration.
+        resume (bool): continue from the last checkpoint of the run folder.
+        progress (bool): show a progress bar.
+        command (Sequence[str] | None): the arguments of `tinyexperts`, which run.json keeps and the command to resume
+            repeats; None from Python.
 
     Raises:
         InputError: bad input, a loss that is not finite, or a disk that is full.
-        Interrupted: after Ctrl-C, SIGTERM, SIGHUP or SIGUSR2, when the run is saved; in the main thread.
+        Interrupted: after Ctrl-C, SIGTERM, SIGHUP or SIGUSR2, when the run is saved.
         LostRank: a rank did not answer.
     """
     with ExitStack() as stack:
@@ -208,10 +215,9 @@ def _schedule(config: ScheduleConfig, step: int, num_steps: int) -> float:
 
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[], int]]:
-    """Yield a function that says which request to stop has come, or 0; a second Ctrl-C stops at once.
+    """Yield a function that returns the signal that asked to stop, or 0; a second Ctrl-C stops at once.
 
-    Python lets its main thread alone listen to signals, and what an embedding program listens to by itself could not be
-    given back to it.
+    Only Python's main thread can listen to signals. A handler that is not Python's could not be restored, and stays.
     """
     came: list[int] = []
 

@@ -31,9 +31,11 @@ class TrainingBar:
         self._progress.stop()
 
     def update(self, step: int, *, loss: float, tokens_per_second: float, flops_per_second: float) -> None:
+        """Show that `step` steps are made, with the last numbers."""
         numbers = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {flops_per_second / 1e9:.1f} GFLOP/s"
         self._progress.update(self._task, completed=step, numbers=numbers)
 
     def say(self, text: str) -> None:
+        """Print a line above the bar."""
         if not self._progress.disable:
             self._progress.console.print(text, markup=False, highlight=False)

@@ -32,7 +32,7 @@ def _tiny(name: str, expert_layer: ExpertLayerConfig) -> TrainConfig:
 
 
 def dense() -> TrainConfig:
-    """Make a plain transformer: the twin that every expert layer is measured against."""
+    """Make a plain transformer, the twin that every expert layer is compared with."""
     return _tiny("dense", _DENSE)
 
 

@@ -24,7 +24,7 @@ SPARSE_BELOW_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run before its next step; only the weights and the optimisers' states change."""
+    """A run before its next step; only the weights and the optimizers' states change."""
 
     config: TrainConfig
     ranks: Ranks
@@ -42,10 +42,14 @@ class Run:
 def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
     """Open the data and make the model as it is before its first step; nothing is written.
 
+    Args:
+        config (TrainConfig): the configuration.
+        ranks (Ranks): the processes that train the model together.
+
     Raises:
-        InputError: no data set, another vocabulary than the model's, too little text for a window, a device that is not
-            there or too small, FLOPs that pay for no step; ranks that do not divide the batch, or the width into 64
-            columns at least.
+        InputError: no data set, another vocabulary than the model's, too little text for a window, a device that is
+            missing or too small, FLOPs that pay for no step, or ranks that do not divide the batch, or the width into
+            64 columns at least.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)

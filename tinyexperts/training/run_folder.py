@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, what it is, its tokenizer, its metrics, its checkpoints.
+"""The folder of a run: its configuration, its description, its tokenizer, its metrics, its checkpoints.
 
 config.json      the TrainConfig
 run.json         command, versions, parameters, FLOPs, and a digest of the data set
@@ -45,7 +45,7 @@ def lock(run: Path) -> AbstractContextManager[None]:
 
 
 def check_free(run: Path) -> None:
-    """Refuse a folder that a new run can't have for its own.
+    """Check that a new run can have a folder for its own.
 
     Raises:
         InputError: the folder holds a run already, or anything else.
@@ -62,7 +62,16 @@ def is_run(run: Path) -> bool:
 
 
 def create(config: TrainConfig, tokenizer: Tokenizer, description: dict[str, Any]) -> None:
-    """Write what a new run begins with into its folder, which is held; raises as check_free."""
+    """Write the first files of a new run into its folder, which the caller holds.
+
+    Args:
+        config (TrainConfig): the configuration.
+        tokenizer (Tokenizer): the tokenizer of its data.
+        description (dict[str, Any]): the content of run.json.
+
+    Raises:
+        InputError: the folder has become another run's.
+    """
     check_free(config.run)
     tokenizer.save(config.run / "tokenizer.json")
     write_atomically(config.run / "run.json", json.dumps(description, indent=2))
@@ -70,9 +79,11 @@ def create(config: TrainConfig, tokenizer: Tokenizer, description: dict[str, Any
 
 
 def forget(run: Path, *, with_folder: bool) -> None:
-    """Delete what a run began with that came to nothing, and the folder too where nothing else lies in it.
+    """Delete the files of a run that made no step; the caller holds its folder.
 
-    The folder is held meanwhile.
+    Args:
+        run (Path): the folder.
+        with_folder (bool): delete the folder too, if nothing else is in it.
     """
     for name in ("config.json", "run.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints", "lock"):
         for path in (run / name, run / f"{name}.partial"):
@@ -145,6 +156,11 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, A
 def append_sample(run: Path, prompt: str, completion: str) -> None:
     """Add a sample to samples.json.
 
+    Args:
+        run (Path): the folder of the run.
+        prompt (str): the text that was given.
+        completion (str): the text that the model added.
+
     Raises:
         InputError: the file is there and holds no samples.
     """
@@ -162,7 +178,7 @@ def check_tokenizer(run: Path, dataset: TokenDataset) -> None:
     """Check that a data set was made by the tokenizer of the run: a model reads no other tokens.
 
     Raises:
-        InputError: the data set was made by another one.
+        InputError: it was made by another one.
     """
     own = Tokenizer.load(run / "tokenizer.json")
     if own.hash != dataset.tokenizer.hash:
@@ -173,9 +189,15 @@ def check_tokenizer(run: Path, dataset: TokenDataset) -> None:
 
 
 class Metrics:
-    """Appends measurements to metrics.jsonl and to TensorBoard; a resumed run goes on where its checkpoint was."""
+    """The writer of metrics.jsonl and of TensorBoard's files; a resumed run continues from its checkpoint."""
 
     def __init__(self, run: Path, *, after_step: int) -> None:
+        """Open the files, and drop what was measured after a step.
+
+        Args:
+            run (Path): the folder of the run.
+            after_step (int): the step of the checkpoint from which the run continues; 0 for a new run.
+        """
         path = run / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= after_step]
@@ -188,6 +210,7 @@ class Metrics:
             raise
 
     def write(self, split: str, step: int, **values: float) -> None:
+        """Write the values of one measurement, by their names."""
         self._file.write(json.dumps({"split": split, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -195,7 +218,7 @@ class Metrics:
 
     def close(self) -> None:
         for each in (self._file, self._board):
-            with suppress(OSError):  # a line for which there was no room has been told of; the board writes in a thread
+            with suppress(OSError):  # write() has reported a full disk; the board writes in a thread
                 each.close()
 
 

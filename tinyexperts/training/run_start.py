@@ -1,4 +1,4 @@
-"""The begin of a run's folder, or its resumption: by all ranks, with the same data, or by none."""
+"""The start of a run in its folder, or its resumption: by all ranks with the same data, or by none."""
 
 from __future__ import annotations
 
@@ -23,36 +23,48 @@ from tinyexperts.training.run import Run
 def agree_on_resume(resume: bool, config: TrainConfig, ranks: Ranks) -> bool:
     """Return True to resume from a checkpoint: as asked, or if torchrun has started the ranks of a run again.
 
+    Args:
+        resume (bool): True if this rank was asked to.
+        config (TrainConfig): the configuration.
+        ranks (Ranks): the processes of the run.
+
     Raises:
-        InputError: some were asked to, others not.
+        InputError: some ranks were asked to, others not.
     """
-    told = ranks.all_gather_object((resume, run_folder.is_run(config.run)))
-    if len({asked for asked, _ in told}) > 1:
-        with_it = ", ".join(str(rank) for rank, (asked, _) in enumerate(told) if asked)
+    requests = ranks.all_gather_object((resume, run_folder.is_run(config.run)))
+    if len({asked for asked, _ in requests}) > 1:
+        with_it = ", ".join(str(rank) for rank, (asked, _) in enumerate(requests) if asked)
         raise InputError(f"all ranks must be started with --resume, or none; got it on {with_it} of {ranks.size} alone")
-    return resume or (ranks.restarted and told[0][1])
+    return resume or (ranks.restarted and requests[0][1])
 
 
 def check_same_data(run: Run) -> None:
-    """Check that all ranks have the same data set: each reads its own, perhaps from a disk of its own.
+    """Check that all ranks have the same data set, which each may read from another disk.
 
     Raises:
         InputError: they are not the same.
     """
-    told = run.ranks.all_gather_object(run.dataset.sha256[:12])
-    if len(set(told)) > 1:
-        raise InputError(f"all ranks must have the same data in {run.config.data}, got sha256 {', '.join(told)}")
+    digests = run.ranks.all_gather_object(run.dataset.sha256[:12])
+    if len(set(digests)) > 1:
+        raise InputError(f"all ranks must have the same data in {run.config.data}, got sha256 {', '.join(digests)}")
 
 
 def claim_folder(
     run: Run, resume: bool, stack: ExitStack, state: dict[str, Any], command: Sequence[str] | None
 ) -> None:
-    """Begin the run's folder, or see that it is this run's; held, by the first rank, until the stack is left.
+    """Make the run's folder, or check that it is this run's; the first rank then holds it until the stack closes.
 
-    What fails before the run's first step, by its `state`, leaves no folder that would keep its name from the next try.
+    A failure before the first step deletes a new folder again, so that the next try can have its name.
+
+    Args:
+        run (Run): the run.
+        resume (bool): True to resume.
+        stack (ExitStack): the end of the claim.
+        state (dict[str, Any]): the trainer's state, which has the number of steps as "step".
+        command (Sequence[str] | None): the arguments of `tinyexperts`; None from Python.
 
     Raises:
-        InputError: it exists, is not there to resume, is that of other settings or data, or is in use.
+        InputError: the folder exists, is missing, belongs to other settings or data, or is in use.
     """
     folder = run.config.run
     if not run.ranks.is_first:
@@ -105,16 +117,21 @@ def _describe(run: Run, command: Sequence[str] | None) -> dict[str, Any]:
 
 
 def resume_command(ranks: Ranks, command: Sequence[str] | None) -> str:
-    """Return the command that resumes a run; `command` is what it was begun with, None where that was Python."""
+    """Return the command that resumes a run.
+
+    Args:
+        ranks (Ranks): the processes of the run.
+        command (Sequence[str] | None): the arguments of `tinyexperts` that began it; None from Python.
+    """
     if command is None:
         return "train(config, resume=True)" + ("" if ranks.size == 1 else f" on each of {ranks.size} ranks")
-    if command[0] != "train":  # a study goes on with its runs by itself
+    if command[0] != "train":  # a study resumes its runs without an option
         return _command(ranks, command)
     return _command(ranks, [*(argument for argument in command if argument != "--resume"), "--resume"])
 
 
 def _command(ranks: Ranks, arguments: Sequence[str]) -> str:
-    """Return the command that starts the run; how several nodes find each other is left to the reader.
+    """Return the command that starts the run; the reader adds how several nodes find each other.
 
     Without the two dashes torchrun would take --run for the beginning of an option of its own.
     """

@@ -1,4 +1,4 @@
-"""One optimiser step, which changes the weights or, where it would spoil them, nothing."""
+"""One optimizer step, which changes the weights, or nothing if it would spoil them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ class Diverged(InputError):
 
 
 def optimizer_step(run: Run, step: int) -> tuple[float, float]:
-    """Make step number `step`, from 0, which says which batches it takes; all ranks call it together.
+    """Make one step; all ranks call it together.
 
-    Returns the mean loss in nats a token before the step, and the gradient's norm before clipping.
+    Args:
+        run (Run): the run, whose weights and optimizers' states change.
+        step (int): the number of the step, from 0, which determines its batches.
+
+    Returns:
+        The mean loss before the step in nats a token, and the gradient's norm before clipping.
 
     Raises:
-        Diverged: a loss or a gradient that is not finite, before any weight has changed.
+        Diverged: a loss or a gradient is not finite; no weight has changed.
     """
     config, ranks = run.config, run.ranks
     run.model.train()

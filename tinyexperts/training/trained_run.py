@@ -10,7 +10,8 @@ import torch
 
 from tinyexperts.data import EncodedText, TokenDataset, Tokenizer, TokenSplit, printable
 from tinyexperts.data.files import paths_of
-from tinyexperts.errors import InputError
+from tinyexperts.data.shards.index import SplitName
+from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.evaluation import Evaluation, evaluate
 from tinyexperts.model import generate
 from tinyexperts.training import run_folder
@@ -38,7 +39,7 @@ def evaluate_run(
     data: StrPath | None = None,
     files: Sequence[StrPath] = (),
     text_field: str = "text",
-    split: str = "validation",
+    split: SplitName = "validation",
     max_tokens: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
@@ -49,24 +50,27 @@ def evaluate_run(
     The results on that split are kept in the run folder (evaluation.json and files of its own).
 
     Args:
-        run: folder of the run.
-        data: another data set, prepared with the tokenizer of this run.
-        files: files and folders to measure on instead of a data set.
-        text_field: field or column that holds the text, for .jsonl, .json, .csv and .parquet files.
-        split: split of the data set: validation or train.
-        max_tokens: whole windows, evenly spread over the text, until they hold this many tokens; None: all.
-        batch_size: windows in one forward pass.
-        device: auto is cuda where there is one, else cpu.
-        threads: CPU threads; None: as torch chooses.
+        run (StrPath): folder of the run.
+        data (StrPath | None): another data set, prepared with the tokenizer of this run.
+        files (Sequence[StrPath]): files and folders to measure on instead of a data set.
+        text_field (str): field or column that holds the text, for .jsonl, .json, .csv and .parquet files.
+        split (SplitName): split of the data set: validation or train.
+        max_tokens (int | None): whole windows, evenly spread over the text, until they hold this many tokens; None:
+            all.
+        batch_size (int): windows in one forward pass.
+        device (str): auto is cuda where there is one, else cpu.
+        threads (int | None): CPU threads; None: as torch chooses.
+
+    Returns:
+        The results, the name of the text, and remarks.
 
     Raises:
         InputError: no run, no checkpoint, text made by another tokenizer, or a setting out of range.
     """
     if files and data is not None:
-        raise InputError(f"give either --data or --files, got {data} and {len(files)} files")
-    for option, value in (("--max-tokens", max_tokens), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise InputError(f"{option} must be at least 1, got {value}")
+        raise InputError(f"give either data or files, got {data} and {len(files)} files")
+    require_at_least(1, "max_tokens", max_tokens)
+    require_at_least(1, "batch_size", batch_size)
     _set_threads(threads)
     run = path_of("run", run)
     model = load_model(run, device=choose_device(device))
@@ -83,7 +87,7 @@ def evaluate_run(
         folder = run_folder.read_config(run).data if data is None else path_of("data", data)
         dataset = TokenDataset.open(folder)
         run_folder.check_tokenizer(run, dataset)
-        text = dataset.split(split)  # type: ignore[arg-type]  # which refuses any other name
+        text = dataset.split(split)
         name = f"{printable(folder)} ({split})"
     if text.text_loss:
         remarks.append(str(text.text_loss))
@@ -105,18 +109,18 @@ def generate_text(
     device: str = "auto",
     threads: int | None = None,
 ) -> str:
-    """Continue a text by the model of a run; return the continuation.
+    """Return the continuation of a text by the model of a run.
 
     Args:
-        run: folder of the run.
-        prompt: text to continue.
-        max_new_tokens: tokens to add at most; None: 64, or what the model's context still holds.
-        temperature: 0 takes the likeliest token each time.
-        top_k: draw among the k likeliest tokens only.
-        top_p: draw among the likeliest tokens that hold this probability together.
-        seed: seed of the draws.
-        device: auto is cuda where there is one, else cpu.
-        threads: CPU threads; None: as torch chooses.
+        run (StrPath): folder of the run.
+        prompt (str): text to continue.
+        max_new_tokens (int | None): tokens to add at most; None: 64, or what the model's context still holds.
+        temperature (float): 0 takes the likeliest token each time.
+        top_k (int | None): draw among the k likeliest tokens only.
+        top_p (float | None): draw among the likeliest tokens that hold this probability together.
+        seed (int): seed of the draws.
+        device (str): auto is cuda where there is one, else cpu.
+        threads (int | None): CPU threads; None: as torch chooses.
 
     Raises:
         InputError: no run, no checkpoint, a prompt that is no UTF-8 or too long, or a setting out of range.
@@ -126,7 +130,7 @@ def generate_text(
     except UnicodeEncodeError as error:
         raise InputError(f"the prompt must be UTF-8, got {prompt!r}") from error
     if not 0 <= seed < 2**63:
-        raise InputError(f"--seed must be between 0 and 2^63 - 1, got {seed}")
+        raise InputError(f"seed must be between 0 and 2^63 - 1, got {seed}")
     _set_threads(threads)
     run, where = path_of("run", run), choose_device(device)
     model = load_model(run, device=where)
@@ -148,7 +152,6 @@ def generate_text(
 
 
 def _set_threads(threads: int | None) -> None:
+    require_at_least(1, "threads", threads)
     if threads is not None:
-        if threads < 1:
-            raise InputError(f"--threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)

@@ -61,7 +61,7 @@ def test_unknown_split_is_refused(small_dataset: TokenDataset) -> None:
         small_dataset.split("test")  # type: ignore[arg-type]
 
 
-def test_missing_folder_and_folder_without_index_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_folder_and_a_folder_without_index_have_different_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such data set: .*nowhere"):
         TokenDataset.open(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"is not a data set: it has no index\.json"):

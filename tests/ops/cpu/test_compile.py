@@ -80,16 +80,16 @@ CASES = [("nbc", name) for name in DAMAGES] + [("nbi", name) for name in DAMAGES
 
 
 @pytest.mark.parametrize(("suffix", "damage"), CASES)
-def test_a_damaged_entry_is_told_compiled_anew_and_replaced(make_kernel, tmp_path, suffix, damage):
+def test_a_damaged_entry_gives_a_warning_and_is_compiled_again_and_replaced(make_kernel, tmp_path, suffix, damage):
     assert call(make_kernel()) == (0, 1)
     assert call(make_kernel()) == (1, 0)
     (path,) = entries(tmp_path, suffix)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert call(make_kernel()) == (0, 1)
-    assert [str(each.message) for each in told] == [
-        f"a compiled kernel in {path.parent} is damaged and is compiled anew"
+    assert [str(each.message) for each in caught] == [
+        f"a compiled kernel in {path.parent} is damaged and is compiled again"
     ]
     assert call(make_kernel()) == (1, 0)
 
@@ -108,13 +108,13 @@ def test_a_damaged_entry_leaves_the_others(make_kernel, tmp_path):
         call(make_kernel(), dtype)
     _, second = entries(tmp_path, "nbc")
     second.write_bytes(b"")
-    with pytest.warns(UserWarning, match="is damaged and is compiled anew"):
+    with pytest.warns(UserWarning, match="is damaged and is compiled again"):
         assert call(make_kernel(), np.float64) == (0, 1)
     assert call(make_kernel(), np.float32) == (1, 0)
     assert call(make_kernel(), np.float64) == (1, 0)
 
 
-def test_a_missing_entry_is_compiled_anew(make_kernel, tmp_path):
+def test_a_missing_entry_is_compiled_again(make_kernel, tmp_path):
     for suffix in ("nbc", "nbi"):
         call(make_kernel())
         (path,) = entries(tmp_path, suffix)
@@ -124,21 +124,21 @@ def test_a_missing_entry_is_compiled_anew(make_kernel, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO])
-def test_a_disk_that_takes_nothing_is_told_once(make_kernel, tmp_path, monkeypatch, number):
+def test_a_disk_that_takes_nothing_gives_one_warning(make_kernel, tmp_path, monkeypatch, number):
     def full(*arguments):
         raise OSError(number, os.strerror(number), "x.tmp.1234")
 
     with monkeypatch.context() as patch:
         patch.setattr(IndexDataCacheFile, "_open_for_write", full)
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             kernel = make_kernel()
             assert call(kernel) == (0, 1)
             call(kernel, np.float64)
             assert call(make_kernel()) == (0, 1)
     folder = Path(kernel.stats.cache_path)
-    assert [str(each.message) for each in told] == [
-        f"compiled kernels can't be kept in {folder} ({os.strerror(number)}): each process compiles them anew"
+    assert [str(each.message) for each in caught] == [
+        f"compiled kernels can't be kept in {folder} ({os.strerror(number)}): each process compiles them again"
     ]
     assert call(make_kernel()) == (0, 1)
     assert call(make_kernel()) == (1, 0)
@@ -159,22 +159,22 @@ def test_a_disk_that_is_full_in_the_middle_of_an_entry_leaves_none(make_kernel, 
     assert call(make_kernel()) == (1, 0)
 
 
-def test_an_entry_that_can_not_be_read_is_told(make_kernel, tmp_path):
+def test_an_entry_that_can_not_be_read_gives_a_warning(make_kernel, tmp_path):
     call(make_kernel())
     (path,) = entries(tmp_path, "nbi")
     path.unlink()
     path.mkdir()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert call(make_kernel()) == (0, 1)
-    assert [str(each.message) for each in told] == [
-        f"compiled kernels in {path.parent} can't be read (Is a directory) and are compiled anew",
-        f"compiled kernels can't be kept in {path.parent} (Is a directory): each process compiles them anew",
+    assert [str(each.message) for each in caught] == [
+        f"compiled kernels in {path.parent} can't be read (Is a directory) and are compiled again",
+        f"compiled kernels can't be kept in {path.parent} (Is a directory): each process compiles them again",
     ]
 
 
 def run(script, *, before="", **environment):
-    """What a fresh Python prints of a script, as JSON, and what it says beside."""
+    """Return what a fresh Python prints for a script, read as JSON, and what it writes to stderr."""
     base = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "PYTHONWARNINGS"))}
     base["PYTHONPATH"] = str(Path(tinyexperts.__file__).parents[1])
     command = [sys.executable, "-c", textwrap.dedent(before) + script]
@@ -191,13 +191,13 @@ print(json.dumps([starts, sum(row_sums._find_starts.stats.cache_hits.values())])
 """
 
 
-def test_a_process_that_may_not_write_files_of_that_size_goes_on(tmp_path):
+def test_a_process_that_may_not_write_files_of_that_size_continues(tmp_path):
     """Importing makes empty files; the first bytes are refused when the kernel is called."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-    told, said = run(ONE_KERNEL, before=limit, NUMBA_CACHE_DIR=str(tmp_path))
-    assert told == [[0, 1, 3], 0]
+    printed, said = run(ONE_KERNEL, before=limit, NUMBA_CACHE_DIR=str(tmp_path))
+    assert printed == [[0, 1, 3], 0]
     assert said.count("UserWarning: compiled kernels can't be kept in ") == said.count("UserWarning") == 1
-    assert "(File too large): each process compiles them anew" in said
+    assert "(File too large): each process compiles them again" in said
     assert not list(tmp_path.rglob("*.tmp.*"))
 
 
@@ -223,7 +223,7 @@ print(json.dumps(results))
 """
 
 
-def test_without_numbas_compiler_layers_train_all_the_same_and_it_is_said_once():
+def test_without_numbas_compiler_layers_train_too_and_one_warning_says_so():
     slow, said = run(TRAINED, NUMBA_DISABLE_JIT="1")
     fast, said_else = run(TRAINED)
     for got, expected in zip(slow, fast, strict=True):

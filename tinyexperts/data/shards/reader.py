@@ -66,6 +66,12 @@ class TokenSplit:
     def __init__(self, folder: Path, name: SplitName, index: DatasetIndex, tokenizer: Tokenizer) -> None:
         """Map the files of the split.
 
+        Args:
+            folder (Path): the folder of the data set.
+            name (SplitName): train or validation.
+            index (DatasetIndex): the index of the data set.
+            tokenizer (Tokenizer): its tokenizer.
+
         Raises:
             InputError: a missing or truncated file.
         """
@@ -109,7 +115,11 @@ class TokenDataset:
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = True) -> TokenDataset:
-        """Open a data set; `verify=False` leaves out the checksums, about a second for each GB of tokens.
+        """Open a data set.
+
+        Args:
+            path (Path): its folder.
+            verify (bool): compare all files with their checksums, which takes about a second for each GB of tokens.
 
         Raises:
             InputError: no data set, another version, a truncated or corrupt file, or the tokens of another tokenizer.

@@ -27,9 +27,9 @@ def token_type(vocab_size: int) -> TokenType:
 
 @contextlib.contextmanager
 def folder_written_whole(output: Path) -> Iterator[Path]:
-    """Give an empty folder `<output>.partial`, renamed to `output` at the end, or removed when anything fails.
+    """Yield an empty folder `<output>.partial`, which becomes `output` at the end, or goes when anything fails.
 
-    A partial folder that a killed process left is emptied; a lock in it tells whether its writer still lives.
+    A partial folder of a killed process is emptied; its lock shows if its writer still lives.
 
     Raises:
         InputError: `output` exists, another process is writing it, the partial folder's name is taken by something

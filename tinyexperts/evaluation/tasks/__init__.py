@@ -1,6 +1,6 @@
-"""The tasks of an evaluation, in the order of their keys in evaluation.json."""
+"""The tasks of an evaluation by their names, in the order of their keys in evaluation.json."""
 
-from tinyexperts.evaluation.tasks.expert_usage import EXPERT_USAGE
-from tinyexperts.evaluation.tasks.perplexity import PERPLEXITY
+from tinyexperts.evaluation.tasks.expert_usage import evaluate_expert_usage
+from tinyexperts.evaluation.tasks.perplexity import evaluate_perplexity
 
-TASKS = (PERPLEXITY, EXPERT_USAGE)
+TASKS = {"perplexity": evaluate_perplexity, "expert_usage": evaluate_expert_usage}

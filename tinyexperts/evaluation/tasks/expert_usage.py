@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinyexperts.evaluation.expert_usage import ExpertUsage, expert_usage
-from tinyexperts.evaluation.task import Subject, Task, TaskResult
+from tinyexperts.evaluation.task import Subject, TaskResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,14 @@ class ExpertUsageResult(TaskResult):
     def summary(self) -> dict[str, Any]:
         """Return the measures of each layer."""
         return {"expert_usage": [_measures(name, usage) for name, usage in self.by_layer.items()]}
+
+    def sentences(self) -> list[str]:
+        """Return a line for each layer."""
+        return [
+            f"{name}: {usage.usage:.1%} of {usage.num_experts:,} experts used, unevenness {usage.unevenness:.2f} nats, "
+            f"Gini {usage.gini:.2f}, {usage.num_dead:,} dead"
+            for name, usage in self.by_layer.items()
+        ]
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write each layer's share of router weight by expert (fp64, [N]) as .npy; return the summary with files."""
@@ -43,9 +51,7 @@ def _measures(layer: str, usage: ExpertUsage) -> dict[str, Any]:
     }
 
 
-def _evaluate(subject: Subject) -> ExpertUsageResult:
+def evaluate_expert_usage(subject: Subject) -> ExpertUsageResult:
+    """Measure the usage of experts in each product-key layer."""
     _, sums = subject.one_pass
     return ExpertUsageResult(by_layer={name: expert_usage(total) for name, total in sums.items()})
-
-
-EXPERT_USAGE = Task(name="expert_usage", evaluate=_evaluate)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tinyexperts.evaluation.perplexity import Perplexity
-from tinyexperts.evaluation.task import Subject, Task, TaskResult
+from tinyexperts.evaluation.task import Subject, TaskResult
 from tinyexperts.layers import ExpertChoiceMoE
 
 
@@ -39,7 +39,8 @@ def _numbers(result: Perplexity) -> dict[str, Any]:
     return asdict(result) | {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
 
 
-def _evaluate(subject: Subject) -> PerplexityResult:
+def evaluate_perplexity(subject: Subject) -> PerplexityResult:
+    """Measure the loss; of a model with expert-choice layers in both ways of routing."""
     perplexity, _ = subject.one_pass
     layers = [module for module in subject.model.modules() if isinstance(module, ExpertChoiceMoE)]
     whole = None
@@ -60,6 +61,3 @@ def _experts_choose(layers: list[ExpertChoiceMoE]) -> Iterator[None]:
     finally:
         for layer, routing in zip(layers, before, strict=True):
             layer.evaluation_routing = routing
-
-
-PERPLEXITY = Task(name="perplexity", evaluate=_evaluate)

@@ -1,12 +1,13 @@
 """The compilation of the CPU's kernels, and prefetching, which numba lacks.
 
-A kernel is serial and releases the GIL: threads.py runs it in parts. Fast-math is limited to what leaves NaN and
-infinities alone: sums may be taken in another order (so that they vectorise), products may be fused into them; an exact
-kernel has none of it.
+A kernel is serial and releases the GIL: threads.py runs it in parts. Fast-math is limited so that NaN and infinities
+stay: sums may be taken in another order (so that they vectorize), and products may be fused into them. An exact kernel
+has none of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -64,14 +65,12 @@ def _digest_of_operators() -> str:
 def _compiled(function: _Function, options: dict[str, Any]) -> _Function:
     if JIT_IS_DISABLED:
         return _refusing(function)
-    # numba names what it keeps by the function and compiles again when that function's own file changes, not when a
-    # function that it takes in from another file does: so the name holds a digest of all files.
+    # numba names an entry by its function, and compiles again when the function's own file changes, but not when the
+    # file of a function that it inlines does: so the name holds a digest of all files.
     function.__qualname__ += f"_{_digest_of_operators()}"
-    try:
-        compiled = numba.njit(cache=True, **options)(function)
-        compiled._cache = KernelCache(compiled._cache)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        compiled = numba.njit(**options)(function)
+    compiled = numba.njit(**options)(function)
+    with contextlib.suppress(RuntimeError):  # neither the package's folder nor the user's cache can be written
+        compiled._cache = KernelCache(function)
     compiled.compile = _without_collection(compiled.compile)
     return cast(_Function, compiled)
 
@@ -87,9 +86,9 @@ def _refusing(function: _Function) -> _Function:
 
 
 def _without_collection(compile_: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile without collections of garbage: going through all that torch has made is half the time of a load.
+    """Compile without collections of garbage, which go through all of torch's objects: half the time of a load.
 
-    Of two threads at once the first to begin turns them on again, perhaps before the other has ended.
+    If two threads compile at once, the first to begin turns them on again, perhaps before the other has ended.
     """
 
     @functools.wraps(compile_)
@@ -126,7 +125,7 @@ def array_of(tensor: Tensor) -> Any:
 
 
 def array_of_weights(tensor: Tensor) -> Any:
-    """Return what `array_of` does, for parameters: FSDP2 may still shrink their memory, which numpy() ends for good.
+    """Return the same as `array_of`, for parameters: FSDP2 can still shrink their memory, which numpy() prevents.
 
     It takes 6 us more.
     """

@@ -1,8 +1,8 @@
 """Operations of LLVM on several lanes at once for the CPU's kernels: any processor's SIMD unit takes them.
 
-They are for inner loops whose code must not depend on what the compiler makes of a loop: it vectorizes some, and
-unrolls them so far that short ones stay scalar; and it takes seconds to do it. "Lanes" are LLVM's vectors, to tell them
-from the vectors of an expert.
+They are for inner loops whose code must not depend on what the compiler makes of a loop. It vectorizes some loops, and
+unrolls them so far that short ones stay scalar, and it takes seconds to do so. LLVM's vectors are called "lanes" here,
+since a vector is a part of an expert elsewhere.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ def parallel_for(kernel: Callable[..., Any], num_items: int, *arguments: Any, mi
     Args:
         kernel (callable): takes the arguments, then start and stop.
         num_items (int): items in all.
-        arguments: what the kernel takes before start and stop.
-        min_items (int): items that are worth a part of their own; fewer than two such parts the caller runs alone.
+        arguments: those that the kernel takes before start and stop.
+        min_items (int): items that are worth a part of their own; the caller runs fewer than two such parts alone.
     """
     num_threads = torch.get_num_threads()
     num_parts = min(num_threads * _PARTS_PER_THREAD, num_items // min_items)
@@ -62,7 +62,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _forget_threads() -> None:
-    """Start afresh in a forked child, which has none of its parent's threads and perhaps its lock."""
+    """Start without threads in a forked child, which has none of its parent's threads and perhaps its lock."""
     global _pool, _pool_size, _lock
     _pool, _pool_size, _lock = None, 0, Lock()
 

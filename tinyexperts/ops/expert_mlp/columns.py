@@ -26,13 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tinyexperts.ops.activation import activate, activation_derivative
-from tinyexperts.ops.autocast import outside_autocast
 from tinyexperts.ops.collectives import all_gather_tokens, gather_columns, reduce_scatter_products, scatter_columns
-from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
+from tinyexperts.ops.define_operator import define_operator
 from tinyexperts.ops.expert_mlp import columns_cpu, portable
 from tinyexperts.ops.expert_mlp.operator import make_table_gradient
-from tinyexperts.ops.expert_mlp.portable import accumulation_dtype, coefficients
+from tinyexperts.ops.expert_mlp.portable import accumulation_dtype, coefficients, derivatives
 from tinyexperts.ops.rank_groups import RankGroups
 
 
@@ -70,21 +68,8 @@ class ColumnShard(nn.Parameter):
     """A part of the columns of a table: a mean over D can't be taken of it. A copy is one, too."""
 
 
-@outside_autocast
-@torch.library.custom_op("tinyexperts::expert_mlp_products", mutates_args=())
-def _products(x_MC: Tensor, experts_NEC: Tensor, ids_MP: Tensor, first: int, count: int) -> Tensor:
-    return portable.products(x_MC, experts_NEC, ids_MP, first, count)
-
-
-@outside_autocast
-@torch.library.custom_op("tinyexperts::expert_mlp_weighted_sum", mutates_args=())
-def _weighted_sum(factors_FMP: Tensor, experts_NEC: Tensor, ids_MP: Tensor, first: int) -> Tensor:
-    return portable.weighted_sum(factors_FMP, experts_NEC, ids_MP, first)
-
-
-if not JIT_IS_DISABLED:
-    _products.register_kernel("cpu", columns_cpu.products)
-    _weighted_sum.register_kernel("cpu", columns_cpu.weighted_sum)
+_products = define_operator("expert_mlp_products", portable.products, columns_cpu.products)
+_weighted_sum = define_operator("expert_mlp_weighted_sum", portable.weighted_sum, columns_cpu.weighted_sum)
 
 
 class _ExpertsInColumns(torch.autograd.Function):
@@ -128,7 +113,7 @@ class _ExpertsInColumns(torch.autograd.Function):
         factors_of_all = coefficient_of_all.unsqueeze(0)
         if activation is not None:
             grad_weights = grad_coefficient * coefficients(pre, activation)
-            grad_pre = torch.stack([grad_coefficient * weights_MP * part for part in _derivatives(pre, activation)])
+            grad_pre = grad_coefficient * weights_MP * derivatives(pre, activation)
             grad_pre_of_all = torch.stack([all_gather_tokens(part, group) for part in grad_pre])
             grad_x = gather_columns(_weighted_sum(grad_pre_of_all, experts_NEC, ids_of_all, 0), group)
             factors_of_all = torch.cat([grad_pre_of_all, factors_of_all])
@@ -139,18 +124,10 @@ class _ExpertsInColumns(torch.autograd.Function):
         return grad_x.to(grads[0].dtype), grad_experts, None, grad_weights.to(weights_MP.dtype), None, None, None
 
 
-def _derivatives(pre_FMP: Tensor, activation: str) -> list[Tensor]:
-    """Return the derivatives of v's factor by each product."""
-    derivative = activation_derivative(pre_FMP[0], activation)
-    if len(pre_FMP) == 1:
-        return [derivative]
-    return [derivative * pre_FMP[1], activate(pre_FMP[0], activation)]
-
-
 def _gather_replicas(
     ids_MP: Tensor, factors_EMP: Tensor, x_MC: Tensor, grad_y_MC: Tensor, replica_ranks: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what the table's gradient is made of, for the tokens of all replicas."""
+    """Return the operands of the table's gradient, for the tokens of all replicas."""
     if replica_ranks is None:
         return ids_MP, factors_EMP, x_MC, grad_y_MC
     factors_EMP = torch.stack([all_gather_tokens(factors, replica_ranks) for factors in factors_EMP])

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.cpu.compile import array_of, array_of_weights, inlined, kernel
 from tinyexperts.ops.cpu.threads import parallel_for
-from tinyexperts.ops.expert_mlp.portable import accumulation_dtype, coefficients
+from tinyexperts.ops.expert_mlp.portable import accumulation_dtype, coefficients, derivatives
 from tinyexperts.ops.expert_mlp.row_sums import find_touched_rows, sum_gradient_rows
 from tinyexperts.ops.expert_mlp.simd import (
     add_1,
@@ -45,9 +44,9 @@ def expert_mlp(
     weights_MP: Tensor,
     activation: str | None,
     scales_NE: Tensor | None = None,
-    _sparse: bool = False,
+    sparse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return y [M, D] and the pre-activations [E - 1, M, P]. How the table's gradient is given is not read here."""
+    """Return y [M, D] and the pre-activations [E - 1, M, P]. Only the backward pass reads `sparse`."""
     check_indices("ids", ids_MP, len(experts_NED))
     num_tokens, num_retrieved = ids_MP.shape
     num_vectors = experts_NED.shape[1]
@@ -90,7 +89,11 @@ def expert_mlp_backward(
     grad_x = torch.empty(x_MD.shape, dtype=dtype, device="cpu")
     grad_weights = torch.empty(weights_MP.shape, dtype=dtype, device="cpu")
     factors_EMP = torch.empty((experts_NED.shape[1], *ids_MP.shape), dtype=dtype, device="cpu")
-    coefficient, derivatives = _coefficients_and_derivatives(pre_activations_FMP, activation, weights_MP)
+    # Without an activation v's factor is the router weight alone, and there are no products to derive it by.
+    coefficient, by_product = torch.ones_like(weights_MP), pre_activations_FMP
+    if activation is not None:
+        coefficient = coefficients(pre_activations_FMP, activation)
+        by_product = derivatives(pre_activations_FMP, activation)
     parallel_for(
         _backward,
         len(x_MD),
@@ -99,7 +102,7 @@ def expert_mlp_backward(
         array_of(ids_MP),
         array_of(weights_MP.to(dtype)),
         array_of(coefficient.to(dtype)),
-        array_of(derivatives.to(dtype)),
+        array_of(by_product.to(dtype)),
         _array_of_scales(scales_NE, dtype),
         _constants(dtype),
         array_of(grad_x),
@@ -137,19 +140,6 @@ def _no_scales(dtype: torch.dtype) -> Any:
 def _constants(dtype: torch.dtype) -> Any:
     """Return 0, 1/2 and sqrt(1/2) in the type of the computation: Python's literals would widen fp32 to fp64."""
     return np.array([0.0, 0.5, math.sqrt(0.5)], dtype=np.float64 if dtype == torch.float64 else np.float32)
-
-
-def _coefficients_and_derivatives(
-    pre_activations_FMP: Tensor, activation: str | None, weights_MP: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the factors of v [M, P], without router weights, and their derivatives by each product [E - 1, M, P]."""
-    if activation is None:
-        return torch.ones_like(weights_MP), pre_activations_FMP
-    derivative = activation_derivative(pre_activations_FMP[0], activation)
-    if len(pre_activations_FMP) == 1:
-        return coefficients(pre_activations_FMP, activation), derivative.unsqueeze(0)
-    hidden = activate(pre_activations_FMP[0], activation)
-    return hidden * pre_activations_FMP[1], torch.stack([derivative * pre_activations_FMP[1], hidden])
 
 
 @inlined
@@ -219,7 +209,7 @@ def _forward(
             factor0, factor1 = factor0 * _scale(scales, i0, last, one), factor1 * _scale(scales, i1, last, one)
             factor2, factor3 = factor2 * _scale(scales, i2, last, one), factor3 * _scale(scales, i3, last, one)
             add_4(experts, ids, pair, pair + ahead, last, (factor0, factor1, factor2, factor3), y, m)
-        # The same for the up to three experts that are left.
+        # The same for the remaining experts, three at most.
         for p in range(num_retrieved // 4 * 4, num_retrieved):
             pair = m * num_retrieved + p
             factor0 = weights[m, p]
@@ -233,14 +223,7 @@ def _forward(
 
 @inlined
 def _write_pair(
-    grad_value: Any,
-    m: int,
-    p: int,
-    weights: Any,
-    coefficient: Any,
-    derivatives: Any,
-    grad_weights: Any,
-    factors: Any,
+    grad_value: Any, m: int, p: int, weights: Any, coefficient: Any, derivatives: Any, grad_weights: Any, factors: Any
 ) -> None:
     """Write the weight's gradient and the factors of one pair, from the product of its v with grad_y."""
     last = len(factors) - 1
@@ -297,7 +280,7 @@ def _backward(
                     factors[vector, m, p + 3] * _scale(scales, i3, vector, one),
                 )
                 add_4(experts, ids, pair, pair + ahead, vector, scaled, grad_x, m)
-        # The same for the up to three experts that are left.
+        # The same for the remaining experts, three at most.
         for p in range(num_retrieved // 4 * 4, num_retrieved):
             pair = m * num_retrieved + p
             h0 = products_of_1(experts, ids, pair, pair + ahead, last, grad_y, m)[0]

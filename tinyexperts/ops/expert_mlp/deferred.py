@@ -1,9 +1,9 @@
-"""A scope in which backward passes leave a table's gradient in deferred form, for a step that sums each row on its way.
+"""A scope in which backward passes defer a table's gradient, for a step that sums each row when it updates it.
 
-The gradient is in `.grad` all the same, as a tensor (`DeferredGradient`) that holds what it is made of: only
-RowSparseAdam and clip_gradient_norm_ read that, and any other use writes it out as the sparse_coo gradient that it is.
-So whatever looks at `.grad` or empties it (zero_grad, accumulation, other optimizers, torch.amp.GradScaler) does what
-it does outside the scope. Autograd's engine knows if a pass wants the table's gradient at all.
+The gradient is in `.grad` as usual, as a tensor (`DeferredGradient`) that holds the parts it is made of. Only
+RowSparseAdam and clip_gradient_norm_ read these, and any other use writes it out as the sparse_coo gradient that it is.
+So everything that reads or empties `.grad` (zero_grad, accumulation, other optimizers, torch.amp.GradScaler) works as
+outside the scope. Autograd's engine knows if a pass wants the table's gradient at all.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ def supports_deferred(table: Tensor) -> bool:
 
 @contextmanager
 def deferred_table_gradients(tables: Iterable[Tensor]) -> Iterator[None]:
-    """Make backward passes in the scope leave the gradients of these tables in deferred form in `.grad`.
+    """Make backward passes in the scope store the gradients of these tables in deferred form in `.grad`.
+
+    Args:
+        tables (Iterable[Tensor]): parameters that `supports_deferred` accepts.
 
     Raises:
         InputError: a table that is no leaf, is not on the CPU, is of another type, or has a hook.
@@ -102,7 +105,12 @@ def deferred_table_gradients(tables: Iterable[Tensor]) -> Iterator[None]:
 
 
 def find_deferring_table(reference: weakref.ref[Tensor], gradient_dtype: torch.dtype, *, sparse: bool) -> Tensor | None:
-    """Return the table whose gradient the running backward pass must defer; None where it must not.
+    """Return the table whose gradient the running backward pass must defer; None if it must not.
+
+    Args:
+        reference (weakref.ref): the table that the forward pass used.
+        gradient_dtype (torch.dtype): the type of the sums.
+        sparse (bool): True if the layer's gradient is sparse.
 
     Raises:
         InputError: a layer whose gradient is dense, or a hook that wants the gradient.

@@ -1,11 +1,11 @@
-"""A table in int8, for inference: a quarter of the memory of fp32, and so of what a token reads."""
+"""A table in int8, for inference: a token reads a quarter of the bytes of fp32."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Elements that are quantised at a time: the copies in between stay small.
+# Elements that are quantized at a time: the copies in between stay small.
 _CHUNK_ELEMENTS = 1 << 22
 _LARGEST = 127
 

@@ -1,7 +1,6 @@
 """The operator tinyexperts::expert_mlp: the weighted sum of the experts a token retrieved, and its backward pass.
 
 Saved for the backward pass: ids, weights and pre-activations, O(M (D + P)); never the gathered rows [M, P, E, D].
-Each operator's own function is the portable implementation; a device's kernels are registered at the end.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.activation import check_activation
-from tinyexperts.ops.autocast import outside_autocast
-from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
+from tinyexperts.ops.define_operator import define_operator
 from tinyexperts.ops.expert_mlp import cpu, portable
 from tinyexperts.ops.expert_mlp.deferred import defer_gradient, find_deferring_table
 from tinyexperts.ops.expert_mlp.portable import accumulation_dtype
@@ -93,18 +91,7 @@ def expert_mlp(
     return y
 
 
-@outside_autocast
-@torch.library.custom_op("tinyexperts::expert_mlp", mutates_args=())
-def _expert_mlp(
-    x_MD: Tensor,
-    experts_NED: Tensor,
-    ids_MP: Tensor,
-    weights_MP: Tensor,
-    activation: str | None,
-    scales_NE: Tensor | None,
-    sparse: bool,
-) -> tuple[Tensor, Tensor]:
-    return portable.expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, scales_NE)
+_expert_mlp = define_operator("expert_mlp", portable.expert_mlp, cpu.expert_mlp)
 
 
 @_expert_mlp.register_fake
@@ -134,22 +121,7 @@ def _break_graph_before_sparse_gradient(experts_NED: Tensor) -> None:
         raise DynamicOutputShapeException(torch.ops.tinyexperts.expert_mlp.default)
 
 
-@outside_autocast
-@torch.library.custom_op("tinyexperts::expert_mlp_backward", mutates_args=())
-def _expert_mlp_backward(
-    grad_y_MD: Tensor,
-    x_MD: Tensor,
-    experts_NED: Tensor,
-    ids_MP: Tensor,
-    weights_MP: Tensor,
-    pre_activations_FMP: Tensor,
-    activation: str | None,
-    scales_NE: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x and of the weights, and the factors [E, M, P] of the table's gradient."""
-    return portable.expert_mlp_backward(
-        grad_y_MD, x_MD, experts_NED, ids_MP, weights_MP, pre_activations_FMP, activation, scales_NE
-    )
+_expert_mlp_backward = define_operator("expert_mlp_backward", portable.expert_mlp_backward, cpu.expert_mlp_backward)
 
 
 @_expert_mlp_backward.register_fake
@@ -160,20 +132,14 @@ def _(
     ids_MP: Tensor,
     weights_MP: Tensor,
     pre_activations_FMP: Tensor,
-    activation: str | None,
-    scales_NE: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     factors = pre_activations_FMP.new_empty((experts_NED.shape[1], *ids_MP.shape))
     return x_MD.new_empty(x_MD.shape), weights_MP.new_empty(weights_MP.shape), factors
 
 
-@outside_autocast
-@torch.library.custom_op("tinyexperts::expert_mlp_gradient_rows", mutates_args=())
-def _gradient_rows(
-    ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the touched rows [R], ascending, and their gradients [R, E, D]. R depends on the data."""
-    return portable.gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)
+# The number R of its rows depends on the data.
+_gradient_rows = define_operator("expert_mlp_gradient_rows", portable.gradient_rows, cpu.gradient_rows)
 
 
 @_gradient_rows.register_fake
@@ -184,16 +150,17 @@ def _(
     return ids_MP.new_empty((num_rows,)), experts_NED.new_empty((num_rows, *experts_NED.shape[1:]))
 
 
-# An operator of its own, since torch.compile takes none whose output's shape depends on the data.
-@outside_autocast
-@torch.library.custom_op("tinyexperts::expert_mlp_dense_gradient", mutates_args=())
-def _dense_gradient(
+def _sum_dense_gradient(
     ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
 ) -> Tensor:
     """Return the gradient of the whole table [N, E, D]."""
     rows, grad_rows_RED = _gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)
     grad_experts_NED: Tensor = grad_rows_RED.new_zeros(experts_NED.shape)
     return grad_experts_NED.index_copy_(0, rows, grad_rows_RED)
+
+
+# An operator of its own, since torch.compile takes none whose output's shape depends on the data.
+_dense_gradient = define_operator("expert_mlp_dense_gradient", _sum_dense_gradient)
 
 
 @_dense_gradient.register_fake
@@ -233,9 +200,3 @@ def _backward(ctx: Any, grad_y_MD: Tensor, _grad_pre: Tensor | None) -> tuple[Te
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
-
-# A device's kernel takes what its operator takes; devices without one run the operator's own function, in plain torch.
-if not JIT_IS_DISABLED:
-    _expert_mlp.register_kernel("cpu", cpu.expert_mlp)
-    _expert_mlp_backward.register_kernel("cpu", cpu.expert_mlp_backward)
-    _gradient_rows.register_kernel("cpu", cpu.gradient_rows)

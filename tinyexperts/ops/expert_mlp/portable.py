@@ -32,6 +32,14 @@ def coefficients(pre_activations_FMP: Tensor, activation: str) -> Tensor:
     return hidden * pre_activations_FMP[1] if len(pre_activations_FMP) == 2 else hidden
 
 
+def derivatives(pre_activations_FMP: Tensor, activation: str) -> Tensor:
+    """Return the derivatives of these factors by each product, [E - 1, M, P]."""
+    derivative = activation_derivative(pre_activations_FMP[0], activation)
+    if len(pre_activations_FMP) == 1:
+        return derivative.unsqueeze(0)
+    return torch.stack([derivative * pre_activations_FMP[1], activate(pre_activations_FMP[0], activation)])
+
+
 class _Vectors:
     """The vectors of a table's experts, as numbers of type `dtype`, for the tokens that retrieved them.
 
@@ -103,9 +111,10 @@ def expert_mlp(
     ids_MP: Tensor,
     weights_MP: Tensor,
     activation: str | None,
-    scales_NE: Tensor | None = None,
+    scales_NE: Tensor | None,
+    sparse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return y [M, D] and the pre-activations [E - 1, M, P]."""
+    """Return y [M, D] and the pre-activations [E - 1, M, P]. Only the backward pass reads `sparse`."""
     check_indices("ids", ids_MP, len(experts_NED))
     last = experts_NED.shape[1] - 1
     dtype = accumulation_dtype(x_MD, experts_NED)
@@ -127,7 +136,7 @@ def expert_mlp_backward(
     weights_MP: Tensor,
     pre_activations_FMP: Tensor,
     activation: str | None,
-    scales_NE: Tensor | None = None,
+    scales_NE: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x and of the weights, and the factors [E, M, P] of the table's gradient.
 

@@ -3,7 +3,7 @@
 Written out, the gradient of the touched rows is the largest tensor of a training step, and writing and reading it costs
 as much as the experts' forward pass. What it is made of is small: a factor for each pair and vector, the tokens, and
 the gradient of their outputs. row_adam/fused.py sums each row when it updates it. It is for tables on the CPU in fp32
-or fp64; deferred.py decides when a backward pass leaves its gradient in this form.
+or fp64; deferred.py decides when a backward pass keeps its gradient in this form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NUM_PARTS = 64
 
 
 class TableGradient:
-    """The gradient of one backward pass. It shares no memory with what autograd or its user may change afterwards.
+    """The gradient of one backward pass. It shares no memory with tensors that autograd or its user may change later.
 
     Args:
         ids_MP (int64, [M, P]): the experts of each token.

@@ -159,7 +159,7 @@ def _top_k_of_sums(
         settled = _best_of_row(scores_1, row, num_columns, maxima, values, positions, counts, best_1, index_1)
         settled &= _best_of_row(scores_2, row, num_columns, maxima, values, positions, counts, best_2, index_2)
         if settled:
-            # The sums and ids of the candidate pairs. Infinity times zero is NaN, so `total` tells finite rows.
+            # The sums and ids of the candidate pairs. Infinity times zero is NaN, so `total` is 0 for finite rows.
             total = zero
             for c in range(num_candidates):
                 i, j = candidates[c, 0], candidates[c, 1]
@@ -190,7 +190,7 @@ def _best_of_row(
     index: Any,
 ) -> bool:
     """Find the best of a row, best first; return False if they aren't found or have equals (NaN equals all)."""
-    # Unsigned, since numba lets signed indices count from the end, which takes longer than what is done here.
+    # Unsigned, since numba lets signed indices count from the end, which takes longer than the work here.
     size, num_best, found = np.uintp(scores.shape[1]), len(best) - 1, np.uintp(0)
     first, stop = row * scores.shape[1], (row + 1) * scores.shape[1]
     if num_columns > 0:

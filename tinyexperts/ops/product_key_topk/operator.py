@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.autocast import outside_autocast
-from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
+from tinyexperts.ops.define_operator import define_operator
 from tinyexperts.ops.forward_mode import refuse_forward_mode
 from tinyexperts.ops.product_key_topk import cpu, portable
 
@@ -46,10 +45,10 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
     return scores, ids
 
 
-@outside_autocast
-@torch.library.custom_op("tinyexperts::product_key_topk", mutates_args=())
-def _product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return portable.product_key_topk(query_MHQ, sub_keys, k)
+_product_key_topk = define_operator("product_key_topk", portable.product_key_topk, cpu.product_key_topk)
+_product_key_topk_backward = define_operator(
+    "product_key_topk_backward", portable.product_key_topk_backward, cpu.product_key_topk_backward
+)
 
 
 @_product_key_topk.register_fake
@@ -57,14 +56,6 @@ def _(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (*query_MHQ.shape[:2], k)
     dtype = torch.promote_types(query_MHQ.dtype, torch.float32)
     return query_MHQ.new_empty(shape, dtype=dtype), query_MHQ.new_empty(shape, dtype=torch.int64)
-
-
-@outside_autocast
-@torch.library.custom_op("tinyexperts::product_key_topk_backward", mutates_args=())
-def _product_key_topk_backward(
-    grad_scores: Tensor, ids: Tensor, query_MHQ: Tensor, sub_keys: Tensor
-) -> tuple[Tensor, Tensor]:
-    return portable.product_key_topk_backward(grad_scores, ids, query_MHQ, sub_keys)
 
 
 @_product_key_topk_backward.register_fake
@@ -84,8 +75,3 @@ def _backward(ctx: Any, grad_scores: Tensor, _grad_ids: Tensor | None) -> tuple[
 
 
 _product_key_topk.register_autograd(_backward, setup_context=_setup_context)
-
-# A device's kernel takes what its operator takes; devices without one run the operator's own function, in plain torch.
-if not JIT_IS_DISABLED:
-    _product_key_topk.register_kernel("cpu", cpu.product_key_topk)
-    _product_key_topk_backward.register_kernel("cpu", cpu.product_key_topk_backward)

@@ -122,19 +122,14 @@ def tokens_per_chunk(num_heads: int, num_sub_keys: int) -> int:
 
 def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the scores and ids of the top k experts of each query, both [M, H, K]; autograd can differentiate it."""
-    num_tokens, num_heads, _ = query_MHQ.shape
-    num_sub_keys = sub_keys.shape[-2]
-    dtype = torch.promote_types(query_MHQ.dtype, torch.float32)
-    scores = query_MHQ.new_empty((0, num_heads, k), dtype=dtype)
-    ids = query_MHQ.new_empty((0, num_heads, k), dtype=torch.int64)
-    chunks = []
-    for chunk in torch.split(query_MHQ, tokens_per_chunk(num_heads, num_sub_keys)) if num_tokens else ():
+    num_heads = query_MHQ.shape[1]
+    scores, ids = [], []
+    for chunk in torch.split(query_MHQ, tokens_per_chunk(num_heads, sub_keys.shape[-2])):
         scores_1, scores_2 = half_scores(chunk, sub_keys)
-        top = _top_k_of_sums(scores_1.flatten(0, 1), scores_2.flatten(0, 1), k)
-        chunks.append([t.view(len(chunk), num_heads, k) for t in top])
-    if chunks:
-        scores, ids = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return scores, ids
+        top_scores, top_ids = _top_k_of_sums(scores_1.flatten(0, 1), scores_2.flatten(0, 1), k)
+        scores.append(top_scores.view(len(chunk), num_heads, k))
+        ids.append(top_ids.view(len(chunk), num_heads, k))
+    return torch.cat(scores), torch.cat(ids)
 
 
 def product_key_topk_backward(

@@ -70,7 +70,7 @@ def _insert(value: Any, id_: int, num_kept: int, best: Any, best_ids: Any) -> in
 def _settle_ties(
     scores_1: Any, scores_2: Any, row: int, num_sub_keys: int, largest_2: Any, best: Any, best_ids: Any
 ) -> None:
-    """Put those of lowest ids among all pairs that equal the K-th score behind what is above it."""
+    """Fill the places behind the pairs above the K-th score with the pairs that equal it, lowest ids first."""
     threshold, k = best[-1], len(best)
     place = 0
     while place < k and best[place] > threshold:

@@ -114,7 +114,7 @@ def update_elements(
             prefetch(experts.ctypes.data + offset)
             prefetch(exp_avg.ctypes.data + offset)
             prefetch(exp_avg_sq.ctypes.data + offset)
-        # As slices: indexed by row and element, the loop does not vectorise.
+        # As slices: indexed by row and element, the loop does not vectorize.
         value, first, second = experts[row, chunk:end], exp_avg[row, chunk:end], exp_avg_sq[row, chunk:end]
         grad = grad_rows[r, chunk:end]
         # The bias corrections and the learning rate are one number, `rate`, and weight decay is `keep`.

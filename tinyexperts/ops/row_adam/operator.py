@@ -68,42 +68,10 @@ def row_adam_(
         _row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step)
 
 
-@torch.library.custom_op("tinyexperts::row_adam_", mutates_args=("experts", "exp_avg", "exp_avg_sq"))
-def _row_adam_(
-    experts: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    grad_rows: Tensor,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-) -> None:
-    portable.row_adam_(
-        experts, exp_avg, exp_avg_sq, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step
-    )
+_row_adam_ = torch.library.custom_op(
+    "tinyexperts::row_adam_", portable.row_adam_, mutates_args=("experts", "exp_avg", "exp_avg_sq")
+)
 
-
-@_row_adam_.register_fake
-def _(
-    experts: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    grad_rows: Tensor,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-) -> None:
-    return None
-
-
-# A device's kernel takes what its operator takes; devices without one run the operator's own function, in plain torch.
+# Devices without a kernel run the portable function.
 if not JIT_IS_DISABLED:
     _row_adam_.register_kernel("cpu", cpu.row_adam_)

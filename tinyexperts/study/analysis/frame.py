@@ -69,7 +69,7 @@ def read_runs(folder: StudyFolder) -> StudyRuns:
     import pandas as pd
 
     settings, runs = folder.settings(), folder.planned_runs()
-    statuses = {run.name: folder.status(run) for run in runs}
+    statuses = {run.name: folder.status_of(run.name) for run in runs}
     problems: list[str] = []
     coming = [name for name, status in statuses.items() if status.state not in ("done", "failed")]
     if coming:
@@ -143,12 +143,17 @@ def points_of(runs: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
 
 
 def losses_at(costs: Sequence[float], losses: Sequence[pd.Series], value: float) -> pd.Series | None:
-    """Return the losses by seed at a cost between the ascending costs of several budgets; None beyond them.
+    """Return the losses by seed at a cost between those of several budgets; None beyond them.
 
     Between two budgets the loss is taken as linear in the logarithm of the cost.
+
+    Args:
+        costs (Sequence[float]): the ascending costs of the budgets.
+        losses (Sequence[pd.Series]): the losses by seed at each budget.
+        value (float): the cost.
     """
     for (low, before), (high, after) in pairwise(zip(costs, losses, strict=True)):
-        if low <= value <= high and low < high:  # never of a cost that is not a number
+        if low <= value <= high and low < high:  # False for a cost that is not a number
             share = math.log(value / low) / math.log(high / low)
             return ((1 - share) * before + share * after).dropna()
     return None

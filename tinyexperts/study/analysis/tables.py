@@ -31,9 +31,9 @@ LAW_NOTE = (
 )
 
 
-def number(value: float, spec: str) -> str:
-    """Return a number by its format, or a dash for NaN."""
-    return MISSING if math.isnan(value) else format(value, spec)
+def number(value: float | None, spec: str) -> str:
+    """Return a number by its format, or a dash for None and NaN."""
+    return MISSING if value is None or math.isnan(value) else format(value, spec)
 
 
 def cost_cells(point: Any) -> tuple[str, ...]:

@@ -38,7 +38,12 @@ class Display:
         }
 
     def begin(self, folder: Path, stage: str) -> None:
-        """Show a run as under way; stage: its work in a word."""
+        """Show a run as under way.
+
+        Args:
+            folder (Path): the folder of the run.
+            stage (str): its work in a word.
+        """
         task = self._tasks[folder]
         self._progress.start_task(task)
         self._progress.update(task, stage=stage, visible=True)
@@ -80,7 +85,14 @@ class Display:
 
 @contextmanager
 def display_of(folders: Sequence[Path], *, console: Console, title: str = "", num_done: int = 0) -> Iterator[Display]:
-    """Show runs that are to be done; `title` and `num_done`, of runs done before, are for the bar of all."""
+    """Show the progress of runs.
+
+    Args:
+        folders (Sequence[Path]): the folders of the runs that are to be done.
+        console (Console): the place of the display.
+        title (str): the first words of the bar of all runs.
+        num_done (int): runs that were done before, for the bar of all runs.
+    """
     columns = (
         TextColumn("{task.description}"),
         TextColumn("{task.fields[stage]}", table_column=Column(no_wrap=True, min_width=8)),

@@ -137,11 +137,23 @@ def run_jobs(
     num_done: int = 0,
     failed: Callable[[str, str], None] = lambda name, sentence: None,
 ) -> dict[str, str]:
-    """Run the jobs, `num_parallel` at a time in their order, and return the failures: the run's name and one sentence.
+    """Run jobs in child processes, in their order; a failed job doesn't stop the others.
 
-    `failed` is called with each when it happens. `title` and `num_done` (jobs that had ended before) are displayed.
-    A failed job doesn't stop the others. On Ctrl-C, SIGTERM or a closed terminal the children are asked to save and
-    end, then KeyboardInterrupt is raised; after max_seconds they are asked the same, and the failures so far returned.
+    Args:
+        jobs (Sequence[Job]): the jobs.
+        num_parallel (int): jobs at a time.
+        environment (Mapping[str, str]): environment variables of the children, in addition to those of this process.
+        console (Console): the place of the display.
+        max_seconds (float): the time after which the children are asked to save and end.
+        title (str): for the display.
+        num_done (int): jobs that had ended before, for the display.
+        failed (Callable[[str, str], None]): called with the run's name and one sentence when a job fails.
+
+    Returns:
+        The failures: one sentence by the run's name.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, SIGTERM or a closed terminal, after the children were asked to save and end.
     """
     deadline = time.monotonic() + max_seconds
     folders = [job.folder for job in jobs]

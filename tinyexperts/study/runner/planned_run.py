@@ -14,7 +14,11 @@ from tinyexperts.training.checkpoint import checkpoints
 
 
 def finish_run(folder: str | os.PathLike[str], name: str) -> None:
-    """Finish a planned run. Its checkpoints are then deleted, as a study has hundreds, if the study does not keep them.
+    """Finish a planned run, and then delete its checkpoints (a study has hundreds) unless the study keeps them.
+
+    Args:
+        folder (str | PathLike): the folder of the study.
+        name (str): the name of the run.
 
     Raises:
         InputError: as training does; no such run.

@@ -37,14 +37,14 @@ def run_array(
     """Submit the runs and wait for them; the folder keeps the failures. Whatever ends the wait cancels the rest.
 
     Args:
-        folder: the study.
-        runs: the runs to submit.
-        num_parallel: jobs at a time.
-        console: the place of the display.
-        title: for the display, as in run_jobs.
-        num_done: for the display, as in run_jobs.
-        cluster: the name of submitit's executor.
-        parameters: settings of the executor (timeout_min, slurm_partition, ...).
+        folder (StudyFolder): the study.
+        runs (Sequence[GridRun]): the runs to submit.
+        num_parallel (int): jobs at a time.
+        console (Console): the place of the display.
+        title (str): for the display, as in run_jobs.
+        num_done (int): for the display, as in run_jobs.
+        cluster (str): the name of submitit's executor.
+        parameters (Any): settings of the executor (timeout_min, slurm_partition, ...).
 
     Raises:
         InputError: submitit is not installed, or there is no Slurm.

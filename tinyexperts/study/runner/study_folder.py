@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,7 +24,6 @@ from tinyexperts.study.grid import GridRun, Stage
 from tinyexperts.study.runner.study_record import (
     RENAMED,
     STAGES,
-    RunStatus,
     StageRecord,
     StudyRecord,
     StudySettings,
@@ -41,17 +40,19 @@ class StudyFolder(StudyRecord):
     def begin(self, settings: StudySettings) -> None:
         """Write the settings of the study, or check that they are the same as before.
 
+        Args:
+            settings (StudySettings): the settings.
+
         Raises:
             InputError: the folder holds another study, or anything else.
         """
         path = self.path / "study.json"
         if path.exists():
-            before = self.settings()
+            before = asdict(self.settings())
             differing = [
-                f"{field.name} was {getattr(before, field.name)!r}, is {getattr(settings, field.name)!r}"
-                for field in fields(settings)
-                if getattr(before, field.name) != getattr(settings, field.name)
-                and (getattr(before, field.name) is not None or not field.name.endswith("_sha256"))
+                f"{name} was {before[name]!r}, is {value!r}"
+                for name, value in asdict(settings).items()
+                if before[name] != value and (before[name] is not None or not name.endswith("_sha256"))
             ]
             if differing:
                 raise InputError(f"{self.path} holds another study ({'; '.join(differing)}): choose another --output")
@@ -59,9 +60,7 @@ class StudyFolder(StudyRecord):
         if self.path.exists() and any(entry.name != "lock" for entry in self.path.iterdir()):
             raise InputError(f"{self.path} exists and is not the folder of a study: choose another --output")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            path, json.dumps({field.name: getattr(settings, field.name) for field in fields(settings)}, indent=2)
-        )
+        write_atomically(path, json.dumps(asdict(settings), indent=2))
 
     def exclusive_lock(self) -> AbstractContextManager[None]:
         """Keep other processes from running the study meanwhile.
@@ -75,6 +74,9 @@ class StudyFolder(StudyRecord):
     def write_planned(self, runs: list[GridRun]) -> None:
         """Write the runs of a stage.
 
+        Args:
+            runs (list[GridRun]): the runs; the folder of each is replaced by one in the study's folder.
+
         Raises:
             InputError: a run was planned otherwise before and has begun (another version made another grid).
         """
@@ -86,7 +88,7 @@ class StudyFolder(StudyRecord):
                 before = self.planned_run(run.name)
                 if before == placed:
                     continue
-                if self.status(before).state != "waiting":
+                if self.status_of(before.name).state != "waiting":
                     raise InputError(f"{path} was planned with other settings: choose another --output")
             content = {**_PLANNED.dump_python(placed, mode="json"), "config": config_file.to_content(placed.config)}
             write_atomically(path, json.dumps(content, indent=2))
@@ -94,9 +96,12 @@ class StudyFolder(StudyRecord):
     def stage(self, number: int, plan: Stage) -> list[GridRun]:
         """Return the runs of a stage as they were planned, or plan them by the losses so far.
 
-        A stage that was planned stays: what a failed run would have changed, had it been tried again before, must not
-        change runs that have been made meanwhile. Only the first stage, which no result can change, is planned each
-        time: another grid is noticed by it.
+        A planned stage stays as it is: a failed run that succeeds later must not change runs that were made meanwhile.
+        Only the first stage, which no result can change, is planned each time: it shows that the grid is another.
+
+        Args:
+            number (int): the number of the stage, from 0.
+            plan (Stage): the function that plans it.
 
         Raises:
             InputError: a run was planned otherwise before and has begun (another version made another grid).
@@ -109,7 +114,7 @@ class StudyFolder(StudyRecord):
             self.write_planned(runs)
         if number < len(stages):
             return [self.planned_run(name) for name in stages[number].runs]
-        failed = [run.name for run in self.planned_runs() if self.status(run).state == "failed"]
+        failed = [run.name for run in self.planned_runs() if self.status_of(run.name).state == "failed"]
         runs = plan(self.losses())
         self.write_planned(runs)
         stages.append(StageRecord(runs=[run.name for run in runs], without=failed))
@@ -118,6 +123,9 @@ class StudyFolder(StudyRecord):
 
     def planned_run(self, name: str) -> GridRun:
         """Return a run by its name.
+
+        Args:
+            name (str): the name of the run.
 
         Raises:
             InputError: no such run, or a file that can't be read.
@@ -141,10 +149,6 @@ class StudyFolder(StudyRecord):
         """Return all runs of the stages that were planned so far, in the order of their names."""
         return [self.planned_run(name) for name in self.planned_names()]
 
-    def status(self, run: GridRun) -> RunStatus:
-        """Return the state of a run."""
-        return self.status_of(run.name)
-
     def has_ended(self, run: GridRun) -> bool:
         """Return True if a run is not to be tried again: it is done or has diverged."""
         return self.status_of(run.name).state == "done" or self.has_diverged(run.name)
@@ -153,7 +157,7 @@ class StudyFolder(StudyRecord):
         """Return the held-out losses (nats a token) of the runs that are done, by name."""
         found = {}
         for run in self.planned_runs():
-            if self.status(run).state == "done":
+            if self.status_of(run.name).state == "done":
                 loss = (read_object(self.run_path(run.name) / "evaluation.json") or {}).get("loss", math.nan)
                 found[run.name] = float(loss)
         return found

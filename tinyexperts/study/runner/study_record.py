@@ -74,10 +74,6 @@ class _Failure:
     diverged: bool = False
     """The run would fail each time."""
 
-    @property
-    def is_settled(self) -> bool:
-        return self.diverged or self.times > 1
-
 
 _FAILURE = TypeAdapter(_Failure)
 
@@ -90,9 +86,9 @@ class RunStatus:
     state: State
     progress: float
     """The share of its steps that are done, 0 to 1."""
-    reason: str | None
+    reason: str | None = None
     """The reason of a failure, in one sentence."""
-    is_settled: bool
+    is_settled: bool = False
     """It is done, or it diverged, or it failed again when it was tried again: later stages do without it."""
 
 
@@ -147,38 +143,36 @@ class StudyRecord:
     def planned_names(self) -> list[str]:
         """Return the names of all runs of the stages that were planned so far, sorted."""
         names = {name for stage in self.stages() for name in stage.runs}
-        # A killed process may have left files of a stage that was not planned to the end; old folders have files alone.
+        # Files of a stage whose planning was killed don't count; old folders have no stages.json.
         return sorted(names or (path.stem for path in (self.path / "planned").glob("*.json")))
 
     def status_of(self, name: str) -> RunStatus:
         """Return the state of a run by its folder; a failure is kept in failed.json until the run is done."""
         folder = self.run_path(name)
         if folder.exists() and all((folder / file).exists() for file in self._results()):
-            damaged = [file for file in ("config.json", "run.json", "metrics.jsonl") if not (folder / file).exists()]
-            if damaged:
-                reason = f"{folder} has results but no {' and no '.join(damaged)}: delete it, and it is run again"
-                return RunStatus(name=name, state="failed", progress=1.0, reason=reason, is_settled=False)
-            broken = [file for file in self._results() if "loss" not in (read_object(folder / file) or {})]
-            if broken:
-                reason = f"{folder / broken[0]} can't be read: delete {folder}, and it is run again"
-                return RunStatus(name=name, state="failed", progress=1.0, reason=reason, is_settled=False)
-            return RunStatus(name=name, state="done", progress=1.0, reason=None, is_settled=True)
-        failure = self._failure(name)
-        state: State = "begun" if folder.exists() else "waiting"
+            damage = self._damage(folder)
+            return RunStatus(
+                name=name, state="failed" if damage else "done", progress=1.0, reason=damage, is_settled=not damage
+            )
+        progress = self._progress(folder)
         if self._is_running(name):
-            state, failure = "running", None
-        elif (folder / "checkpoints").exists() and not (folder / "config.json").exists():
+            return RunStatus(name=name, state="running", progress=progress)
+        if (folder / "checkpoints").exists() and not (folder / "config.json").exists():
             reason = f"{folder} has checkpoints but no config.json: delete it, and it is run again"
-            return RunStatus(name=name, state="failed", progress=0.0, reason=reason, is_settled=False)
-        elif failure is not None:
-            state = "failed"
-        return RunStatus(
-            name=name,
-            state=state,
-            progress=self._progress(folder),
-            reason=None if failure is None else failure.reason,
-            is_settled=failure is not None and failure.is_settled,
-        )
+            return RunStatus(name=name, state="failed", progress=0.0, reason=reason)
+        failure = self._failure(name)
+        if failure is None:
+            return RunStatus(name=name, state="begun" if folder.exists() else "waiting", progress=progress)
+        is_settled = failure.diverged or failure.times > 1
+        return RunStatus(name=name, state="failed", progress=progress, reason=failure.reason, is_settled=is_settled)
+
+    def _damage(self, folder: Path) -> str | None:
+        """Return the reason why a run with all results has to be made again; None without one."""
+        missing = [file for file in ("config.json", "run.json", "metrics.jsonl") if not (folder / file).exists()]
+        if missing:
+            return f"{folder} has results but no {' and no '.join(missing)}: delete it, and it is run again"
+        broken = [file for file in self._results() if "loss" not in (read_object(folder / file) or {})]
+        return f"{folder / broken[0]} can't be read: delete {folder}, and it is run again" if broken else None
 
     @contextmanager
     def run_lock(self, name: str) -> Iterator[None]:
@@ -217,7 +211,13 @@ class StudyRecord:
         return step / num_steps if num_steps else 0.0
 
     def note_failure(self, name: str, reason: str, *, diverged: bool = False) -> None:
-        """Write why a run failed, until it is done; one that diverged would do so again, and is not tried again."""
+        """Write why a run failed; it is kept until the run is done.
+
+        Args:
+            name (str): the name of the run.
+            reason (str): the reason in one sentence.
+            diverged (bool): it would fail again, and is not tried again.
+        """
         before = self._failure(name)
         if before is None or not before.diverged:
             progress = self._progress(self.run_path(name))

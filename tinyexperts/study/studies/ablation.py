@@ -1,19 +1,19 @@
-"""Studies of PEER alone: runs that differ in a setting or two, and what going along one axis does."""
+"""Studies of PEER alone: runs that differ in a setting or two, compared along one axis."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinyexperts.comparison.findings import Findings, difference_cells, verdict_on
+from tinyexperts.comparison.findings import difference_cells, verdict_on
 from tinyexperts.comparison.frame import HELD_OUT
 from tinyexperts.comparison.methods import METHODS
-from tinyexperts.report.page import Finding, Section
+from tinyexperts.report.page import Finding, Findings, Section
 from tinyexperts.report.style import Drawing, Plot, house_style
 from tinyexperts.report.table import Table
 from tinyexperts.statistics.seed_interval import SeedInterval, paired_difference
@@ -42,7 +42,17 @@ def peer_run(
     changes: Mapping[str, Any] | None = None,
     **axes: Any,
 ) -> GridRun:
-    """Return a run of PEER with changes of the layer and of the configuration, named by its axes."""
+    """Return a run of PEER, named by its axes.
+
+    Args:
+        scale (Scale): the scale.
+        budget (float): training FLOPs.
+        seed (int): the seed.
+        layer_changes (Mapping[str, Any]): changes of the layer at this scale.
+        width (int | None): the model width D; None: the middle one of the scale.
+        changes (Mapping[str, Any] | None): changes of the configuration, by dotted names.
+        axes (Any): its place in the grid, in addition to budget, width and seed.
+    """
     width = width or scale.middle_width
     layer = replace(scale.layers["peer"], **layer_changes)
     settings = {**scale.peer_settings, **(changes or {})}
@@ -109,7 +119,7 @@ class AblationRuns:
         return self.ablation.values.index(value) if self.ablation.values else value
 
     def others(self, axis: str) -> list[str]:
-        """Return the axes that stay the same along one; heads and experts a head go together as the active experts."""
+        """Return the axes that stay the same along one; heads and experts a head vary with the active experts."""
         along = {axis, *(("heads", "experts_per_head") if axis == "active" else ())}
         return [name for name in self.axes if name not in along]
 
@@ -119,16 +129,13 @@ class AblationRuns:
         points = self.points if axis == self.ablation.axis else self.points.sort_values(axis)
         return dict(iter(points.groupby(self.others(axis))))
 
-    @cached_property
-    def _by_seed(self) -> dict[str, pd.DataFrame]:
-        return {
-            column: self.runs.done.pivot(index=self.axes, columns="seed", values=column)
-            for column in (HELD_OUT, "unevenness")
-        }
+    @cache  # noqa: B019  # one report makes one of these
+    def _by_seed(self, column: str) -> pd.DataFrame:
+        return self.runs.done.pivot(index=self.axes, columns="seed", values=column)
 
     def by_seed(self, point: Any, column: str = HELD_OUT) -> pd.Series:
-        """Return the values of a point's runs by seed."""
-        return self._by_seed[column].loc[tuple(getattr(point, axis) for axis in self.axes)].dropna()
+        """Return the values of a point's runs in a column of the frame of runs, by seed."""
+        return self._by_seed(column).loc[tuple(getattr(point, axis) for axis in self.axes)].dropna()
 
     def difference(self, point: Any, reference: Any, column: str = HELD_OUT) -> SeedInterval | None:
         """Return one point minus another, paired by seed."""

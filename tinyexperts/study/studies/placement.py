@@ -11,11 +11,10 @@ from tinyexperts.study.study import Study
 
 
 def _runs(scale: Scale) -> list[GridRun]:
-    model = replace(scale.base.model)
     return [
         peer_run(scale, scale.budgets[0], seed, {}, changes={"model.expert_blocks": (block,)}, block=block)
         for seed in scale.seeds
-        for block in range(model.num_layers)
+        for block in range(scale.base.model.num_layers)
     ]
 
 

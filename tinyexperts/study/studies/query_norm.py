@@ -28,8 +28,8 @@ _ABLATION = Ablation(
 )
 QUERY_NORM = Study(
     name="query-norm",
-    summary="The paper's ablation of query batch normalisation, by the number of experts.",
-    question="Does batch normalisation of the queries help, by the number of experts?",
+    summary="The paper's ablation of query batch normalization, by the number of experts.",
+    question="Does batch normalization of the queries help, by the number of experts?",
     stages=one_stage(_runs),
     findings=_ABLATION.findings,
 )

@@ -31,6 +31,10 @@ def with_mesh(ranks: Ranks, shape: tuple[int, int], device_type: str) -> Ranks:
 def mesh_shape(config: TrainConfig, size: int) -> tuple[int, int]:
     """Return (replicate, table): as configured, or with the largest table group of a node that the width allows.
 
+    Args:
+        config (TrainConfig): the configuration.
+        size (int): the number of ranks.
+
     Raises:
         InputError: the configured mesh does not multiply up to `size`.
     """

@@ -1,6 +1,6 @@
 """The processes of one run: what torchrun started, the mesh that they form, and what they agree on.
 
-Started by itself, a process is the only rank and none of this costs anything. Under torchrun the ranks form the mesh
+Without torchrun a process is the only rank, and none of this costs anything. Under torchrun the ranks form the mesh
 (replicate, table): those of a row share each table by its columns, those of a column hold the same columns.
 """
 
@@ -105,7 +105,7 @@ class Ranks:
                 raise
             reason = next(line for line in text.splitlines() if line.strip())
             lost = self._who_is_lost(timed_out="imed out" in text)
-            raise LostRank(f"{lost} (rank {self.rank} was told: {reason})") from error
+            raise LostRank(f"{lost} (rank {self.rank}: {reason})") from error
 
     def _who_is_lost(self, *, timed_out: bool) -> str:
         """Name lost ranks: each rank that gave up signs; those that have not signed after a while hang or are gone."""

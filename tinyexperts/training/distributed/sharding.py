@@ -36,7 +36,7 @@ def shard_dense_part(model: Transformer, ranks: Ranks) -> None:
 
 
 def sharded_dimension(shape: torch.Size, num_ranks: int) -> int:
-    """Return the dimension of a parameter that is cut into parts: the first, unless it is shorter than they are many.
+    """Return the dimension of a parameter that is cut into parts: the first, unless it is shorter than their number.
 
     FSDP2 would fill up sub-keys [2, sqrt(N), K] to as many rows as ranks. It cuts evenly in other dimensions alone.
     """
@@ -45,14 +45,20 @@ def sharded_dimension(shape: torch.Size, num_ranks: int) -> int:
 
 
 def reshard_after_eval(model: Transformer) -> None:
-    """After forward passes without backward ones: FSDP2 would keep the outermost weights whole."""
+    """Share out the weights again after forward passes without backward ones: FSDP2 would keep the outermost whole."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def as_part(tensor: Tensor, parameter: Tensor, ranks: Ranks) -> Tensor:
-    """Return a parameter, or a part of its optimizer's state, as a DTensor where it is a part of the whole."""
+    """Return a parameter, or a part of its optimizer's state, as a DTensor if it is a part of a whole.
+
+    Args:
+        tensor (Tensor): the parameter, or a tensor of its optimizer's state.
+        parameter (Tensor): the parameter.
+        ranks (Ranks): the ranks that share it.
+    """
     if not isinstance(parameter, ColumnShard) or tensor.shape != parameter.shape:
         return tensor
     placements = [Replicate(), Shard(tensor.dim() - 1)]

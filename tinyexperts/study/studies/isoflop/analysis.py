@@ -43,13 +43,18 @@ class IsoFlopAnalysis:
         self.budgets: list[float] = sorted(self.runs.budget.unique())
 
     def losses(self, method: str, budget: float, column: str = HELD_OUT) -> pd.DataFrame:
-        """Return a method's losses at a budget by width (rows, ascending) and seed (columns)."""
-        at = self.runs[(self.runs.method == method) & (self.runs.budget == budget)]
-        return at.pivot(index="width", columns="seed", values=column)
+        """Return a method's losses at a budget by width (rows, ascending) and seed (columns).
+
+        Args:
+            method (str): the name of the method.
+            budget (float): training FLOPs.
+            column (str): the loss, a column of the frame of runs.
+        """
+        return _at(self.runs, method, budget).pivot(index="width", columns="seed", values=column)
 
     def is_finished(self, method: str, budget: float) -> bool:
         """Return True if no run of a method is still to come at a budget."""
-        return not ((self.to_come.method == method) & (self.to_come.budget == budget)).any()
+        return len(_at(self.to_come, method, budget)) == 0
 
     def is_compared(self, baseline: str, budget: float) -> bool:
         """Return True if no run of PEER or of a baseline is still to come at a budget."""
@@ -58,14 +63,13 @@ class IsoFlopAnalysis:
     def best(self, method: str, budget: float) -> int | None:
         """Return the width of least mean loss over the seeds that all widths have; None without such a seed.
 
-        A width that has not been run yet, or only with a seed that ends low, must not decide: while runs are to come
-        the seeds count that all widths have, and when they have ended the widths that have all seeds.
+        A width with missing runs must not decide. While runs are to come, only the seeds that all widths have count;
+        when the runs have ended, only the widths that have all seeds.
         """
         losses = self.losses(method, budget)
         if self.is_finished(method, budget):
             losses = losses.dropna()
-        coming = self.to_come[(self.to_come.method == method) & (self.to_come.budget == budget)]
-        shared = losses.dropna(axis=1)
+        coming, shared = _at(self.to_come, method, budget), losses.dropna(axis=1)
         return None if shared.empty or set(coming.width) - set(losses.index) else int(shared.mean(axis=1).idxmin())
 
     def at_best(self, method: str, budget: float, column: str = HELD_OUT) -> pd.Series | None:
@@ -75,12 +79,18 @@ class IsoFlopAnalysis:
 
     def best_runs(self, method: str, budget: float) -> pd.DataFrame:
         """Return a method's runs at its best width."""
-        runs = self.runs
-        return runs[(runs.method == method) & (runs.budget == budget) & (runs.width == self.best(method, budget))]
+        runs = _at(self.runs, method, budget)
+        return runs[runs.width == self.best(method, budget)]
 
     def fit(self, method: str, budget: float, count: str) -> IsoFlopFit | None:
-        """Return the parabola over the parameters of a count (total, active or matmul); None without a run."""
-        runs = self.runs[(self.runs.method == method) & (self.runs.budget == budget)]
+        """Return the parabola of the loss over the size; None without a run.
+
+        Args:
+            method (str): the name of the method.
+            budget (float): training FLOPs.
+            count (str): the parameters that are the size: total, active or matmul.
+        """
+        runs = _at(self.runs, method, budget)
         return fit_isoflop(runs[f"parameters_{count}"], runs[HELD_OUT]) if len(runs) else None
 
     @cached_property
@@ -95,7 +105,13 @@ class IsoFlopAnalysis:
         return fits
 
     def difference(self, baseline: str, budget: float, column: str = HELD_OUT) -> SeedInterval | None:
-        """Return PEER minus a baseline in nats, each at its own best width."""
+        """Return PEER minus a baseline in nats, each at its own best width.
+
+        Args:
+            baseline (str): the name of the baseline.
+            budget (float): training FLOPs.
+            column (str): the loss, a column of the frame of runs.
+        """
         ours, theirs = self.at_best("peer", budget, column), self.at_best(baseline, budget, column)
         return None if ours is None or theirs is None else paired_difference(ours, theirs)
 
@@ -129,7 +145,12 @@ class IsoFlopAnalysis:
     ) -> SeedInterval | None:
         """Return PEER minus what a baseline reaches at the same cost of another kind, both at their best widths.
 
-        The baseline's budgets on both sides must be finished; beyond them nothing is said.
+        The baseline's budgets on both sides must be finished; there is no difference beyond them.
+
+        Args:
+            cost (Callable[[str, float], float]): the cost of a method's runs at a budget.
+            baseline (str): the name of the baseline.
+            budget (float): the budget of PEER's runs.
         """
         ours = self.at_best("peer", budget)
         known = [b for b in self.budgets if self.is_finished(baseline, b) and self.best(baseline, b) is not None]
@@ -194,6 +215,10 @@ class IsoFlopAnalysis:
                     what = f"the best {setting} is the last that was tried, {best_factor:g} times the default"
                     sentences.append(f"{label_of(method)}: {what}.")
         return sentences
+
+
+def _at(runs: pd.DataFrame, method: str, budget: float) -> pd.DataFrame:
+    return runs[(runs.method == method) & (runs.budget == budget)]
 
 
 def tuning_label(run: pd.Series) -> str:

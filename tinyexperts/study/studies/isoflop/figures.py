@@ -25,7 +25,13 @@ def isoflop_figures(analysis: IsoFlopAnalysis) -> list[Drawing]:
 def isoflop_curves(analysis: IsoFlopAnalysis, budget: float, count: str) -> Drawing | None:
     """Draw loss against size at one budget: each run, each method's parabola, and a large mark at its minimum.
 
-    None for a budget that was run at one size only.
+    Args:
+        analysis (IsoFlopAnalysis): the runs.
+        budget (float): training FLOPs.
+        count (str): the parameters that are the size: total, active or matmul.
+
+    Returns:
+        The figure; None for a budget that was run at one size only.
     """
     at_budget = analysis.runs[analysis.runs.budget == budget]
     if at_budget.groupby("method").width.nunique().max() < 2:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tinyexperts.comparison.findings import Findings
-from tinyexperts.report.page import Section
+from tinyexperts.report.page import Findings, Section
 from tinyexperts.study.analysis.frame import StudyRuns
 from tinyexperts.study.studies.isoflop.analysis import IsoFlopAnalysis
 from tinyexperts.study.studies.isoflop.figures import isoflop_figures

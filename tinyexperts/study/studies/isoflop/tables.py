@@ -143,9 +143,8 @@ def _multipliers(analysis: IsoFlopAnalysis) -> Table:
                 rows.append((*head, MISSING, MISSING, "unfinished"))
                 continue
             found = compute_multiplier(by_seed, dict(losses), budget)
-            value = MISSING if found.value is None else f"{found.value:.2f}"
             interval = MISSING if found.interval is None else "{:.2f} to {:.2f}".format(*found.interval)
-            rows.append((*head, value, interval, found.refusal or ""))
+            rows.append((*head, number(found.value, ".2f"), interval, found.refusal or ""))
     return Table(
         name="compute-multiplier",
         title="How many times more FLOPs dense needs for the same loss",
@@ -164,16 +163,15 @@ def _optima(analysis: IsoFlopAnalysis) -> Table:
                 fit = analysis.fit(method, budget, count)
                 if fit is None:
                     continue
-                optimum = MISSING if fit.optimum is None else format_count(fit.optimum)
                 ends = fit.optimum_interval
                 interval = MISSING if ends is None else " to ".join(map(_open_end, ends))
-                loss = MISSING if fit.loss_at_optimum is None else f"{fit.loss_at_optimum:.3f}"
+                loss = number(fit.loss_at_optimum, ".3f")
                 of_loss = MISSING if fit.loss_interval is None else "{:.3f} to {:.3f}".format(*fit.loss_interval)
                 residuals = f"{math.sqrt(float((fit.residuals**2).mean())):.3f}" if fit.has_curve else MISSING
                 unfinished = [] if analysis.is_finished(method, budget) else ["unfinished"]
                 why = ", ".join([*unfinished, *([fit.refusal] if fit.refusal else [])])
                 head = (f"{budget:.0e}", label_of(method), count)
-                rows.append((*head, optimum, interval, loss, of_loss, residuals, why))
+                rows.append((*head, format_count(fit.optimum), interval, loss, of_loss, residuals, why))
     return Table(
         name="optimum",
         title="The size of least loss, by a parabola in its logarithm",
@@ -254,8 +252,7 @@ def _tuning(analysis: IsoFlopAnalysis) -> Table:
 
 
 def _interval(found: SeedInterval) -> tuple[str, str, str]:
-    deviation = found.standard_deviation
-    return signed(found.mean), number(math.nan if deviation is None else deviation, ".3f"), format_interval(found)
+    return signed(found.mean), number(found.standard_deviation, ".3f"), format_interval(found)
 
 
 def _open_end(value: float) -> str:
