@@ -73,7 +73,7 @@ def test_three_packages_are_needed_and_the_extras_bring_the_rest():
     assert PACKAGES["train"] == {
         *("tokenizers", "safetensors", "pydantic", "filelock", "tyro", "rich", "tensorboard"),
     }
-    assert PACKAGES["study"] == PACKAGES["train"] | {"matplotlib", "jinja2", "scipy", "pandas"}
+    assert PACKAGES["study"] == PACKAGES["train"] | {"matplotlib", "jinja2", "scipy", "pandas", "airportsdata"}
     assert PACKAGES["data"] == PACKAGES["train"] | {"datasets", "pyarrow", "tiktoken"}
     assert PACKAGES["slurm"] == PACKAGES["study"] | {"submitit"}
     assert PACKAGES["all"] == PACKAGES["study"] | PACKAGES["data"] | PACKAGES["slurm"]

@@ -6,7 +6,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 
 _TRAIN = ("tokenizers", "safetensors", "pydantic", "filelock", "tyro", "rich", "tensorboard")
-EXTRAS = {"train": _TRAIN, "study": (*_TRAIN, "matplotlib", "jinja2", "scipy", "pandas")}
+EXTRAS = {"train": _TRAIN, "study": (*_TRAIN, "matplotlib", "jinja2", "scipy", "pandas", "airportsdata")}
 
 
 class MissingExtra(ImportError):

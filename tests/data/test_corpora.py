@@ -107,16 +107,16 @@ def test_one_more_corpus_is_one_more_entry(monkeypatch: pytest.MonkeyPatch) -> N
             return [Document("HAM", "Hamburg")]
 
         def description(self) -> dict[str, str]:
-            return {"kind": "airports"}
+            return {"kind": "harbors"}
 
-    entry = NamedCorpus(corpus=Airports(), description="airports", license="CC0", page="https://example.org")  # type: ignore[arg-type]
-    monkeypatch.setattr(corpora, "CORPORA", {**CORPORA, "airports": entry})
-    assert list(open_corpus("airports").documents([])) == [Document("HAM", "Hamburg")]
-    assert corpus_to_fetch("airports") is entry
-    with pytest.raises(InputError, match=r"unknown corpus 'airport'; did you mean 'airports'\?"):
-        open_corpus("airport")
-    with pytest.raises(InputError, match="text_field is for data sets, and the corpus 'airports' has none: 'body'"):
-        open_corpus("airports", text_field="body")
+    entry = NamedCorpus(corpus=Airports(), description="harbors", license="CC0", page="https://example.org")  # type: ignore[arg-type]
+    monkeypatch.setattr(corpora, "CORPORA", {**CORPORA, "harbors": entry})
+    assert list(open_corpus("harbors").documents([])) == [Document("HAM", "Hamburg")]
+    assert corpus_to_fetch("harbors") is entry
+    with pytest.raises(InputError, match=r"unknown corpus 'harbor'; did you mean 'harbors'\?"):
+        open_corpus("harbor")
+    with pytest.raises(InputError, match="text_field is for data sets, and the corpus 'harbors' has none: 'body'"):
+        open_corpus("harbors", text_field="body")
 
 
 def test_every_corpus_names_its_license_and_where_from() -> None:

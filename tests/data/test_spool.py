@@ -19,14 +19,14 @@ def spool_of(path: Path, texts: list[str], seed: int = 0) -> DocumentSpool:
 
 def held_out(path: Path, texts: list[str], fraction: float, seed: int = 0) -> set[str]:
     spool = spool_of(path, texts, seed)
-    numbers = spool.validation_documents(fraction)
-    return {text for number, text in spool.texts() if number in numbers}
+    spool.hold_out(fraction)
+    return {text for split, text in spool.texts() if split == "validation"}
 
 
 def test_distinct_texts_come_back_as_they_were(tmp_path: Path) -> None:
     texts = ["a\r\nb", "日本語 \n", "x" * 100_000]
     spool = spool_of(tmp_path, texts)
-    assert list(spool.texts()) == list(enumerate(texts))
+    assert list(spool.texts()) == [("train", text) for text in texts]
     assert spool.num_bytes == sum(len(text.encode()) for text in texts)
     spool.remove()
     assert list(tmp_path.iterdir()) == []
@@ -68,8 +68,8 @@ def test_more_validation_keeps_what_was_held_out_before(tmp_path: Path) -> None:
 
 def test_empty_split_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the validation split would be empty: .* has 1 distinct document\b"):
-        spool_of(tmp_path, ["only one", "only  one"]).validation_documents(0.05)
+        spool_of(tmp_path, ["only one", "only  one"]).hold_out(0.05)
     with pytest.raises(
         InputError, match=r"the training split would be empty: .* 3 of 3 distinct documents .*0\.9; give more"
     ):
-        spool_of(tmp_path, ["a", "b", "c"]).validation_documents(0.9)
+        spool_of(tmp_path, ["a", "b", "c"]).hold_out(0.9)

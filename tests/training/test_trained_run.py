@@ -64,7 +64,7 @@ def test_bad_settings_are_refused(config):
     for options, message in (
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
-        ({"split": "test"}, "splits train and validation, got 'test'"),
+        ({"split": "test"}, "splits train, validation, got 'test'"),
         ({"data": "a", "files": ["b"]}, "give either data or files, got a and 1 files"),
     ):
         with pytest.raises(InputError, match=message):

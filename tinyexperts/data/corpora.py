@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tinyexperts.data.document import Corpus, printable
+from tinyexperts.data.facts.table import AIRPORTS
 from tinyexperts.data.hub import HubCorpus
 from tinyexperts.data.packages import PackageCorpus, PackageFile, factbook_country, wikipedia_leads
 from tinyexperts.data.standard_library import StandardLibraryCorpus
@@ -222,8 +223,9 @@ def open_corpus(
 def _unknown_corpus(name: str) -> str:
     if Path(name).exists():
         return f"unknown corpus {name!r}; it is a path: give it as --files {printable(name)}"
-    close = difflib.get_close_matches(name.lower(), CORPORA)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the names are {', '.join(CORPORA)}"
+    names = (*CORPORA, AIRPORTS)
+    close = difflib.get_close_matches(name.lower(), names)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the names are {', '.join(names)}"
     return f"unknown corpus {name!r}; {hint} (a Hugging Face data set is written owner/name)"
 
 

@@ -239,13 +239,44 @@ def _read_csv(text: str, shown: str, name: str, text_field: str) -> Iterator[Doc
     else:
         yield Document(name, text)
         return
+    column = header.index(text_field)
+    for number, row in enumerate(_csv_records(text, delimiter, header, shown)):
+        yield Document(f"{name}:{number}", row[column])
+
+
+def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Read a .csv or .tsv file whole: its header, and its rows, each as long as the header.
+
+    Columns are set apart by commas, semicolons or tabs: by what gives the header the most columns.
+
+    Raises:
+        InputError: a file that can't be read or is no text in UTF-8, a row of another length, a column's name that
+            repeats, no header.
+    """
+    shown = printable(path)
+    try:
+        text = _decoded(path.read_bytes(), shown)
+    except OSError as error:
+        raise InputError(f"cannot read {shown}: {error.strerror or error}") from error
+    delimiter = max(_CSV_DELIMITERS, key=lambda delimiter: len(_csv_header(text, delimiter)))
+    header = _csv_header(text, delimiter)
+    if not header:
+        raise InputError(f"{shown} has no header, the row with the names of the columns")
+    for number, name in enumerate(header):
+        if name in header[:number]:
+            raise InputError(f"{shown} has two columns with the name {name!r}")
+    return header, list(_csv_records(text, delimiter, header, shown))
+
+
+def _csv_records(text: str, delimiter: str, header: list[str], shown: str) -> Iterator[list[str]]:
+    """Yield the rows after the header, each as long as it."""
     number = -1
     try:
         for number, row in enumerate(_csv_rows(text, delimiter), start=-1):
             if len(row) != len(header):
                 raise InputError(f"{shown}, row {number}: {len(row)} columns, and the header has {len(header)}")
             if number >= 0:
-                yield Document(f"{name}:{number}", row[header.index(text_field)])
+                yield row
     except csv.Error as error:
         raise InputError(f"{shown}, row {number + 1}: not a row of a table: {error}") from error
 

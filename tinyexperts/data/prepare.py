@@ -11,12 +11,16 @@ from rich.progress import Progress
 
 from tinyexperts.data.corpora import STANDARD_LIBRARY, open_corpus
 from tinyexperts.data.document import Corpus, printable
+from tinyexperts.data.facts.fact_set import FactSet
+from tinyexperts.data.facts.phrasings import airport_phrasings, default_phrasings, read_phrasings
+from tinyexperts.data.facts.statements import FactStatements
+from tinyexperts.data.facts.table import AIRPORTS, airports, read_fact_table
 from tinyexperts.data.fetch import byte_progress
 from tinyexperts.data.files import FileCorpus, paths_of, skipped_note
 from tinyexperts.data.folders import walk_folders
 from tinyexperts.data.shards.index import TOKENIZER_FILE, DatasetIndex, SplitName, SplitRecord
 from tinyexperts.data.shards.writer import SplitWriter, folder_written_whole, token_type
-from tinyexperts.data.spool import DocumentSpool
+from tinyexperts.data.spool import DocumentSpool, SplitDocuments
 from tinyexperts.data.tokenizer import Tokenizer, text_loss, train_tokenizer
 from tinyexperts.errors import InputError
 
@@ -31,8 +35,8 @@ class PrepareConfig:
     output: Path | None = None
     """Folder of the data set, which must not exist; without it data/ and the name of the corpus."""
     corpus: str | None = None
-    """stdlib (the default: this Python's standard library), a name that `tinyexperts data fetch` lists, or any Hugging
-    Face data set as owner/name."""
+    """stdlib (the default: this Python's standard library), airports (facts about 7,884 airports), a name that
+    `tinyexperts data fetch` lists, or any Hugging Face data set as owner/name."""
     files: tuple[Path, ...] = ()
     """Files and folders to take in place of a corpus: text and source code of any kind, .jsonl (.ndjson, .json), .csv,
     .parquet; also as .gz, .bz2, .xz."""
@@ -51,6 +55,18 @@ class PrepareConfig:
     """Share of the documents that are held out."""
     seed: int = 0
     """Decides which documents are held out."""
+    facts: Path | None = None
+    """Table of facts to take in place of a corpus, a .csv or .tsv with an entity in each row: every fact becomes a
+    statement in each of several phrasings."""
+    key: str | None = None
+    """Column of the table that names the entities."""
+    attributes: tuple[str, ...] = ()
+    """Columns of the table that are facts; without it all but the key."""
+    phrasings: Path | None = None
+    """TOML file with a list of phrasings for an attribute, or for "*", all others; each has {key}, then {value}, and
+    may have {attribute}. The last of a list is never trained on. Without it there are phrasings for any column."""
+    max_entities: int | None = None
+    """Take this many entities, drawn by the seed."""
     max_documents: int | None = None
     """Stop after this many distinct documents."""
     max_bytes: int | None = None
@@ -62,6 +78,7 @@ class PrepareConfig:
             object.__setattr__(self, "output", Path(self.output))
         if self.files and self.corpus is not None:
             raise InputError(f"give either a corpus or files, got corpus {self.corpus!r} and {len(self.files)} files")
+        self._check_facts()
         for name in ("hub_config", "hub_split"):
             if self.files and getattr(self, name) is not None:
                 raise InputError(f"{name} is for Hugging Face data sets, and files were given: {getattr(self, name)!r}")
@@ -71,18 +88,59 @@ class PrepareConfig:
             )
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}")
-        for name in ("max_documents", "max_bytes"):
+        for name in ("max_documents", "max_bytes", "max_entities"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be positive, got {value}")
+
+    def _check_facts(self) -> None:
+        given = [name for name in ("key", "attributes", "phrasings") if getattr(self, name)]
+        if self.facts is None and given:
+            raise InputError(f"{given[0]} is for a table of facts, and none was given: {getattr(self, given[0])}")
+        if self.facts is not None and (self.files or self.corpus is not None):
+            raise InputError(f"give one of a corpus, files and facts, got facts {printable(self.facts)} and another")
+        if self.facts is not None and self.key is None:
+            raise InputError(f"key must be the column of {printable(self.facts)} that names the entities, got none")
+        if self.is_of_facts:
+            for name in ("text_field", "hub_config", "hub_split", "max_documents", "max_bytes"):
+                if (value := getattr(self, name)) is not None:
+                    raise InputError(f"{name} is for texts, and facts have max_entities, got {value}")
+        elif self.max_entities is not None:
+            raise InputError(f"max_entities is for facts, and there are none, got {self.max_entities}")
+
+    @property
+    def is_of_facts(self) -> bool:
+        """True if the text is made of facts."""
+        return self.facts is not None or self.corpus == AIRPORTS
 
     def output_folder(self) -> Path:
         """Return the folder that was asked for, or data/ and the name of the corpus."""
         if self.output is not None:
             return self.output
+        if self.facts is not None:
+            return Path("data", self.facts.resolve().name.partition(".")[0])
         if self.files:
             return Path("data", self.files[0].resolve().name)
         return Path("data", (self.corpus or STANDARD_LIBRARY).replace("/", "--"))
+
+    def open_facts(self) -> FactStatements:
+        """Return the statements of the facts that were asked for.
+
+        Raises:
+            InputError: a table or phrasings that can't be read, or that break their rules.
+        """
+        if self.facts is not None and self.key is not None:
+            table = read_fact_table(self.facts, key=self.key, attributes=self.attributes)
+            phrasings = (
+                {attribute: default_phrasings(attribute) for attribute in table.attributes}
+                if self.phrasings is None
+                else read_phrasings(self.phrasings, table.attributes)
+            )
+        else:
+            table, phrasings = airports(), airport_phrasings()
+        if self.max_entities is not None:
+            table = table.sample(self.max_entities, seed=self.seed)
+        return FactStatements(table, phrasings, seed=self.seed, held_out_fraction=self.validation_fraction)
 
     def open_corpus(self) -> Corpus:
         """Return the corpus that was asked for.
@@ -108,6 +166,8 @@ class Summary:
     index: DatasetIndex
     skipped: tuple[str, ...] = field(repr=False)
     """One sentence for each file that was left out."""
+    facts: FactSet | None = field(default=None, repr=False)
+    """The facts of a data set of facts."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -118,11 +178,15 @@ class Summary:
     def __str__(self) -> str:
         index, records = self.index, self.index.splits.values()
         lines = [f"{printable(self.folder)}: vocabulary {index.vocab_size:,}, {self.bytes_per_token:.2f} bytes a token"]
+        width = max(map(len, index.splits))
         for name, record in index.splits.items():
             lines.append(
-                f"  {name:<10} {record.num_documents:>9,} documents  {record.num_tokens:>13,} tokens"
+                f"  {name:<{width}} {record.num_documents:>9,} documents  {record.num_tokens:>13,} tokens"
                 f"  {record.num_bytes:>14,} bytes"
             )
+        if self.facts is not None:
+            lines.append(f"  {self.facts}")
+            return "\n".join(lines)
         lines.append(
             f"  left out: {index.num_duplicates_removed:,} duplicates, {index.num_empty_removed:,} empty documents, "
             f"{len(self.skipped):,} files" + (f" (the first: {self.skipped[0]})" if self.skipped else "")
@@ -148,34 +212,45 @@ def prepare(config: PrepareConfig) -> Summary:
         InputError: text that cannot be read, no text, a split that would be empty, a vocabulary larger than the text
             supports, a folder that exists, a full disk.
     """
-    corpus = config.open_corpus()
+    source = config.open_facts() if config.is_of_facts else config.open_corpus()
     skipped: list[str] = []
     output = config.output_folder()
     _check_not_in_input(output, config.files)
     with folder_written_whole(output) as folder, byte_progress() as progress:
         tokenizer = _existing_tokenizer(config)
-        spool = _read(corpus, config, folder / "documents.spool", skipped, progress)
-        validation = spool.validation_documents(config.validation_fraction)
+        documents = (
+            source
+            if isinstance(source, FactStatements)
+            else _read(source, config, folder / "documents.spool", skipped, progress)
+        )
         if tokenizer is None:
-            texts = (text for number, text in _watched(spool, progress, "training") if number not in validation)
+            texts = (text for split, text in _watched(documents, progress, "training") if split == "train")
             tokenizer = train_tokenizer(texts, config.vocab_size or DEFAULT_VOCAB_SIZE)
-        splits = _encode(spool, validation, tokenizer, folder, progress)
-        spool.remove()
+        splits = _encode(documents, tokenizer, folder, progress)
+        facts = None
+        if isinstance(documents, DocumentSpool):
+            documents.remove()
+        else:
+            facts = documents.facts.write(folder)
+            answers = documents.write(folder, tokenizer)
+            splits = {name: record.model_copy(update={"facts": answers[name]}) for name, record in splits.items()}
         tokenizer.save(folder / TOKENIZER_FILE)
         index = DatasetIndex(
             tokenizer_sha256=tokenizer.hash,
             vocab_size=tokenizer.vocab_size,
             dtype=token_type(tokenizer.vocab_size),
-            corpus=corpus.description(),
+            corpus=source.description(),
             seed=config.seed,
             validation_fraction=config.validation_fraction,
-            num_duplicates_removed=spool.num_duplicates,
-            num_empty_removed=spool.num_empty,
+            num_duplicates_removed=documents.num_duplicates,
+            num_empty_removed=documents.num_empty,
             num_files_skipped=len(skipped),
             splits=splits,
+            facts=facts,
         )
         index.write(folder)
-    return Summary(folder=output, index=index, skipped=tuple(skipped))
+    fact_set = source.facts if isinstance(source, FactStatements) else None
+    return Summary(folder=output, index=index, skipped=tuple(skipped), facts=fact_set)
 
 
 def _check_not_in_input(output: Path, inputs: Iterable[Path]) -> None:
@@ -219,48 +294,45 @@ def _read(corpus: Corpus, config: PrepareConfig, path: Path, skipped: list[str],
         source = ", ".join(f"{key} {value}" for key, value in corpus.description().items() if value)
         limit = "" if config.max_bytes is None else f" within max_bytes {config.max_bytes}"
         raise InputError(f"the corpus has no text{limit} ({source})" + skipped_note(skipped))
+    spool.hold_out(config.validation_fraction)
     return spool
 
 
-def _watched(spool: DocumentSpool, progress: Progress, description: str) -> Iterator[tuple[int, str]]:
-    task = progress.add_task(description, total=spool.num_bytes)
-    for number, text in spool.texts():
-        yield number, text
+def _watched(documents: SplitDocuments, progress: Progress, description: str) -> Iterator[tuple[SplitName, str]]:
+    task = progress.add_task(description, total=documents.num_bytes)
+    for split, text in documents.texts():
+        yield split, text
         progress.advance(task, len(text.encode()))
 
 
 def _encode(
-    spool: DocumentSpool, validation: frozenset[int], tokenizer: Tokenizer, folder: Path, progress: Progress
+    documents: SplitDocuments, tokenizer: Tokenizer, folder: Path, progress: Progress
 ) -> dict[SplitName, SplitRecord]:
     sizes = {"vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id}
-    writers: dict[SplitName, SplitWriter] = {
-        "train": SplitWriter(folder, "train", **sizes),
-        "validation": SplitWriter(folder, "validation", **sizes),
-    }
+    writers: dict[SplitName, SplitWriter] = {name: SplitWriter(folder, name, **sizes) for name in documents.split_names}
     try:
-        for numbers, texts in _batches(_watched(spool, progress, "encoding")):
+        for splits, texts in _batches(_watched(documents, progress, "encoding")):
             encoded = tokenizer.encode_batch(texts)
             losses = tokenizer.loses_text(texts, encoded)
-            for number, text, ids, is_lossy in zip(numbers, texts, encoded, losses, strict=True):
-                writer = writers["validation" if number in validation else "train"]
-                writer.write(ids, len(text.encode()), is_lossy=is_lossy)
+            for split, text, ids, is_lossy in zip(splits, texts, encoded, losses, strict=True):
+                writers[split].write(ids, len(text.encode()), is_lossy=is_lossy)
         return {name: writer.finish() for name, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.close()
 
 
-def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[tuple[list[int], list[str]]]:
+def _batches(documents: Iterator[tuple[SplitName, str]]) -> Iterator[tuple[list[SplitName], list[str]]]:
     """Gather documents until they have about a megabyte, which keeps all cores busy and little in memory."""
-    numbers: list[int] = []
+    splits: list[SplitName] = []
     texts: list[str] = []
     num_characters = 0
-    for number, text in documents:
-        numbers.append(number)
+    for split, text in documents:
+        splits.append(split)
         texts.append(text)
         num_characters += len(text)
         if num_characters >= _BATCH_BYTES:
-            yield numbers, texts
-            numbers, texts, num_characters = [], [], 0
+            yield splits, texts
+            splits, texts, num_characters = [], [], 0
     if texts:
-        yield numbers, texts
+        yield splits, texts

@@ -11,9 +11,24 @@ from array import array
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 from tinyexperts.data.document import has_text
+from tinyexperts.data.shards.index import SPLIT_NAMES, SplitName
 from tinyexperts.errors import InputError
+
+
+class SplitDocuments(Protocol):
+    """Documents, each in one split, that can be gone through again in the same order."""
+
+    split_names: tuple[SplitName, ...]
+    num_bytes: int
+    num_duplicates: int
+    num_empty: int
+
+    def texts(self) -> Iterator[tuple[SplitName, str]]:
+        """Yield each document's split and text."""
+        ...
 
 
 class DocumentSpool:
@@ -28,6 +43,8 @@ class DocumentSpool:
         self._key = f"tinyexperts {seed}".encode()
         self._digests: dict[bytes, None] = {}
         self._lengths = array("q")
+        self._validation: frozenset[int] = frozenset()
+        self.split_names = SPLIT_NAMES
         self.num_bytes = 0
         self.num_duplicates = 0
         self.num_empty = 0
@@ -54,18 +71,18 @@ class DocumentSpool:
         """End the writing."""
         self._file.close()
 
-    def texts(self) -> Iterator[tuple[int, str]]:
-        """Yield each document's number and text."""
+    def texts(self) -> Iterator[tuple[SplitName, str]]:
+        """Yield each document's split and text."""
         with self._path.open("rb") as file:
             for number, length in enumerate(self._lengths):
-                yield number, file.read(length).decode()
+                yield "validation" if number in self._validation else "train", file.read(length).decode()
 
     def remove(self) -> None:
         """Delete the file."""
         self._file.close()
         self._path.unlink()
 
-    def validation_documents(self, fraction: float) -> frozenset[int]:
+    def hold_out(self, fraction: float) -> None:
         """Choose the documents for validation: the ceil(fraction * n) whose digests under the seed are lowest.
 
         The digest is of the text, so the choice does not depend on the order or the names of the documents. Ranking
@@ -90,4 +107,4 @@ class DocumentSpool:
             )
         digests = list(self._digests)
         by_digest = sorted(range(num_documents), key=digests.__getitem__)
-        return frozenset(by_digest[:num_validation])
+        self._validation = frozenset(by_digest[:num_validation])

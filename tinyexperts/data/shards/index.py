@@ -6,6 +6,9 @@ A data set is a folder:
     train-00000.bin, ...       token ids, little-endian uint16 or uint32; each document ends with the end-of-text token
     train-documents.npy        int64 [num_documents, 2]: the document's first token, and the bytes of its text
     validation-00000.bin, validation-documents.npy
+A data set of facts has two more held-out splits, unseen-phrasing and unseen-entities, and:
+    facts.json                 the table of facts and the phrasings (data/facts/fact_set.py)
+    train-facts.npy, ...       int32 [num_documents, 4]: the fact that each document states, and where its answer begins
 """
 
 from __future__ import annotations
@@ -25,9 +28,12 @@ TOKENIZER_FILE = "tokenizer.json"
 FORMAT_NAME: Final = "tinyexperts-tokens"
 FORMAT_VERSION: Final = 1
 
-SplitName = Literal["train", "validation"]
+SplitName = Literal["train", "validation", "unseen-phrasing", "unseen-entities"]
 TokenType = Literal["uint16", "uint32"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation")
+"""The splits of every data set."""
+FACT_SPLIT_NAMES: tuple[SplitName, ...] = (*SPLIT_NAMES, "unseen-phrasing", "unseen-entities")
+"""The splits of a data set of facts."""
 
 
 class _Record(BaseModel):
@@ -42,6 +48,13 @@ class ShardRecord(_Record):
     sha256: str
 
 
+class FileRecord(_Record):
+    """A file and its checksum."""
+
+    file: str
+    sha256: str
+
+
 class SplitRecord(_Record):
     """One split: its shards in order, its document table, and its sizes; bytes are of the text in UTF-8."""
 
@@ -53,6 +66,8 @@ class SplitRecord(_Record):
     num_bytes: int
     num_lossy_documents: int | None = None
     """The documents that decoding does not give back as they were; None: written before this was counted."""
+    facts: FileRecord | None = None
+    """The file that says which fact each document states; None: the documents are no statements of facts."""
 
 
 class DatasetIndex(_Record):
@@ -70,6 +85,8 @@ class DatasetIndex(_Record):
     num_empty_removed: int
     num_files_skipped: int
     splits: dict[SplitName, SplitRecord]
+    facts: FileRecord | None = None
+    """The table of facts and the phrasings, of a data set of facts."""
 
     def write(self, folder: Path) -> None:
         """Write index.json."""
@@ -113,6 +130,6 @@ def read_index(folder: Path) -> DatasetIndex:
 def sha256_of_splits(index: DatasetIndex) -> str:
     """Return the sha256, in hexadecimal, of the splits' entries in the index: their files' checksums and sizes."""
     # Without what follows from the text and the tokenizer, and older data sets don't say.
-    derived = {"num_lossy_documents"}
+    derived = {"num_lossy_documents", "facts"}
     splits = {name: record.model_dump(exclude=derived) for name, record in sorted(index.splits.items())}
     return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tinyexperts.data.document import printable
+from tinyexperts.data.facts.fact_set import FactSet, SplitFacts, read_fact_set
 from tinyexperts.data.shards.index import (
-    SPLIT_NAMES,
     TOKENIZER_FILE,
     DatasetIndex,
     SplitName,
@@ -60,10 +61,13 @@ class TokenSplit:
         documents (int64 [num_documents, 2]): each document's first token, and the bytes of its text.
         num_bytes (int | None): the UTF-8 bytes of all texts, by which bits per byte are counted; None if the tokenizer
             loses text, of which the tokens then predict fewer bytes (the index has the number all the same).
+        facts (SplitFacts | None): the fact that each document states; None: the documents are no statements of facts.
         text_loss (str | None): the reason why `num_bytes` is None, a sentence; else None.
     """
 
-    def __init__(self, folder: Path, name: SplitName, index: DatasetIndex, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, folder: Path, name: SplitName, index: DatasetIndex, tokenizer: Tokenizer, fact_set: FactSet | None
+    ) -> None:
         """Map the files of the split.
 
         Args:
@@ -90,7 +94,12 @@ class TokenSplit:
             _check_size(path, shard.num_tokens * dtype.itemsize)
             shards.append(np.memmap(path, dtype=dtype, mode="r"))
         self.tokens = ShardedTokens(shards)
-        self.documents = _read_documents(folder / record.documents_file, record)
+        self.documents = _read_rows(folder / record.documents_file, (record.num_documents, 2), np.int64)
+        self.facts = (
+            None
+            if record.facts is None or fact_set is None
+            else SplitFacts(fact_set, _read_rows(folder / record.facts.file, (record.num_documents, 4), np.int32))
+        )
 
     def document(self, number: int) -> np.ndarray:
         """Return the ids (int64) of one document, the end-of-text token last.
@@ -111,7 +120,13 @@ class TokenDataset:
         self.index = index
         self.tokenizer = tokenizer
         self.sha256 = sha256_of_splits(index)
-        self._splits = {name: TokenSplit(folder, name, index, tokenizer) for name in SPLIT_NAMES}
+        fact_set = None if index.facts is None else read_fact_set(folder / index.facts.file)
+        self._splits = {name: TokenSplit(folder, name, index, tokenizer, fact_set) for name in index.splits}
+
+    @property
+    def held_out_splits(self) -> list[TokenSplit]:
+        """All splits but the training split."""
+        return [split for name, split in self._splits.items() if name != "train"]
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = True) -> TokenDataset:
@@ -138,13 +153,13 @@ class TokenDataset:
         return dataset
 
     def split(self, name: SplitName) -> TokenSplit:
-        """Return "train" or "validation".
+        """Return "train", "validation", or another split that this data set has.
 
         Raises:
             InputError: another name.
         """
         if name not in self._splits:
-            raise InputError(f"a data set has the splits {' and '.join(SPLIT_NAMES)}, got {name!r}")
+            raise InputError(f"{printable(self.folder)} has the splits {', '.join(self._splits)}, got {name!r}")
         return self._splits[name]
 
     def verify(self) -> None:
@@ -153,14 +168,17 @@ class TokenDataset:
         Raises:
             InputError: a file whose content is not what was written.
         """
-        for record in self.index.splits.values():
-            expected = {shard.file: shard.sha256 for shard in record.shards}
-            expected[record.documents_file] = record.documents_sha256
-            for file, sha256 in expected.items():
-                if sha256_of_file(self.folder / file) != sha256:
-                    raise InputError(
-                        f"{printable(self.folder / file)} is corrupt: its sha256 is not the index's; prepare it again"
-                    )
+        records = self.index.splits.values()
+        expected = {shard.file: shard.sha256 for record in records for shard in record.shards}
+        expected |= {record.documents_file: record.documents_sha256 for record in records}
+        expected |= {record.facts.file: record.facts.sha256 for record in records if record.facts is not None}
+        if self.index.facts is not None:
+            expected[self.index.facts.file] = self.index.facts.sha256
+        for file, sha256 in expected.items():
+            if sha256_of_file(self.folder / file) != sha256:
+                raise InputError(
+                    f"{printable(self.folder / file)} is corrupt: its sha256 is not the index's; prepare it again"
+                )
 
 
 def _text_loss(record: SplitRecord, tokenizer: Tokenizer) -> str | None:
@@ -180,15 +198,15 @@ def _check_size(path: Path, expected_bytes: int) -> None:
         raise InputError(f"{printable(path)} is {state}: it has {actual_bytes} bytes, the index says {expected_bytes}")
 
 
-def _read_documents(path: Path, record: SplitRecord) -> np.ndarray:
+def _read_rows(path: Path, shape: tuple[int, int], dtype: type[np.integer[Any]]) -> np.ndarray:
     try:
-        documents: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise InputError(f"the data set is incomplete: {printable(path)} is missing") from error
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{printable(path)} is truncated or corrupt: {error}") from error
-    if documents.shape != (record.num_documents, 2) or documents.dtype != np.int64:
+    if rows.shape != shape or rows.dtype != dtype:
         raise InputError(
-            f"{printable(path)} must have {record.num_documents} documents as int64 pairs, got {documents.shape}"
+            f"{printable(path)} must be {np.dtype(dtype)} {list(shape)}, got {rows.dtype} {list(rows.shape)}"
         )
-    return documents
+    return rows
