@@ -87,6 +87,7 @@ VERBS = Group(
         ),
         "evaluate": verbs.evaluate,
         "generate": verbs.generate,
+        "ask": verbs.ask,
         "study": Group(
             "Train and compare several models, and write reports.",
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -12,7 +13,7 @@ from tinyexperts.data import fetchable_corpora
 
 if TYPE_CHECKING:
     from tinyexperts import planning, training
-    from tinyexperts.evaluation import Evaluation
+    from tinyexperts.evaluation import Answer, Evaluation
 
 _GIB = 2**30
 
@@ -110,3 +111,19 @@ def print_evaluation(text: str, evaluation: Evaluation) -> None:
     for result in evaluation.results.values():
         for sentence in result.sentences():
             console.print(sentence, highlight=False, markup=False)
+
+
+def print_answer(question: str, answer: Answer) -> None:
+    """Print an answer with its probability, and a table of the experts behind it."""
+    console = Console()
+    end = "" if answer.is_whole else " ..."
+    console.print(f"{escape(question.rstrip())} [bold]{escape(answer.text)}[/]{end}", highlight=False)
+    console.print(f"probability {answer.probability:.1%}", highlight=False)
+    if not answer.experts:
+        return
+    table = Table(title="Experts that the question's last token fires most", title_justify="left")
+    for column in ("layer", "head", "expert", "factor of v"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for expert in answer.experts:
+        table.add_row(expert.layer, str(expert.head), f"{expert.id:,}", f"{expert.factor:+.3f}")
+    console.print(table)

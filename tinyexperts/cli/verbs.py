@@ -169,7 +169,7 @@ def evaluate(
     data_set: Annotated[Path | None, tyro.conf.arg(name="data")] = None,
     files: tuple[Path, ...] = (),
     text_field: str = "text",
-    split: Literal["train", "validation"] = "validation",
+    split: Literal["train", "validation", "unseen-phrasing", "unseen-entities"] = "validation",
     max_tokens: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
@@ -185,7 +185,7 @@ def evaluate(
         files: Files and folders to measure on instead: text, source code, .jsonl (.ndjson, .json), .csv, .parquet;
             also as .gz, .bz2, .xz.
         text_field: Field or column that holds the text, for .jsonl, .json, .csv and .parquet files.
-        split: Split of the data set.
+        split: Split of the data set; unseen-phrasing and unseen-entities are for data sets of facts.
         max_tokens: Take whole windows of the context's length, evenly spread over the text, until they hold this many
             tokens; bits per byte are not known then.
         batch_size: Windows in one forward pass.
@@ -255,6 +255,35 @@ def generate(
     print(prompt + completion)
     if save:
         run_folder.append_sample(run, prompt, completion)
+
+
+def ask(
+    run: Annotated[Path, tyro.conf.Positional],
+    question: Annotated[str, tyro.conf.Positional],
+    max_new_tokens: int = 32,
+    num_fired: int = 8,
+    device: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Ask a model for a fact: complete a statement, with the probability and the experts behind the answer.
+
+    Args:
+        run: Folder of the run.
+        question: Beginning of a statement, such as "The city of NRT is".
+        max_new_tokens: Tokens of the answer at most.
+        num_fired: Experts to show.
+        device: auto is cuda where there is one, else cpu.
+        threads: CPU threads; default: as torch chooses.
+    """
+    from tinyexperts import training
+    from tinyexperts.cli.tables import print_answer
+
+    print_answer(
+        question,
+        training.ask_run(
+            run, question, max_new_tokens=max_new_tokens, num_fired=num_fired, device=device, threads=threads
+        ),
+    )
 
 
 def demo() -> Callable[..., None]:

@@ -1,7 +1,9 @@
 """A tidy frame of run folders: one row each, with what the run reached and what it took.
 
 `loss, held out` is the loss in nats a token on the held-out split; `new` and `stood_earlier` are its parts by whether a
-token's bigram stood earlier in the context. Usage and unevenness (nats) are means over layers. What a run lacks is NaN.
+token's bigram stood earlier in the context. Usage and unevenness (nats) are means over layers. `recall, <split>`
+and `nats, <split>` are those of the facts of a split, `bits_per_parameter` that of known facts. What a run lacks is
+NaN.
 """
 
 from __future__ import annotations
@@ -48,6 +50,12 @@ def row_of(results: Results) -> dict[str, Any]:
         "seconds": results.last.get("seconds"),
         "tokens_per_second": results.tokens_per_second,
         "usage": statistics.fmean(layer.usage for layer in usage) if usage else None,
+        **{
+            f"{measure}, {split}": results.evaluated("facts", split, "all", measure)
+            for split in ("validation", "unseen-phrasing", "unseen-entities")
+            for measure in ("recall", "nats")
+        },
+        "bits_per_parameter": results.evaluated("facts", "validation", "bits_per_parameter"),
         "unevenness": statistics.fmean(layer.unevenness for layer in usage) if usage else None,
     }
     return {name: math.nan if value is None else value for name, value in measured.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: Transformer, text: TokenSplit | EncodedText, *, batch_size: int = 8, max_tokens: int | None = None
+    model: Transformer,
+    text: TokenSplit | EncodedText,
+    *,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    statements: Sequence[TokenSplit] = (),
 ) -> Evaluation:
     """Evaluate a model on a text, in windows of its own context length.
 
@@ -42,6 +48,7 @@ def evaluate(
         batch_size (int): windows in one forward pass.
         max_tokens (int | None): whole windows, evenly spread over the text, until they hold this many tokens; None:
             all.
+        statements (Sequence[TokenSplit]): splits of a data set of facts, for which the model is asked.
 
     Returns:
         The result of each task.
@@ -49,5 +56,7 @@ def evaluate(
     Raises:
         InputError: a number of tokens that is not positive.
     """
-    subject = Subject(model=model, text=text, batch_size=batch_size, max_tokens=max_tokens)
+    subject = Subject(
+        model=model, text=text, batch_size=batch_size, max_tokens=max_tokens, statements=tuple(statements)
+    )
     return Evaluation(results={name: task(subject) for name, task in TASKS.items()})

@@ -24,6 +24,8 @@ class Subject:
     text: TokenSplit | EncodedText
     batch_size: int = 8
     max_tokens: int | None = None
+    statements: tuple[TokenSplit, ...] = ()
+    """Splits of statements, for whose facts the model is asked."""
 
     def perplexity(self) -> Perplexity:
         """Pass the text through the model."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tinyexperts.training.distributed.ranks import LostRank
     from tinyexperts.training.loop import Interrupted, train
     from tinyexperts.training.step import Diverged
-    from tinyexperts.training.trained_run import evaluate_run, generate_text
+    from tinyexperts.training.trained_run import ask_run, evaluate_run, generate_text
 else:
     __getattr__, __dir__ = lazy_exports(__name__, __file__)
 
@@ -23,6 +23,7 @@ __all__ = [
     "Interrupted",
     "LostRank",
     "TrainConfig",
+    "ask_run",
     "choose_device",
     "evaluate_run",
     "generate_text",

@@ -18,7 +18,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from tinyexperts.errors import EarlyExit, InputError
-from tinyexperts.evaluation import measure_perplexity
+from tinyexperts.evaluation import measure_facts, measure_perplexity
 from tinyexperts.optim import cosine, scale_learning_rates, warmup_stable_decay
 from tinyexperts.training import run_folder
 from tinyexperts.training.checkpoint import (
@@ -154,8 +154,8 @@ def _steps(
                 _record(run, metrics, "train", step, loss=mean_loss, **done, **numbers, **speed)
                 bar.update(step, loss=mean_loss, **speed)
             if step % config.validation_every == 0 or is_last:
-                validation_loss = _validation_loss(run)
-                _record(run, metrics, "validation", step, loss=validation_loss, **done, seconds=state["seconds"])
+                found = _validate(run)
+                _record(run, metrics, "validation", step, **found, **done, seconds=state["seconds"])
             stopped = int(max(run.ranks.all_gather_scalar(stop())))
             if stopped or step % config.checkpoint.every == 0 or is_last:
                 _check_weights(run, step)
@@ -174,18 +174,29 @@ def _record(run: Run, metrics: run_folder.Metrics | None, split: str, step: int,
             metrics.write(split, step, **values)
 
 
-def _validation_loss(run: Run) -> float:
+def _validate(run: Run) -> dict[str, float]:
+    """Return the held-out loss and, of a data set of facts, the recall, both of about validation_tokens."""
+    split = run.dataset.split("validation")
     result = measure_perplexity(
         run.model,
-        run.dataset.split("validation"),
+        split,
         context_length=run.config.model.context_length,
         batch_size=run.config.batch_size,
         max_tokens=run.config.validation_tokens,
         forward_context=autocast(run.precision, run.device),
         ranks=None if run.ranks.groups is None else run.ranks.groups.all_ranks,
     )
+    found = {"loss": result.loss}
+    if split.facts is not None:
+        facts = measure_facts(
+            run.model,
+            split,
+            max_facts=math.ceil(run.config.validation_tokens * split.num_documents / split.num_tokens),
+            forward_context=autocast(run.precision, run.device),
+        )
+        found |= {"recall": facts.all.recall, "nats_per_fact": facts.all.nats}
     reshard_after_eval(run.model)
-    return result.loss
+    return found
 
 
 def _check_weights(run: Run, step: int) -> None:

@@ -12,7 +12,7 @@ from tinyexperts.data import EncodedText, TokenDataset, Tokenizer, TokenSplit, p
 from tinyexperts.data.files import paths_of
 from tinyexperts.data.shards.index import SplitName
 from tinyexperts.errors import InputError, require_at_least
-from tinyexperts.evaluation import Evaluation, evaluate
+from tinyexperts.evaluation import Answer, Evaluation, answer, evaluate
 from tinyexperts.model import generate
 from tinyexperts.training import run_folder
 from tinyexperts.training.checkpoint import load_model
@@ -54,7 +54,8 @@ def evaluate_run(
         data (StrPath | None): another data set, prepared with the tokenizer of this run.
         files (Sequence[StrPath]): files and folders to measure on instead of a data set.
         text_field (str): field or column that holds the text, for .jsonl, .json, .csv and .parquet files.
-        split (SplitName): split of the data set: validation or train.
+        split (SplitName): split of the data set; unseen-phrasing and unseen-entities are for facts. For validation
+            the model is asked for the facts of all held-out splits.
         max_tokens (int | None): whole windows, evenly spread over the text, until they hold this many tokens; None:
             all.
         batch_size (int): windows in one forward pass.
@@ -75,6 +76,7 @@ def evaluate_run(
     run = path_of("run", run)
     model = load_model(run, device=choose_device(device))
     text: EncodedText | TokenSplit
+    statements: list[TokenSplit] = []
     remarks: list[str] = []
     if files:
         paths = paths_of(files)
@@ -88,10 +90,12 @@ def evaluate_run(
         dataset = TokenDataset.open(folder)
         run_folder.check_tokenizer(run, dataset)
         text = dataset.split(split)
+        asked = dataset.held_out_splits if split == "validation" else [text]
+        statements = [each for each in asked if each.facts is not None]
         name = f"{printable(folder)} ({split})"
     if text.text_loss:
         remarks.append(str(text.text_loss))
-    evaluation = evaluate(model, text, batch_size=batch_size, max_tokens=max_tokens)
+    evaluation = evaluate(model, text, batch_size=batch_size, max_tokens=max_tokens, statements=statements)
     if not files and data is None and split == "validation" and max_tokens is None:
         evaluation.save(run)
     return RunEvaluation(evaluation=evaluation, text=name, remarks=tuple(remarks))
@@ -149,6 +153,38 @@ def generate_text(
         end_of_text_id=tokenizer.end_of_text_id,
     )[0].tolist()
     return tokenizer.decode(token for token in tokens[len(ids) :] if token != tokenizer.end_of_text_id)
+
+
+def ask_run(
+    run: StrPath,
+    question: str,
+    *,
+    max_new_tokens: int = 32,
+    num_fired: int = 8,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Answer:
+    """Return the answer of a run's model to a question, the beginning of a statement.
+
+    Args:
+        run (StrPath): folder of the run.
+        question (str): the beginning of a statement, such as "The city of NRT is".
+        max_new_tokens (int): tokens of the answer at most.
+        num_fired (int): experts to report.
+        device (str): auto is cuda where there is one, else cpu.
+        threads (int | None): CPU threads; None: as torch chooses.
+
+    Raises:
+        InputError: no run, no checkpoint, a question that the tokenizer or the context can't hold, or a setting out of
+            range.
+    """
+    require_at_least(1, "max_new_tokens", max_new_tokens)
+    require_at_least(0, "num_fired", num_fired)
+    _set_threads(threads)
+    run = path_of("run", run)
+    model = load_model(run, device=choose_device(device))
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    return answer(model, tokenizer, question, max_new_tokens=max_new_tokens, num_fired=num_fired)
 
 
 def _set_threads(threads: int | None) -> None:

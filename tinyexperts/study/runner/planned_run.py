@@ -63,4 +63,6 @@ def _finish(study: StudyFolder, config: training.TrainConfig) -> None:
         summary = evaluation.evaluate(model, text, **options).summary()
         write_atomically(config.run / f"evaluation-{corpus}.json", json.dumps(summary, indent=2))
     if held_out:
-        evaluation.evaluate(model, data.TokenDataset.open(config.data).split("validation"), **options).save(config.run)
+        dataset = data.TokenDataset.open(config.data)
+        statements = [split for split in dataset.held_out_splits if split.facts is not None]
+        evaluation.evaluate(model, dataset.split("validation"), statements=statements, **options).save(config.run)

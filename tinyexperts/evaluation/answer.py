@@ -1,0 +1,133 @@
+"""A model's answer to a question: its likeliest continuation, its probability, and the experts behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tinyexperts.data import Tokenizer
+from tinyexperts.errors import InputError
+from tinyexperts.layers.product_key_layer import ProductKeyLayer
+from tinyexperts.model import Transformer, evaluation_mode, generate
+from tinyexperts.ops.activation import activate
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiredExpert:
+    """An expert that the last token of a question retrieved."""
+
+    layer: str
+    head: int
+    id: int
+    factor: float
+    """The factor of its output vector v in the layer's output: the router weight times the activation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A model's answer."""
+
+    text: str
+    probability: float
+    """The probability of the answer after the question, its end included."""
+    is_whole: bool
+    """False if the answer was cut off at the number of tokens that were allowed."""
+    experts: tuple[FiredExpert, ...]
+    """The experts with the largest factors, largest first."""
+
+
+def answer(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    question: str,
+    *,
+    max_new_tokens: int = 32,
+    num_fired: int = 8,
+) -> Answer:
+    """Continue a question by the likeliest token each time, until the model ends the text.
+
+    Args:
+        model (Transformer): the model, on any device.
+        tokenizer (Tokenizer): its tokenizer.
+        question (str): the beginning of a text; white space at its end is left out.
+        max_new_tokens (int): tokens of the answer at most.
+        num_fired (int): experts to report.
+
+    Raises:
+        InputError: an empty question, one that the tokenizer can't hold, or that the context has no room for.
+    """
+    question = question.rstrip()
+    ids = tokenizer.encode(question)
+    if not ids:
+        raise InputError(f"the question must have text, got {question!r}")
+    if tokenizer.loses_text([question], [ids])[0]:
+        raise InputError(
+            f"the tokenizer can't hold the question {question!r}: decoding gives {tokenizer.decode(ids)!r}"
+        )
+    room = model.config.context_length - len(ids) - 1  # the question follows an end of text
+    if room < 1:
+        raise InputError(
+            f"the question must have at most {model.config.context_length - 2} tokens, which leaves the context of "
+            f"{model.config.context_length} room for an answer, got {len(ids)}"
+        )
+    device = next(model.parameters()).device
+    prompt = torch.tensor([[tokenizer.end_of_text_id, *ids]], device=device)
+    tokens = generate(
+        model,
+        prompt,
+        max_new_tokens=min(max_new_tokens, room),
+        temperature=0,
+        end_of_text_id=tokenizer.end_of_text_id,
+    )
+    start = prompt.shape[1]
+    with evaluation_mode(model), torch.no_grad(), _fired(model, start - 1) as fired:
+        log_probabilities = model(tokens[:, :-1])[0, start - 1 :].float().log_softmax(-1)
+    given = tokens[0, start:]
+    text = tokenizer.decode(token for token in given.tolist() if token != tokenizer.end_of_text_id)
+    return Answer(
+        text=text.strip(),
+        probability=math.exp(log_probabilities.gather(1, given[:, None]).sum().item()),
+        is_whole=given[-1].item() == tokenizer.end_of_text_id,
+        experts=tuple(sorted(fired, key=lambda expert: -abs(expert.factor))[:num_fired]),
+    )
+
+
+@contextmanager
+def _fired(model: Transformer, place: int) -> Iterator[list[FiredExpert]]:
+    """Gather the experts that the token at a place retrieves while open."""
+    found: list[FiredExpert] = []
+    handles = []
+    try:
+        for name, layer in model.named_modules():
+            if isinstance(layer, ProductKeyLayer):
+
+                def gather(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor, name: str = name) -> None:
+                    assert isinstance(layer, ProductKeyLayer)
+                    x_D = inputs[0][0, place]
+                    routing = layer.route(x_D)
+                    factors = _factors(layer, x_D, routing.ids, routing.weights)
+                    for head, (ids, values) in enumerate(zip(routing.ids.tolist(), factors.tolist(), strict=True)):
+                        found.extend(
+                            FiredExpert(layer=name, head=head, id=id_, factor=value)
+                            for id_, value in zip(ids, values, strict=True)
+                        )
+
+                handles.append(layer.register_forward_hook(gather))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _factors(layer: ProductKeyLayer, x_D: Tensor, ids_HK: Tensor, weights_HK: Tensor) -> Tensor:
+    """Return the factor of each expert's v (float, [H, K])."""
+    if layer.activation is None:
+        return weights_HK
+    products = torch.einsum("hked,d->hke", layer.experts[ids_HK][:, :, :-1], x_D)
+    factors = weights_HK * activate(products[..., 0], layer.activation)
+    return factors * products[..., 1] if products.shape[-1] == 2 else factors
