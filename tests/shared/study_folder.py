@@ -13,8 +13,8 @@ from tinyexperts.study.runner.study_record import StudySettings
 from tinyexperts.study.scales import scale_named
 
 
-def fill(path, study, loss, *, corpora=(), skip=()):
-    """A study folder at laptop scale whose runs ended with the given losses."""
+def fill(path, study, loss, *, corpora=(), skip=(), facts=None):
+    """A study folder at laptop scale whose runs ended with the given losses, and recalls and nats by split."""
     folder, stages = StudyFolder(path), study.stages(scale_named("laptop", data=Path("data/none"), vocab_size=512))
     folder.begin(StudySettings(study=study.name, scale="laptop", data="data/none", evaluation_corpora=corpora))
     known = {}
@@ -57,6 +57,11 @@ def fill(path, study, loss, *, corpora=(), skip=()):
                 ]  # fmt: skip
             split = {"new": value + 0.5, "stood_earlier": value - 0.5}
             evaluation = {"loss": value, "loss_by_copy": split, "expert_usage": usage}
+            if facts is not None:
+                evaluation["facts"] = {
+                    split: {"all": {"recall": recall, "nats": nats}, "bits_per_parameter": nats / 100}
+                    for split, (recall, nats) in facts(run).items()
+                }
             (where / "evaluation.json").write_text(json.dumps(evaluation))
             for corpus in corpora:
                 (where / f"evaluation-{Path(corpus).stem}.json").write_text(json.dumps({"loss": value + 0.25}))

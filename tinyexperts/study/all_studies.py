@@ -5,6 +5,7 @@ from __future__ import annotations
 from tinyexperts.errors import InputError
 from tinyexperts.study.demo import DEMO
 from tinyexperts.study.studies.active_experts import ACTIVE_EXPERTS, GRANULARITY
+from tinyexperts.study.studies.facts import FACTS
 from tinyexperts.study.studies.isoflop import ISOFLOP
 from tinyexperts.study.studies.num_experts import NUM_EXPERTS
 from tinyexperts.study.studies.optimizer import OPTIMIZER
@@ -12,7 +13,7 @@ from tinyexperts.study.studies.placement import PLACEMENT
 from tinyexperts.study.studies.query_norm import QUERY_NORM, USAGE
 from tinyexperts.study.study import Study
 
-STUDIES = (ISOFLOP, NUM_EXPERTS, ACTIVE_EXPERTS, QUERY_NORM, USAGE, PLACEMENT, OPTIMIZER, GRANULARITY)
+STUDIES = (ISOFLOP, NUM_EXPERTS, ACTIVE_EXPERTS, QUERY_NORM, USAGE, PLACEMENT, OPTIMIZER, GRANULARITY, FACTS)
 
 
 def study_named(name: str) -> Study:

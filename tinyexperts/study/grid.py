@@ -44,12 +44,12 @@ def expected_runs(stages: Sequence[Stage]) -> list[GridRun]:
     return planned
 
 
-def check_grid(runs: Sequence[GridRun], num_train_tokens: int) -> None:
+def check_grid(runs: Sequence[GridRun], num_train_tokens: float) -> None:
     """Refuse a grid that can't be run as it is meant.
 
     Args:
         runs (Sequence[GridRun]): the runs of the grid.
-        num_train_tokens (int): tokens of the training split.
+        num_train_tokens (float): tokens of the training split; inf: however often it is repeated.
 
     Raises:
         InputError: a budget that affords no step, or a corpus too small for a budget.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from tinyexperts.data import FileCorpus, TokenDataset
+from tinyexperts.data import FileCorpus, TokenDataset, printable
 from tinyexperts.data.files import skipped_note
 from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.study.grid import GridRun, Stage, check_grid, expected_runs
@@ -41,8 +41,8 @@ class StudyConfig:
 
     scale: ScaleName = "laptop"
     """minute (a few steps a run), laptop (two cores, hours), gpu (one of 80 GB), paper (its own settings)."""
-    data: Path = Path("data/stdlib")
-    """Data set of all runs, made by `tinyexperts data prepare`."""
+    data: Path | None = None
+    """Data set of all runs, made by `tinyexperts data prepare`; default: data/stdlib, or data/airports for facts."""
     output: Path | None = None
     """Folder of the study; default: runs/, its name and its scale."""
     evaluation_corpora: tuple[Path, ...] = ()
@@ -67,9 +67,9 @@ class StudyConfig:
     def __post_init__(self) -> None:
         corpora = tuple(path_of("evaluation_corpora", path) for path in self.evaluation_corpora)
         object.__setattr__(self, "evaluation_corpora", corpora)
-        object.__setattr__(self, "data", path_of("data", self.data))
-        if self.output is not None:
-            object.__setattr__(self, "output", path_of("output", self.output))
+        for name in ("data", "output"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, path_of(name, path))
         require_at_least(1, "num_parallel", self.num_parallel)
         if self.slurm_gpus not in (0, 1):
             raise InputError(f"slurm_gpus must be 0 or 1: a run of a study takes one device, got {self.slurm_gpus}")
@@ -102,15 +102,21 @@ def run_study(study: Study, config: StudyConfig) -> None:
         InputError: bad input; another process in the same folder; runs that failed, after all others have ended.
         Interrupted: on Ctrl-C and after the minutes that were given, when the runs are saved.
     """
-    dataset = None if config.dry_run and not config.data.exists() else TokenDataset.open(config.data)
+    data = config.data or Path("data/airports" if study.is_about_facts else "data/stdlib")
+    dataset = None if config.dry_run and not data.exists() else TokenDataset.open(data)
+    if study.is_about_facts and dataset is not None and dataset.split("validation").facts is None:
+        raise InputError(
+            f"the study {study.name} needs a data set of facts, and {printable(data)} is none; "
+            "tinyexperts data prepare --corpus airports makes one"
+        )
     vocab_size = _VOCAB_SIZE_UNTIL_THERE_IS_DATA if dataset is None else dataset.index.vocab_size
-    stages = study.stages(scale_named(config.scale, data=config.data, vocab_size=vocab_size))
+    stages = study.stages(scale_named(config.scale, data=data, vocab_size=vocab_size))
     if config.dry_run or dataset is None:
         print_plan(study.name, config.scale, study.question, expected_runs(stages), is_tuned=len(stages) > 1)
         if dataset is None:
-            print(f"There is no data set in {config.data}: a vocabulary of {vocab_size:,} is assumed.")
+            print(f"There is no data set in {data}: a vocabulary of {vocab_size:,} is assumed.")
         return
-    num_train_tokens = dataset.split("train").num_tokens
+    num_train_tokens = math.inf if study.is_about_facts else dataset.split("train").num_tokens
     # Later stages, too: a grid that can't be run is refused before hours are spent.
     check_grid(expected_runs(stages), num_train_tokens)
     corpora_sha256 = {path.stem: _sha256_of_text(path) for path in config.evaluation_corpora}
@@ -120,7 +126,7 @@ def run_study(study: Study, config: StudyConfig) -> None:
             StudySettings(
                 study=study.name,
                 scale=config.scale,
-                data=str(config.data),
+                data=str(data),
                 data_sha256=dataset.sha256,
                 evaluation_corpora=tuple(str(path) for path in config.evaluation_corpora),
                 evaluation_sha256=corpora_sha256,
@@ -142,7 +148,7 @@ def _show(study: Study, folder: StudyFolder) -> None:
 
 
 def run_stages(
-    folder: StudyFolder, stages: Sequence[Stage], config: StudyConfig, num_train_tokens: int, show: Callable[[], None]
+    folder: StudyFolder, stages: Sequence[Stage], config: StudyConfig, num_train_tokens: float, show: Callable[[], None]
 ) -> None:
     """Plan and run the stages one after the other, and show the results, also where a stage ends early.
 
@@ -150,7 +156,7 @@ def run_stages(
         folder (StudyFolder): the folder of the study.
         stages (Sequence[Stage]): the stages.
         config (StudyConfig): how the runs are carried out.
-        num_train_tokens (int): tokens of the data set's training split.
+        num_train_tokens (float): tokens of the data set's training split; inf: however often it is repeated.
         show (Callable[[], None]): called at the end to show the results.
 
     Raises:
@@ -177,7 +183,7 @@ def run_stages(
     show()
 
 
-def _checked(stage: Stage, num_train_tokens: int, losses: Mapping[str, float]) -> list[GridRun]:
+def _checked(stage: Stage, num_train_tokens: float, losses: Mapping[str, float]) -> list[GridRun]:
     runs = stage(losses)
     check_grid(runs, num_train_tokens)
     return runs

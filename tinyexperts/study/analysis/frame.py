@@ -64,8 +64,13 @@ def texts_of(runs: pd.DataFrame) -> list[str]:
     return [column for column in runs.columns if column.startswith("loss, ")]
 
 
-def read_runs(folder: StudyFolder) -> StudyRuns:
-    """Read the runs of a study's folder, though runs may end meanwhile."""
+def read_runs(folder: StudyFolder, *, repeats_data: bool = False) -> StudyRuns:
+    """Read the runs of a study's folder, though runs may end meanwhile.
+
+    Args:
+        folder (StudyFolder): the folder.
+        repeats_data (bool): True if runs are meant to see their data many times, which is then no doubt.
+    """
     import pandas as pd
 
     settings, runs = folder.settings(), folder.planned_runs()
@@ -100,7 +105,7 @@ def read_runs(folder: StudyFolder) -> StudyRuns:
         frame=frame,
         planned={run.name: run for run in runs},
         results=results,
-        problems=problems + (_repeated(settings, frame[frame.state == "done"]) if results else []),
+        problems=problems + (_repeated(settings, frame[frame.state == "done"]) if results and not repeats_data else []),
     )
 
 

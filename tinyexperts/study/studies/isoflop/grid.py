@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -58,7 +59,7 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
             _run(scale, method, width=width, budget=scale.last_budget, seed=seed, **best[method])
             for seed in scale.seeds
             for method in scale.layers
-            if (width := _best_width(scale, method, losses)) is not None
+            if (width := best_width(scale, method, losses, scale.budgets[-1])) is not None
         ]
 
     return tune, tune_further, measure, extend
@@ -108,16 +109,40 @@ def _best_settings(scale: Scale, method: str, losses: Mapping[str, float]) -> di
     return chosen
 
 
-def _best_width(scale: Scale, method: str, losses: Mapping[str, float]) -> int | None:
-    """Return the width of least mean loss at the largest budget, if all its seeds have ended; None without one."""
+def best_width(scale: Scale, method: str, losses: Mapping[str, float], budget: float) -> int | None:
+    """Return the width of least mean loss at a budget, if all its seeds have ended; None without one.
+
+    Args:
+        scale (Scale): the scale.
+        method (str): the name of the method.
+        losses (Mapping[str, float]): the losses of the finished runs (nats a token) by name.
+        budget (float): training FLOPs, one of the scale's budgets.
+    """
     means = {}
-    budget = scale.budgets[-1]
     for width in scale.widths[budget]:
         runs = [_run(scale, method, width=width, budget=budget, seed=seed) for seed in scale.seeds]
         mean = math.fsum(losses.get(run.name, math.inf) for run in runs) / len(runs)
         if math.isfinite(mean):
             means[width] = mean
     return min(means, key=lambda width: means[width], default=None)
+
+
+def tuned_run(
+    scale: Scale, method: str, *, width: int, budget: float, seed: int, stage: str, losses: Mapping[str, float]
+) -> GridRun:
+    """Return a run of a method with the settings that its tuning chose, in a stage of another name.
+
+    Args:
+        scale (Scale): the scale.
+        method (str): the name of the method.
+        width (int): the model width D.
+        budget (float): training FLOPs.
+        seed (int): the seed.
+        stage (str): the name of the stage, the run's axis `stage`.
+        losses (Mapping[str, float]): the losses of the finished runs (nats a token) by name.
+    """
+    run = _run(scale, method, width=width, budget=budget, seed=seed, **_best_settings(scale, method, losses))
+    return replace(run, axes={**run.axes, "stage": stage})
 
 
 def _run(

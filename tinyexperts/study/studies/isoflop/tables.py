@@ -49,9 +49,9 @@ def isoflop_tables(analysis: IsoFlopAnalysis) -> list[Table]:
         _multipliers(analysis),
         _optima(analysis),
         _laws(analysis),
-        _points(analysis),
+        sizes_table(analysis),
         _flops(analysis),
-        _tuning(analysis),
+        tuning_table(analysis),
     ]
 
 
@@ -202,7 +202,8 @@ def _laws(analysis: IsoFlopAnalysis) -> Table:
     )
 
 
-def _points(analysis: IsoFlopAnalysis) -> Table:
+def sizes_table(analysis: IsoFlopAnalysis) -> Table:
+    """Return the table of every size and budget."""
     return Table(
         name="points",
         title="Every size and budget",
@@ -235,7 +236,8 @@ def _flops(analysis: IsoFlopAnalysis) -> Table:
     )
 
 
-def _tuning(analysis: IsoFlopAnalysis) -> Table:
+def tuning_table(analysis: IsoFlopAnalysis) -> Table:
+    """Return the table of the tuning runs."""
     tuning = analysis.tuning
     hours = tuning.seconds.groupby(tuning.method, sort=False).sum() / 3600
     return Table(

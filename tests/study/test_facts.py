@@ -1,0 +1,114 @@
+"""The study of facts: its grid, and what its report says of made-up runs."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from study_folder import fill
+
+from tinyexperts.study.scales import scale_named
+from tinyexperts.study.studies.facts import FACTS
+from tinyexperts.study.studies.facts.grid import FRESH_SEEDS
+from tinyexperts.study.study_report import write_study_report
+
+BEST = {"dense": 48, "moe": 32, "pkm": 32, "peer": 32}
+AHEAD = {"dense": 0.0, "moe": 1.0, "pkm": 2.0, "peer": 3.0}
+
+
+def is_fresh(run) -> bool:
+    return run.axes["stage"] == "fresh"
+
+
+def made_up_loss(run) -> float:
+    """Fresh seeds say that PEER is ahead; the seeds that choose the width would say that dense is."""
+    distance = abs(math.log(run.axes["width"] / BEST[run.method]))
+    ahead = AHEAD[run.method] if is_fresh(run) else -AHEAD[run.method]
+    return 9 - 0.1 * math.log10(run.axes["budget"]) + distance - ahead + 0.01 * (run.axes["seed"] % 3)
+
+
+def made_up_facts(run) -> dict[str, tuple[float, float]]:
+    wobble = 0.02 * (run.axes["seed"] % 3) * (1 if run.method == "peer" else -1)
+    known = 2 * made_up_loss(run) + wobble
+    return {
+        "validation": (0.1 * AHEAD[run.method], known),
+        "unseen-phrasing": (0.05 * AHEAD[run.method], known + 1),
+        "unseen-entities": (0.0, 12 + wobble),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("facts") / "study", FACTS, made_up_loss, facts=made_up_facts)
+
+
+def test_fresh_seeds_are_run_at_each_best_width_of_each_budget(folder) -> None:
+    runs = [run for run in folder.planned_runs() if is_fresh(run)]
+    budgets = scale_of_facts().budgets
+    assert Counter((run.method, run.axes["budget"]) for run in runs) == {
+        (method, budget): len(FRESH_SEEDS) for method in BEST for budget in budgets
+    }
+    assert {(run.method, run.axes["width"]) for run in runs} == set(BEST.items())
+    others = [run for run in folder.planned_runs() if not is_fresh(run)]
+    assert not {run.config.seed for run in runs} & {run.config.seed for run in others}
+    assert len({run.name for run in (*runs, *others)}) == len(runs) + len(others)
+
+
+def scale_of_facts():
+    from tinyexperts.study.studies.facts.grid import facts_scale
+
+    return facts_scale(scale_named("laptop", data=Path("data/none"), vocab_size=512))
+
+
+def test_the_sizes_are_those_of_statements() -> None:
+    scale = scale_of_facts()
+    assert scale.base.model.context_length == 128
+    assert min(map(min, scale.widths.values())) == 16
+    assert max(map(max, scale.widths.values())) == 96
+    minute = scale_named("minute", data=Path("data/none"), vocab_size=512)
+    from tinyexperts.study.studies.facts.grid import facts_scale
+
+    assert facts_scale(minute) == minute
+
+
+def rows_of(folder, name):
+    with (folder.path / "tables" / f"{name}.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_report_compares_fresh_seeds_alone(folder) -> None:
+    page = write_study_report(FACTS, folder, command="x").read_text(encoding="utf-8")
+    assert page.count("<strong>reproduced</strong>") == 3 * len(scale_of_facts().budgets)
+    rows = rows_of(folder, "differences")
+    by_measure = {
+        (row["baseline"], row["measure"]): float(row["difference"].replace("\N{MINUS SIGN}", "-"))
+        for row in rows
+        if row["FLOPs"] == "1e+13"
+    }
+    # 2 * 3 nats ahead, and the wobbles of five seeds: 1, 2, 0, 1, 2 times 0.04.
+    assert by_measure["dense", "nats a fact, known facts"] == pytest.approx(-6 + 0.04 * 1.2, abs=1e-3)
+    assert by_measure["PKM", "nats a token, known facts"] == pytest.approx(-1, abs=1e-3)
+    assert by_measure["MoE", "recall, known facts"] == pytest.approx(0.2, abs=1e-3)
+    assert by_measure["dense", "nats a fact, entities never seen (the control)"] == pytest.approx(0.048, abs=1e-3)
+    recall = {(row["FLOPs"], row["method"]): row for row in rows_of(folder, "recall")}
+    row = recall["3e+13", "PEER"]
+    assert (row["width"], row["seeds"], row["recall, known facts, %"]) == ("32", "5", "30.0")
+    assert "How often data was repeated" not in page
+
+
+def test_runs_to_come_leave_the_verdict_open(tmp_path) -> None:
+    names = {f"peer-d32-c1e13-seed{seed}" for seed in FRESH_SEEDS[1:]}
+    folder = fill(tmp_path / "study", FACTS, made_up_loss, facts=made_up_facts, skip=names)
+    page = write_study_report(FACTS, folder, command="x").read_text(encoding="utf-8")
+    assert page.count("<strong>unfinished</strong>") == 3
+    assert page.count("<strong>reproduced</strong>") == 3 * (len(scale_of_facts().budgets) - 1)
+
+
+def test_a_data_set_without_facts_is_refused(run_cli, tiny_data, tmp_path) -> None:
+    code, out, err = run_cli("study", "facts", "--scale", "minute", "--data", tiny_data, "--output", tmp_path / "s")
+    assert (code, out) == (2, "")
+    assert "the study facts needs a data set of facts, and" in " ".join(err.split())
+    assert not (tmp_path / "s").exists()

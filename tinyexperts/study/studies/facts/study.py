@@ -1,0 +1,170 @@
+"""The findings of the study of facts: each method at its own best width, on seeds that did not choose it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinyexperts.comparison.findings import difference_cells, verdict_on
+from tinyexperts.comparison.frame import HELD_OUT
+from tinyexperts.comparison.methods import label_of, look_of
+from tinyexperts.report.page import Finding, Findings, Section
+from tinyexperts.report.style import Drawing, Plot, house_style
+from tinyexperts.report.table import Table
+from tinyexperts.statistics.seed_interval import SeedInterval, paired_difference
+from tinyexperts.study.analysis.frame import StudyRuns
+from tinyexperts.study.analysis.tables import number
+from tinyexperts.study.studies.facts.grid import stages
+from tinyexperts.study.studies.isoflop.analysis import BASELINES, NAMES, IsoFlopAnalysis
+from tinyexperts.study.studies.isoflop.figures import isoflop_curves
+from tinyexperts.study.studies.isoflop.tables import sizes_table, tuning_table
+from tinyexperts.study.study import Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NATS = "nats, validation"
+# Column of the frame of runs -> the same for readers.
+_MEASURES = {
+    NATS: "nats a fact, known facts",
+    HELD_OUT: "nats a token, known facts",
+    "recall, validation": "recall, known facts",
+    "nats, unseen-phrasing": "nats a fact, in a phrasing never seen",
+    "recall, unseen-phrasing": "recall, in a phrasing never seen",
+    "nats, unseen-entities": "nats a fact, entities never seen (the control)",
+}
+
+
+class FactsAnalysis:
+    """The runs of the fresh seeds, next to the grid that chose their widths."""
+
+    def __init__(self, runs: StudyRuns) -> None:
+        self.grid = IsoFlopAnalysis(runs)
+        self.fresh = runs.done[runs.done.stage == "fresh"]
+        self.to_come = runs.to_come
+        self.budgets: list[float] = sorted(self.fresh.budget.unique())
+
+    def by_seed(self, method: str, budget: float, column: str) -> pd.Series:
+        """Return the values of a method's fresh runs at a budget, by seed."""
+        runs = self.fresh[(self.fresh.method == method) & (self.fresh.budget == budget)]
+        return runs.set_index("seed")[column].dropna()
+
+    def difference(self, baseline: str, budget: float, column: str = NATS) -> SeedInterval | None:
+        """Return PEER minus a baseline, each at its own best width, paired by fresh seed."""
+        return paired_difference(self.by_seed("peer", budget, column), self.by_seed(baseline, budget, column))
+
+    def is_finished(self, baseline: str, budget: float) -> bool:
+        """Return True if no run of PEER or of a baseline is still to come at a budget."""
+        coming = self.to_come[self.to_come.budget == budget]
+        return not coming.method.isin(["peer", baseline]).any()
+
+    def claims(self) -> list[Finding]:
+        """Return a verdict for each baseline at each budget, and on the control."""
+        found = []
+        for budget in self.budgets:
+            for baseline in BASELINES:
+                found.append(
+                    verdict_on(
+                        f"At {budget:.2g} FLOPs PEER knows the facts better than {label_of(baseline)} (nats a fact)",
+                        self.difference(baseline, budget),
+                        is_finished=self.is_finished(baseline, budget),
+                    )
+                )
+        return found
+
+    def differences_table(self) -> Table:
+        """Return the table of PEER minus each baseline, by every measure."""
+        rows = [
+            (f"{budget:.2g}", label_of(baseline), what, *difference_cells(self.difference(baseline, budget, column)))
+            for budget in self.budgets
+            for baseline in BASELINES
+            for column, what in _MEASURES.items()
+        ]
+        return Table(
+            name="differences",
+            title="PEER minus each baseline at equal training FLOPs",
+            columns=("FLOPs", "baseline", "measure", "difference", "95 % interval"),
+            rows=tuple(rows),
+            note="Each method at its own best width, on seeds that took no part in choosing it. Fewer nats and more "
+            "recall are better. Nobody can know the entities that were never seen: a method that leads there has "
+            "learned something else than facts.",
+        )
+
+    def recall_table(self) -> Table:
+        """Return the table of what each method recalls."""
+        rows = []
+        for budget in self.budgets:
+            for method in NAMES:
+                runs = self.fresh[(self.fresh.method == method) & (self.fresh.budget == budget)]
+                if len(runs):
+                    means = {column: runs[column].mean() for column in (*_MEASURES, "bits_per_parameter")}
+                    shares = (f"{100 * means[column]:.1f}" for column in _MEASURES if column.startswith("recall"))
+                    nats = (number(means[column], ".2f") for column in _MEASURES if column.startswith("nats"))
+                    rows.append(
+                        (
+                            *(f"{budget:.2g}", label_of(method), str(runs.width.iloc[0]), str(len(runs))),
+                            *shares,
+                            *nats,
+                            number(means["bits_per_parameter"], ".3f"),
+                        )
+                    )
+        names = [what for column, what in _MEASURES.items() if column.startswith("recall")]
+        names = [f"{what}, %" for what in names]
+        names += [what for column, what in _MEASURES.items() if column.startswith("nats")]
+        return Table(
+            name="recall",
+            title="Facts that each method knows at its best width",
+            columns=("FLOPs", "method", "width", "seeds", *names, "bits a parameter"),
+            rows=tuple(rows),
+        )
+
+
+@house_style()
+def _recall_by_budget(analysis: FactsAnalysis) -> Drawing | None:
+    """Draw the recall of known facts against the budget, by method; None for fewer than two budgets."""
+    if len(analysis.budgets) < 2:
+        return None
+    plot = Plot("training FLOPs", "recall of known facts, %")
+    for method in NAMES:
+        look = look_of(method)
+        seeds = {budget: 100 * analysis.by_seed(method, budget, "recall, validation") for budget in analysis.budgets}
+        known = {budget: list(values) for budget, values in seeds.items() if len(values)}
+        if not known:
+            continue
+        means = [float(np.mean(values)) for values in known.values()]
+        plot.means(list(known), list(known.values()), means, color=look.color, linewidth=1.8)
+        plot.label_end(list(known)[-1], means[-1], look.label, look.color)
+    plot.log_x(np.array(analysis.budgets), room=3.0)
+    return plot.drawing(
+        "recall",
+        caption="Recall of known facts by budget",
+        text="Share of held-out statements of known facts that each method completes, against training FLOPs.",
+    )
+
+
+def _findings(runs: StudyRuns) -> Findings:
+    analysis = FactsAnalysis(runs)
+    grid = analysis.grid
+    drawings = [_recall_by_budget(analysis)]
+    drawings += [isoflop_curves(grid, budget, count) for budget in grid.budgets for count in ("active", "total")]
+    tables = (analysis.recall_table(), analysis.differences_table(), sizes_table(grid), tuning_table(grid))
+    return Findings(
+        findings=analysis.claims(),
+        sections=[
+            Section(title="Curves", drawings=tuple(drawing for drawing in drawings if drawing is not None)),
+            *(Section(title=table.title, tables=(table,)) for table in tables),
+        ],
+        doubts=grid.doubts(),
+        repeatable=[*analysis.fresh.name, *grid.points.name, *grid.tuning.name],
+    )
+
+
+FACTS = Study(
+    name="facts",
+    summary="Facts that dense, expert-choice MoE, PKM and PEER store at equal training FLOPs.",
+    question="At equal training FLOPs, does PEER know more facts than dense, expert-choice MoE and PKM?",
+    stages=stages,
+    is_about_facts=True,
+    findings=_findings,
+)
