@@ -19,6 +19,7 @@ import pytest
 import tinyexperts
 from tinyexperts import training
 from tinyexperts.cli import parser
+from tinyexperts.study.all_studies import STUDIES
 from tinyexperts.training import loop
 from tinyexperts.training.recipes import RECIPES
 
@@ -383,6 +384,10 @@ def test_the_tiniest_option_takes_the_likeliest_token(run_cli, begun, option):
     for value in ("1e-30", "1e-46", "1e-300"):
         assert run_cli("generate", "r1", "--prompt", "the", option, value) == expected
     assert run_cli("generate", "r1", "--prompt", "the", option, "nan")[0] == 2
+
+
+def test_the_studies_of_the_command_line_are_all_studies_with_their_summaries():
+    assert list(parser.STUDIES.items()) == [(study.name, study.summary) for study in STUDIES]
 
 
 def test_the_recipes_are_the_four_kinds(run_cli):

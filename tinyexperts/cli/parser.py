@@ -31,11 +31,10 @@ class ConfiguredVerb:
 
 @dataclass(frozen=True)
 class Group:
-    """A verb with verbs of its own; the names of `more` take an import."""
+    """A verb with verbs of its own."""
 
     description: str
     verbs: Mapping[str, Entry] = dataclasses.field(default_factory=dict)
-    more: Callable[[], Mapping[str, Entry]] = dict
     word: str = "verb"
     """The word for one of them."""
 
@@ -56,11 +55,23 @@ def _of_recipes(make: Callable[[str], Verb]) -> dict[str, Entry]:
     return {name: ConfiguredVerb(description, functools.partial(make, name)) for name, description in RECIPES.items()}
 
 
-def _studies() -> dict[str, Entry]:
-    from tinyexperts.study.all_studies import STUDIES
+# The names and summaries of study/all_studies.py, whose import takes torch; a test compares them.
+STUDIES = {
+    "isoflop": "Figure 1 and Table 1 of the paper: dense, expert-choice MoE, PKM and PEER at equal training FLOPs.",
+    "num-experts": "The paper's ablation of N at 8 x 16 active experts: do more experts help?",
+    "active-experts": "The paper's ablation of h x k: do more active experts help?",
+    "query-norm": "The paper's ablation of query batch normalization, by the number of experts.",
+    "usage": "The paper's table of perplexity, usage and unevenness by the number of experts, by query norm.",
+    "placement": "Which block should carry the experts? The paper takes the middle one.",
+    "optimizer": "Row-sparse or dense Adam on the tables, and at which learning rate? The paper does not say.",
+    "granularity": "Sizes, tokens and active experts all vary, for the law L(P, D, G) that the paper builds on.",
+    "facts": "Facts that dense, expert-choice MoE, PKM and PEER store at equal training FLOPs.",
+}
 
+
+def _studies() -> dict[str, Entry]:
     return {
-        study.name: ConfiguredVerb(study.summary, functools.partial(verbs.study_command, study)) for study in STUDIES
+        name: ConfiguredVerb(summary, functools.partial(verbs.study_command, name)) for name, summary in STUDIES.items()
     }
 
 
@@ -95,8 +106,8 @@ VERBS = Group(
                 "report": verbs.report,
                 "status": verbs.study_status,
                 "run": verbs.run_of_study,
+                **_studies(),
             },
-            more=_studies,
         ),
         "bench": Group(
             "Measure the layers on this machine.",
@@ -141,13 +152,10 @@ def run_verb(words: Sequence[str]) -> None:
 def _chosen(program: str, group: Group, word: str | None) -> Entry:
     if word and word in group.verbs:
         return group.verbs[word]
-    entries = {**group.verbs, **group.more()}
-    if word and word in entries:
-        return entries[word]
-    known = f"{program} has the {group.word}s {', '.join(entries)}, and {program} --help describes them"
+    known = f"{program} has the {group.word}s {', '.join(group.verbs)}, and {program} --help describes them"
     if word is None:
         raise InputError(f"a {group.word} is missing: {known}")
-    near = difflib.get_close_matches(word, entries, n=1)
+    near = difflib.get_close_matches(word, group.verbs, n=1)
     raise InputError(f"no {group.word} {word!r}{f', did you mean {near[0]!r}?' if near else ':'} {known}")
 
 
@@ -155,7 +163,7 @@ def _print_help(program: str, group: Group) -> None:
     metavar = group.word.upper()
     parser = argparse.ArgumentParser(prog=program, usage=f"{program} {metavar} ...", description=group.description)
     verbs_of_group = parser.add_subparsers(title=f"{group.word}s, each with its own --help", metavar=metavar)
-    for name, entry in {**group.verbs, **group.more()}.items():
+    for name, entry in group.verbs.items():
         verbs_of_group.add_parser(name, help=_description(entry).partition("\n")[0].replace("%", "%%"))
     parser.print_help()
 

@@ -17,7 +17,6 @@ import tyro
 from tinyexperts.errors import InputError
 
 if TYPE_CHECKING:
-    from tinyexperts.study.study import Study
     from tinyexperts.training import TrainConfig
 
 
@@ -333,12 +332,13 @@ def report(
     print(write_study_report(study_named(folder.settings().study), folder, command=command))
 
 
-def study_command(study: "Study") -> Callable[..., None]:
+def study_command(name: str) -> Callable[..., None]:
     """Return the command that runs one of the studies."""
+    from tinyexperts.study.all_studies import study_named
     from tinyexperts.study.run_study import StudyConfig, run_study
 
     def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")] = StudyConfig()) -> None:  # noqa: B008
-        run_study(study, config)
+        run_study(study_named(name), config)
 
     return run
 

@@ -46,11 +46,11 @@ def make_statements(
     Every fact is stated in every phrasing of its attribute but the last, which no training statement has.
 
     Args:
-        table: the facts.
-        phrasings: three or more of each attribute.
-        seed: decides what is held out, and the order.
-        held_out_fraction: the share of the statements, at most one a fact, that go to validation; the same facts in
-            the last phrasing are unseen-phrasing, and the same share of entities is never stated in training.
+        table (FactTable): the facts.
+        phrasings (Mapping[str, Sequence[Phrasing]]): three or more of each attribute.
+        seed (int): decides what is held out, and the order.
+        held_out_fraction (float): the share of the statements, at most one a fact, that go to validation; the same
+            facts in the last phrasing are unseen-phrasing, and the same share of entities is never stated in training.
 
     Raises:
         InputError: too few entities, or a share that takes more than one statement of some fact.

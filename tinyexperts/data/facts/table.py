@@ -61,9 +61,9 @@ def read_fact_table(path: Path, *, key: str, attributes: Sequence[str] = ()) -> 
     White space around a cell is cut off, and within it made one space.
 
     Args:
-        path: the file.
-        key: the column whose values name the entities.
-        attributes: the columns to take; none: all others.
+        path (Path): the file.
+        key (str): the column whose values name the entities.
+        attributes (Sequence[str]): the columns to take; none: all others.
 
     Raises:
         InputError: a file that can't be read, a missing column, a key that repeats with other values, an attribute
