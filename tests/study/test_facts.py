@@ -52,6 +52,7 @@ def test_fresh_seeds_are_run_at_each_best_width_of_each_budget(folder) -> None:
         (method, budget): len(FRESH_SEEDS) for method in BEST for budget in budgets
     }
     assert {(run.method, run.axes["width"]) for run in runs} == set(BEST.items())
+    assert {run.name for run in runs if run.axes["budget"] == 2.5e12} >= {"peer-d32-c2.5e12-seed10"}
     others = [run for run in folder.planned_runs() if not is_fresh(run)]
     assert not {run.config.seed for run in runs} & {run.config.seed for run in others}
     assert len({run.name for run in (*runs, *others)}) == len(runs) + len(others)

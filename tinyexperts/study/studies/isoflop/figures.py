@@ -51,8 +51,8 @@ def isoflop_curves(analysis: IsoFlopAnalysis, budget: float, count: str) -> Draw
     plot.log_x(at_budget[size].to_numpy(float), room=1.6)
     return plot.drawing(
         f"isoflop-{budget:.0e}-{count}",
-        caption=f"{budget:.0e} training FLOPs, by {_COUNTS[count]}",
-        text=f"Held-out loss against {_COUNTS[count]} at {budget:.0e} training FLOPs, by method.",
+        caption=f"{budget:.2g} training FLOPs, by {_COUNTS[count]}",
+        text=f"Held-out loss against {_COUNTS[count]} at {budget:.2g} training FLOPs, by method.",
     )
 
 

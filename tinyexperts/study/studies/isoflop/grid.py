@@ -149,6 +149,6 @@ def _run(
     scale: Scale, method: str, *, width: int, budget: float, seed: int, tuning: str | None = None, **changes: Any
 ) -> GridRun:
     config = scale.config(scale.layers[method], width=width, budget=budget, seed=seed, **changes)
-    stem = f"tune-{method}-{tuning}" if tuning else f"{method}-d{width}-c{budget:.0e}".replace("+", "")
+    stem = f"tune-{method}-{tuning}" if tuning else f"{method}-d{width}-c{budget:.2g}".replace("+", "")
     axes: dict[str, Any] = {"stage": "tuning" if tuning else "main", "budget": budget, "width": width, "seed": seed}
     return GridRun(name=f"{stem}-seed{seed}", method=method, axes=axes, config=config)
