@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER, DenseConfig, DenseFFN, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import Transformer, TransformerConfig, transformer
-from tinyexperts.model.attention import Attention, rotary_angles, rotate
+from tinyexperts.model.attention import Attention, positions_of, rotate
 
 LAYERS = {
     "dense": DenseConfig(activation="relu2"),
@@ -44,8 +44,7 @@ def test_attention_equals_the_formula(key_value_heads):
     torch.manual_seed(0)
     layer = Attention(config)
     x = torch.randn(2, 5, 16)
-    angles = rotary_angles(config, 0, 5, x.device)
-    got = layer(x, angles)
+    got = layer(x, positions_of(config, 0, 5, x.device))
     heads, width = 4, 4
     query, key, value = (p(x).view(2, 5, -1, width).transpose(1, 2) for p in (layer.query, layer.key, layer.value))
     repeats = heads // key.shape[1]
@@ -70,9 +69,9 @@ def test_rotation_keeps_lengths_and_depends_on_distances_alone():
     x, y = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4)
     products = []
     for shift in (0, 5):
-        angles = rotary_angles(config, shift, shift + 4, x.device)
-        products.append((rotate(x, angles[1:2]) * rotate(y, angles[3:4])).sum())
-        torch.testing.assert_close(rotate(x, angles[1:2]).norm(), x.norm())
+        first, second = (positions_of(config, shift + place, shift + place + 1, x.device) for place in (1, 3))
+        products.append((rotate(x, first) * rotate(y, second)).sum())
+        torch.testing.assert_close(rotate(x, first).norm(), x.norm())
     torch.testing.assert_close(*products)
 
 
@@ -100,10 +99,10 @@ def test_the_block_order_and_the_head(tied):
     model = make("dense", tied_embeddings=tied)
     assert (model.head.weight is model.embedding.weight) == tied
     sequence = tokens()
-    angles = rotary_angles(model.config, 0, 9, sequence.device)
+    positions = positions_of(model.config, 0, 9, sequence.device)
     x = model.embedding.weight[sequence]
     for block in model.blocks:
-        x = x + block.attention(F.rms_norm(x, (16,), block.attention_norm.weight, 1e-5), angles)
+        x = x + block.attention(F.rms_norm(x, (16,), block.attention_norm.weight, 1e-5), positions)
         x = x + block.feed_forward(F.rms_norm(x, (16,), block.feed_forward_norm.weight, 1e-5))
     expected = F.rms_norm(x, (16,), model.norm.weight, 1e-5) @ model.head.weight.T
     torch.testing.assert_close(model(sequence), expected)

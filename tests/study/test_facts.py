@@ -12,7 +12,7 @@ from study_folder import fill
 
 from tinyexperts.study.scales import scale_named
 from tinyexperts.study.studies.facts import FACTS
-from tinyexperts.study.studies.facts.grid import FRESH_SEEDS
+from tinyexperts.study.studies.facts.grid import FRESH_SEEDS, LAST_SEEDS, facts_scale
 from tinyexperts.study.study_report import write_study_report
 
 BEST = {"dense": 48, "moe": 32, "pkm": 32, "peer": 32}
@@ -47,20 +47,22 @@ def folder(tmp_path_factory):
 
 def test_fresh_seeds_are_run_at_each_best_width_of_each_budget(folder) -> None:
     runs = [run for run in folder.planned_runs() if is_fresh(run)]
-    budgets = scale_of_facts().budgets
+    num_seeds = {budget: len(FRESH_SEEDS) for budget in scale_of_facts().budgets} | {1e14: len(LAST_SEEDS)}
     assert Counter((run.method, run.axes["budget"]) for run in runs) == {
-        (method, budget): len(FRESH_SEEDS) for method in BEST for budget in budgets
+        (method, budget): number for method in BEST for budget, number in num_seeds.items()
     }
     assert {(run.method, run.axes["width"]) for run in runs} == set(BEST.items())
     assert {run.name for run in runs if run.axes["budget"] == 2.5e12} >= {"peer-d32-c2.5e12-seed10"}
     others = [run for run in folder.planned_runs() if not is_fresh(run)]
     assert not {run.config.seed for run in runs} & {run.config.seed for run in others}
     assert len({run.name for run in (*runs, *others)}) == len(runs) + len(others)
+    # A budget is compared before the next, larger one is begun.
+    stages = FACTS.stages(scale_named("laptop", data=Path("data/none"), vocab_size=512))
+    budgets = [{run.axes["budget"] for run in stage({})} for stage in stages]
+    assert budgets[2::2] == [{2.5e12}, {1e13}, {3e13}, set()]
 
 
 def scale_of_facts():
-    from tinyexperts.study.studies.facts.grid import facts_scale
-
     return facts_scale(scale_named("laptop", data=Path("data/none"), vocab_size=512))
 
 
@@ -70,8 +72,6 @@ def test_the_sizes_are_those_of_statements() -> None:
     assert min(map(min, scale.widths.values())) == 16
     assert max(map(max, scale.widths.values())) == 96
     minute = scale_named("minute", data=Path("data/none"), vocab_size=512)
-    from tinyexperts.study.studies.facts.grid import facts_scale
-
     assert facts_scale(minute) == minute
 
 
@@ -82,7 +82,7 @@ def rows_of(folder, name):
 
 def test_the_report_compares_fresh_seeds_alone(folder) -> None:
     page = write_study_report(FACTS, folder, command="x").read_text(encoding="utf-8")
-    assert page.count("<strong>reproduced</strong>") == 3 * len(scale_of_facts().budgets)
+    assert page.count("<strong>reproduced</strong>") == 3 * (len(scale_of_facts().budgets) + 1)
     rows = rows_of(folder, "differences")
     by_measure = {
         (row["baseline"], row["measure"]): float(row["difference"].replace("\N{MINUS SIGN}", "-"))
@@ -105,7 +105,7 @@ def test_runs_to_come_leave_the_verdict_open(tmp_path) -> None:
     folder = fill(tmp_path / "study", FACTS, made_up_loss, facts=made_up_facts, skip=names)
     page = write_study_report(FACTS, folder, command="x").read_text(encoding="utf-8")
     assert page.count("<strong>unfinished</strong>") == 3
-    assert page.count("<strong>reproduced</strong>") == 3 * (len(scale_of_facts().budgets) - 1)
+    assert page.count("<strong>reproduced</strong>") == 3 * len(scale_of_facts().budgets)
 
 
 def test_a_data_set_without_facts_is_refused(run_cli, tiny_data, tmp_path) -> None:

@@ -6,6 +6,8 @@ al. (arXiv 2305.13245).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,18 +29,35 @@ class LayerCache:
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
 
-def rotary_angles(config: TransformerConfig, start: int, stop: int, device: torch.device) -> Tensor:
-    """Return the angle of each position and pair of elements (fp32, [stop - start, head width / 2])."""
+class Positions(NamedTuple):
+    """The positions of the tokens of one forward pass, as all blocks need them."""
+
+    start: int
+    """The first position."""
+    cos: Tensor
+    """The cosine of the angle of each position and element (fp32, [T, head width])."""
+    sin: Tensor
+    """The sine of it, negative for the first half of the elements (fp32, [T, head width])."""
+    mask: Tensor | None
+    """True where a token attends to a position (bool, [T, start + T]); None: causal, or one token, which sees all."""
+
+
+def positions_of(config: TransformerConfig, start: int, stop: int, device: torch.device) -> Positions:
+    """Return the positions from `start` up to `stop`."""
     half = config.d_model // config.num_heads // 2
     frequencies = config.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
-    return torch.arange(start, stop, device=device, dtype=torch.float32).unsqueeze(1) * frequencies
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + half) of each head of x [B, heads, T, head width] by the angles [T, half], in fp32."""
-    first, second = x.float().chunk(2, dim=-1)
+    places = torch.arange(stop, device=device)
+    angles = places[start:].float().unsqueeze(1) * frequencies
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    mask = places <= places[start:].unsqueeze(1) if 0 < start < stop - 1 else None
+    return Positions(start=start, cos=torch.cat([cos, cos], dim=1), sin=torch.cat([-sin, sin], dim=1), mask=mask)
+
+
+def rotate(x: Tensor, positions: Positions) -> Tensor:
+    """Rotate the pairs (i, i + half) of each head of x [B, heads, T, head width] by their angles, in fp32."""
+    x32 = x.float()
+    swapped = x32.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x32 * positions.cos, swapped, positions.sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -53,13 +72,12 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.d_model, self.key_value_heads * self.head_dim, bias=False)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor, start: int = 0, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """Attend to the positions so far.
 
         Args:
-            x (float, [B, T, D]): the positions from `start` on.
-            angles (fp32, [T, head width / 2]): their angles (`rotary_angles`).
-            start (int): the first position.
+            x (float, [B, T, D]): the hidden states.
+            positions (Positions): their positions (`positions_of`).
             cache (LayerCache | None): the keys and values of the positions before; it is extended.
 
         Returns:
@@ -70,15 +88,14 @@ class Attention(nn.Module):
             projection(x).view(batch_size, length, -1, self.head_dim).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        query, key = rotate(query, angles), rotate(key, angles)
-        mask = None
+        query, key = rotate(query, positions), rotate(key, positions)
         if cache is not None:
-            key, value = cache.extend(start, key, value)
-            if start:
-                positions = torch.arange(start + length, device=x.device)
-                mask = positions <= positions[start:].unsqueeze(1)
+            key, value = cache.extend(positions.start, key, value)
         y = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.key_value_heads
+            *(query, key, value),
+            attn_mask=positions.mask,
+            is_causal=positions.mask is None and length > 1,
+            enable_gqa=self.num_heads != self.key_value_heads,
         )
         projected: Tensor = self.output(y.transpose(1, 2).reshape(batch_size, length, d_model))
         return projected

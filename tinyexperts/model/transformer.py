@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers import FeedForward, ParameterCount
-from tinyexperts.model.attention import Attention, LayerCache, rotary_angles
+from tinyexperts.model.attention import Attention, LayerCache, Positions, positions_of
 from tinyexperts.model.config import TransformerConfig
 from tinyexperts.ops.rank_groups import RankGroups
 
@@ -44,8 +44,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, angles: Tensor, start: int, cache: LayerCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), angles, start, cache)
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions, cache)
         y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return y
 
@@ -150,11 +150,11 @@ class Transformer(nn.Module):
             raise InputError(
                 f"{stop} tokens are more than the model's context of {self.config.context_length} tokens holds"
             )
-        angles = rotary_angles(self.config, start, stop, tokens.device)
+        positions = positions_of(self.config, start, stop, tokens.device)
         x = self.embedding(tokens)
         caches: Sequence[LayerCache | None] = [None] * len(self.blocks) if cache is None else cache.layers
         for block, layer_cache in zip(self.blocks, caches, strict=True):
-            x = block(x, angles, start, layer_cache)
+            x = block(x, positions, layer_cache)
         if cache is not None:
             cache.length = stop
         normed: Tensor = self.norm(x)

@@ -157,6 +157,9 @@ class TrainConfig:
     """Several processes."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 computes under autocast; auto takes it on GPUs that have it, and fp32 on CPUs, where bf16 is slower."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """on joins the small operations of the blocks by torch.compile; auto does so on CPUs, where the run is long enough
+    to pay for it (5e12 training FLOPs) and a C++ compiler works. Losses differ by roundings."""
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
     threads: int | None = None

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch.optim import Optimizer
@@ -28,6 +28,7 @@ from tinyexperts.training.checkpoint import (
     last_good_checkpoint,
     load_checkpoint,
 )
+from tinyexperts.training.compilation import without_compilation
 from tinyexperts.training.config import ScheduleConfig, TrainConfig
 from tinyexperts.training.device import autocast
 from tinyexperts.training.distributed.launch import init_distributed
@@ -108,7 +109,10 @@ def train(
                 metrics = run_folder.Metrics(config.run, after_step=state["step"])
                 stack.callback(metrics.close)
         stop = stack.enter_context(_stop_signal())
-        bar.say(f"{config.run}: {run.num_steps:,} steps on {_place(run)} in {run.precision}; {run.table_choice}")
+        bar.say(
+            f"{config.run}: {run.num_steps:,} steps on {_place(run)} in {run.precision}, {run.compilation_choice}; "
+            f"{run.table_choice}"
+        )
         _steps(run, state, metrics, bar, stop, command)
 
 
@@ -154,7 +158,8 @@ def _steps(
                 _record(run, metrics, "train", step, loss=mean_loss, **done, **numbers, **speed)
                 bar.update(step, loss=mean_loss, **speed)
             if step % config.validation_every == 0 or is_last:
-                found = _validate(run)
+                with without_compilation() if run.is_compiled else nullcontext():
+                    found = _validate(run)
                 _record(run, metrics, "validation", step, **found, **done, seconds=state["seconds"])
             stopped = int(max(run.ranks.all_gather_scalar(stop())))
             if stopped or step % config.checkpoint.every == 0 or is_last:

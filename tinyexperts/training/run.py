@@ -12,6 +12,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.layers import PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import Transformer
 from tinyexperts.optim import build_optimizers, expected_touched_share
+from tinyexperts.training.compilation import choose_compilation, compile_blocks
 from tinyexperts.training.config import OptimizerConfig, TrainConfig
 from tinyexperts.training.device import choose_device, choose_precision, report_out_of_memory
 from tinyexperts.training.distributed.ranks import ALONE, Ranks
@@ -37,6 +38,8 @@ class Run:
     num_steps: int
     flops_per_step: int
     table_choice: str
+    is_compiled: bool
+    compilation_choice: str
 
 
 def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
@@ -48,8 +51,8 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
 
     Raises:
         InputError: no data set, another vocabulary than the model's, too little text for a window, a device that is
-            missing or too small, FLOPs that pay for no step, or ranks that do not divide the batch, or the width into
-            64 columns at least.
+            missing or too small, FLOPs that pay for no step, ranks that do not divide the batch, or the width into
+            64 columns at least, or a compilation that was asked for and fails.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -82,6 +85,11 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
         raise InputError(
             f"training_flops must pay for one step at least, {flops_per_step:.3g}, got {config.training_flops}"
         )
+    is_compiled, compilation_choice = choose_compilation(
+        config.compile, device, training_flops=num_steps * flops_per_step, is_alone=ranks.size == 1
+    )
+    if is_compiled:
+        compile_blocks(model)
     return Run(
         config=config,
         ranks=ranks,
@@ -94,6 +102,8 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
         num_steps=num_steps,
         flops_per_step=flops_per_step,
         table_choice=table_choice,
+        is_compiled=is_compiled,
+        compilation_choice=compilation_choice,
     )
 
 

@@ -72,7 +72,7 @@ def evaluate_run(
         raise InputError(f"give either data or files, got {data} and {len(files)} files")
     require_at_least(1, "max_tokens", max_tokens)
     require_at_least(1, "batch_size", batch_size)
-    _set_threads(threads)
+    set_threads(threads)
     run = path_of("run", run)
     model = load_model(run, device=choose_device(device))
     text: EncodedText | TokenSplit
@@ -135,7 +135,7 @@ def generate_text(
         raise InputError(f"the prompt must be UTF-8, got {prompt!r}") from error
     if not 0 <= seed < 2**63:
         raise InputError(f"seed must be between 0 and 2^63 - 1, got {seed}")
-    _set_threads(threads)
+    set_threads(threads)
     run, where = path_of("run", run), choose_device(device)
     model = load_model(run, device=where)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
@@ -180,14 +180,19 @@ def ask_run(
     """
     require_at_least(1, "max_new_tokens", max_new_tokens)
     require_at_least(0, "num_fired", num_fired)
-    _set_threads(threads)
+    set_threads(threads)
     run = path_of("run", run)
     model = load_model(run, device=choose_device(device))
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     return answer(model, tokenizer, question, max_new_tokens=max_new_tokens, num_fired=num_fired)
 
 
-def _set_threads(threads: int | None) -> None:
+def set_threads(threads: int | None) -> None:
+    """Set torch's CPU threads; None leaves them as torch chose.
+
+    Raises:
+        InputError: fewer than one.
+    """
     require_at_least(1, "threads", threads)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -24,13 +24,15 @@ from tinyexperts.study.runner.display import Display, display_of
 
 POLL_SECONDS = 0.25
 PROGRAM = (sys.executable, "-m", "tinyexperts")
-# One core a run: each run's seconds are then its own, whatever else runs. Huge pages spare both methods page
-# faults, on Linux: 10 % of a dense step and 20 % of a PEER step, measured.
+# One core a run: each run's seconds are then its own, whatever else runs. On Linux huge pages, and memory that glibc
+# keeps rather than gives back after each step, spare both methods page faults: 10 to 20 % of a step, measured.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "RAYON_NUM_THREADS": "1",
     "THP_MEM_ALLOC_ENABLE": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),  # the largest that glibc takes
 }
 GRACE_SECONDS = 60.0  # for a checkpoint to be written after a request to stop
 

@@ -42,14 +42,7 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
         ]
 
     def measure(losses: Mapping[str, float]) -> list[GridRun]:
-        best = {method: _best_settings(scale, method, losses) for method in scale.layers}
-        return [
-            _run(scale, method, width=width, budget=budget, seed=seed, **best[method])
-            for budget in scale.budgets
-            for seed in scale.seeds
-            for width in scale.widths[budget]
-            for method in scale.layers
-        ]
+        return [run for budget in scale.budgets for run in runs_of_budget(scale, budget, losses)]
 
     def extend(losses: Mapping[str, float]) -> list[GridRun]:
         if scale.last_budget is None:
@@ -63,6 +56,23 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
         ]
 
     return tune, tune_further, measure, extend
+
+
+def runs_of_budget(scale: Scale, budget: float, losses: Mapping[str, float]) -> list[GridRun]:
+    """Return the runs of every method, width and seed at a budget, with the settings that the tuning chose.
+
+    Args:
+        scale (Scale): the scale.
+        budget (float): training FLOPs, one of the scale's budgets.
+        losses (Mapping[str, float]): the losses of the finished runs (nats a token) by name.
+    """
+    best = {method: _best_settings(scale, method, losses) for method in scale.layers}
+    return [
+        _run(scale, method, width=width, budget=budget, seed=seed, **best[method])
+        for seed in scale.seeds
+        for width in scale.widths[budget]
+        for method in scale.layers
+    ]
 
 
 def _variants(scale: Scale, method: str, factors: Sequence[float]) -> Iterator[tuple[str, dict[str, Any]]]:
