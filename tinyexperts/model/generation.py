@@ -10,7 +10,6 @@ from tinyexperts.model.evaluation_mode import evaluation_mode
 from tinyexperts.model.transformer import Cache, Transformer
 
 
-@torch.no_grad()
 def generate(
     model: Transformer,
     prompt: Tensor,
@@ -54,7 +53,8 @@ def generate(
     require_at_least(1, "top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
-    with evaluation_mode(model):
+    is_sharded = hasattr(model, "unshard")  # FSDP2 trains with what it gathers here
+    with evaluation_mode(model), torch.no_grad(), torch.inference_mode(not is_sharded):
         cache, tokens, step = Cache(model, len(prompt)), prompt, prompt
         ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
         for _ in range(max_new_tokens):
@@ -65,7 +65,7 @@ def generate(
             tokens = torch.cat([tokens, step], dim=1)
             if bool(ended.all()):
                 break
-    return tokens
+    return tokens.clone()  # a tensor of inference mode could not be trained on
 
 
 def _draw(
