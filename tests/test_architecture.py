@@ -19,7 +19,7 @@ FLOORS = [
     {"evaluation"},
     {"training"},
     {"planning", "comparison"},
-    {"study", "lifecycle", "hub"},
+    {"study", "explorer", "lifecycle", "hub"},
     {"bench"},
     {"cli"},
     {"__main__"},

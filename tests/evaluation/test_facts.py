@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tinyexperts.data import PrepareConfig, TokenDataset, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.evaluation import answer, evaluate, measure_facts
+from tinyexperts.evaluation.facts import answer_some
 from tinyexperts.layers import DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import Transformer, TransformerConfig, generate
 
@@ -89,6 +90,37 @@ def test_recall_is_that_of_greedy_generation_and_nats_are_the_answers_loss(facts
         assert 0 < found.all.recall < 1, "the model knows some, so that the comparison says something"
 
 
+@pytest.mark.parametrize("name", ["validation", "unseen-entities"])
+def test_answered_questions_are_those_of_the_statements_and_as_right_as_recall_says(facts, trained, name) -> None:
+    model, split = trained["peer"], facts.split(name)
+    found = answer_some(model, split, num_per_attribute=10**6)
+    assert len(found) == split.num_documents
+    texts = [facts.tokenizer.decode(split.document(number)[:-1].tolist()) for number in range(split.num_documents)]
+    assert sorted(f"{each.question} {each.truth}." for each in found) == sorted(text.strip() for text in texts)
+    recalls = measure_facts(model, split).by_attribute
+    for attribute, recall in recalls.items():
+        of_attribute = [each for each in found if each.attribute == attribute]
+        assert np.mean([each.is_right for each in of_attribute]) == pytest.approx(recall.recall)
+        assert answer_some(model, split, num_per_attribute=1)[list(recalls).index(attribute)] == of_attribute[0]
+    for each in found:
+        alone = answer(model, facts.tokenizer, each.question, max_new_tokens=32)
+        assert each.is_right == (alone.is_whole and alone.text == f"{each.truth}.")
+        assert each.answer == (alone.text.removesuffix(".") if alone.is_whole else f"{alone.text} ...")
+
+
+def test_an_answer_that_is_cut_off_says_so_and_is_wrong(facts) -> None:
+    model, split = make_model("dense"), facts.split("validation")
+    with torch.no_grad():
+        model.head.weight.normal_()
+        model.head.weight[split.end_of_text_id] = 0
+    found = answer_some(model, split)
+    assert len(found) == 4
+    assert all(each.answer.endswith(" ...") for each in found)
+    assert not any(each.is_right for each in found)
+    short = make_model(context_length=4)
+    assert answer_some(short, split) == []
+
+
 def test_bits_are_the_entropy_that_the_loss_leaves_times_the_facts(facts, trained) -> None:
     model = trained["peer"]
     found = measure_facts(model, facts.split("validation"))
@@ -134,6 +166,12 @@ def test_an_evaluation_asks_for_the_facts_of_the_splits_that_it_gets(facts, trai
     summary = evaluate(trained["dense"], facts.split("validation"), statements=facts.held_out_splits).summary()
     assert set(summary["facts"]) == {"validation", "unseen-phrasing", "unseen-entities"}
     assert summary["facts"]["validation"]["all"]["num_facts"] == facts.split("validation").num_documents
+    assert [each["attribute"] for each in summary["facts"]["validation"]["answers"]] == [
+        "open",
+        "open",
+        "floor",
+        "floor",
+    ]
     assert "facts" not in evaluate(trained["dense"], facts.split("validation")).summary()
 
 

@@ -65,6 +65,7 @@ STUDIES = {
     "placement": "Which block should carry the experts? The paper takes the middle one.",
     "optimizer": "Row-sparse or dense Adam on the tables, and at which learning rate? The paper does not say.",
     "granularity": "Sizes, tokens and active experts all vary, for the law L(P, D, G) that the paper builds on.",
+    "variants": "Gated experts, other router weights, norms and sub-keys, more blocks: one change at a time.",
     "facts": "Facts that dense, expert-choice MoE, PKM and PEER store at equal training FLOPs.",
 }
 
@@ -99,6 +100,7 @@ VERBS = Group(
         "evaluate": verbs.evaluate,
         "generate": verbs.generate,
         "ask": verbs.ask,
+        "inspect": verbs.inspect,
         "study": Group(
             "Train and compare several models, and write reports.",
             {

@@ -285,8 +285,39 @@ def ask(
     )
 
 
+def inspect(
+    run: Annotated[Path, tyro.conf.Positional],
+    question: tuple[str, ...] = (),
+    output: Path | None = None,
+    data_set: Annotated[Path | None, tyro.conf.arg(name="data")] = None,
+    device: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write a page about a run's experts: how much each is used, which ones a question fires, and what they hold.
+
+    For a data set of facts it also has the losses of facts without the experts that fire for them.
+
+    Args:
+        run: Folder of the run, whose model has a table of experts (PEER, product-key memory).
+        question: Beginnings of texts, such as "The city of NRT is" "NRT is the airport of". Default: of facts the best
+            answered question of each attribute.
+        output: The HTML file; default: inspect.html in the run's folder.
+        data_set: Another data set, prepared with the tokenizer of this run.
+        device: auto is cuda where there is one, else cpu.
+        threads: CPU threads; default: as torch chooses.
+    """
+    from tinyexperts.explorer import inspect_run
+
+    command = shlex.join(["tinyexperts", *sys.argv[1:]])
+    print(
+        inspect_run(
+            run, questions=question, output=output, data=data_set, device=device, threads=threads, command=command
+        )
+    )
+
+
 def demo() -> Callable[..., None]:
-    """Train PEER and its dense twin at equal training FLOPs on this Python's standard library, and write a report."""
+    """Train PEER and its dense twin at equal training FLOPs on facts about airports, and write a report."""
     from tinyexperts.study.demo import DemoConfig, run_demo
 
     def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:

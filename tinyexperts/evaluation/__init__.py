@@ -4,6 +4,7 @@ from tinyexperts.evaluation.answer import Answer, FiredExpert, answer
 from tinyexperts.evaluation.evaluate import Evaluation, evaluate
 from tinyexperts.evaluation.expert_usage import ExpertUsage, expert_usage, recorded_expert_usage
 from tinyexperts.evaluation.facts import FactRecall, Recall, measure_facts
+from tinyexperts.evaluation.fired import Firing, recorded_firing
 from tinyexperts.evaluation.perplexity import LossByCopy, Perplexity, bigram_stood_earlier, measure_perplexity
 from tinyexperts.evaluation.task import Subject, TaskResult
 
@@ -13,6 +14,7 @@ __all__ = [
     "ExpertUsage",
     "FactRecall",
     "FiredExpert",
+    "Firing",
     "LossByCopy",
     "Perplexity",
     "Recall",
@@ -25,4 +27,5 @@ __all__ = [
     "measure_facts",
     "measure_perplexity",
     "recorded_expert_usage",
+    "recorded_firing",
 ]

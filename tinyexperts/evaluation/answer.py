@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from tinyexperts.data import Tokenizer
 from tinyexperts.errors import InputError
-from tinyexperts.layers.product_key_layer import ProductKeyLayer
+from tinyexperts.evaluation.fired import recorded_firing
 from tinyexperts.model import Transformer, evaluation_mode, generate
-from tinyexperts.ops.activation import activate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +20,14 @@ class FiredExpert:
     layer: str
     head: int
     id: int
-    factor: float
-    """The factor of its output vector v in the layer's output: the router weight times the activation."""
+    router_weight: float
+    activation: float
+    """The factor that the expert computes from the token; 1 in a product-key memory."""
+
+    @property
+    def factor(self) -> float:
+        """The factor of its output vector v in the layer's output: the router weight times the activation."""
+        return self.router_weight * self.activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,13 @@ def answer(
         num_fired (int): experts to report.
 
     Raises:
-        InputError: an empty question, one that the tokenizer can't hold, or that the context has no room for.
+        InputError: an empty question, one that is no UTF-8, that the tokenizer can't hold, or that the context has no
+            room for.
     """
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the question must be UTF-8, got {question!r}") from error
     question = question.rstrip()
     ids = tokenizer.encode(question)
     if not ids:
@@ -85,8 +92,17 @@ def answer(
         end_of_text_id=tokenizer.end_of_text_id,
     )
     start = prompt.shape[1]
-    with evaluation_mode(model), torch.no_grad(), _fired(model, start - 1) as fired:
+    with evaluation_mode(model), torch.no_grad(), recorded_firing(model) as firing:
         log_probabilities = model(tokens[:, :-1])[0, start - 1 :].float().log_softmax(-1)
+    fired = [
+        FiredExpert(layer=name, head=head, id=id_, router_weight=weight, activation=activation)
+        for name, found in firing.items()
+        for head in range(found.ids.shape[2])
+        for id_, weight, activation in zip(
+            *(of_all[0, start - 1, head].tolist() for of_all in (found.ids, found.router_weights, found.activations)),
+            strict=True,
+        )
+    ]
     given = tokens[0, start:]
     text = tokenizer.decode(token for token in given.tolist() if token != tokenizer.end_of_text_id)
     return Answer(
@@ -95,39 +111,3 @@ def answer(
         is_whole=given[-1].item() == tokenizer.end_of_text_id,
         experts=tuple(sorted(fired, key=lambda expert: -abs(expert.factor))[:num_fired]),
     )
-
-
-@contextmanager
-def _fired(model: Transformer, place: int) -> Iterator[list[FiredExpert]]:
-    """Gather the experts that the token at a place retrieves while open."""
-    found: list[FiredExpert] = []
-    handles = []
-    try:
-        for name, layer in model.named_modules():
-            if isinstance(layer, ProductKeyLayer):
-
-                def gather(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor, name: str = name) -> None:
-                    assert isinstance(layer, ProductKeyLayer)
-                    x_D = inputs[0][0, place]
-                    routing = layer.route(x_D)
-                    factors = _factors(layer, x_D, routing.ids, routing.weights)
-                    for head, (ids, values) in enumerate(zip(routing.ids.tolist(), factors.tolist(), strict=True)):
-                        found.extend(
-                            FiredExpert(layer=name, head=head, id=id_, factor=value)
-                            for id_, value in zip(ids, values, strict=True)
-                        )
-
-                handles.append(layer.register_forward_hook(gather))
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _factors(layer: ProductKeyLayer, x_D: Tensor, ids_HK: Tensor, weights_HK: Tensor) -> Tensor:
-    """Return the factor of each expert's v (float, [H, K])."""
-    if layer.activation is None:
-        return weights_HK
-    products = torch.einsum("hked,d->hke", layer.experts[ids_HK][:, :, :-1], x_D)
-    factors = weights_HK * activate(products[..., 0], layer.activation)
-    return factors * products[..., 1] if products.shape[-1] == 2 else factors

@@ -63,6 +63,8 @@ class Findings:
     doubts: Sequence[str] = ()
     """A sentence for each thing that is missing or doubtful."""
     sections: Sequence[Section]
+    opening: Sequence[Section] = ()
+    """The sections before the findings."""
     samples: Mapping[str, tuple[Sample, ...]] | None = None
     """Texts of the models by their prompt; None: the page is about no texts."""
     repeatable: Sequence[str] = ()
@@ -87,7 +89,7 @@ class Page:
     @property
     def tables(self) -> list[Table]:
         """The tables of all sections."""
-        return [table for section in self.found.sections for table in section.tables]
+        return [table for section in (*self.found.opening, *self.found.sections) for table in section.tables]
 
     def as_html(self) -> str:
         """Return the page as HTML that needs no network."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 WIDTH, HEIGHT = 470, 320  # of the drawing, in its own units; the page scales it
-GREY, INK = "#8a8f98", "#30343b"
+GREY, INK, LINE = "#8a8f98", "#30343b", "#e4e6ea"
 # A curve begins with its fall from chance; a frame that held this share of the axis would flatten the rest.
 FALL = 0.3
 # The share of an axis that the name of a tick takes at least.
@@ -76,7 +76,7 @@ class Plot:
         self.axes: Axes = self._figure.add_subplot()
         self.axes.patch.set_alpha(0)
         self.axes.set(xlabel=x_label, ylabel=y_label)
-        self.axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
+        self.axes.grid(axis="y", color=LINE, linewidth=0.8)
         self.axes.tick_params(length=3)
         self._ends: list[tuple[float, float, str, str]] = []
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tinyexperts.report.numbers import MISSING
 
 # A number with its unit or its power of ten; two of them are an interval.
-_ONE = r"[-+\N{MINUS SIGN}]?[\d.,]+(?:e[-+]?\d+)?(?: ?[kMGTB%]| \N{MULTIPLICATION SIGN} 10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)?"
+_ONE = r"[-+\N{MINUS SIGN}]?[\d.,]+(?:e[-+]?\d+)?(?: ?(?:[kMGT]?B|[kMGT%])| \N{MULTIPLICATION SIGN} 10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)?"
 _END = "(?:" + _ONE + "|open)"
 _NUMBER = re.compile("(?:" + _END + "(?: to " + _END + ")?|not finite|" + MISSING + ")?")
 
@@ -30,6 +30,8 @@ class Table:
     """The color of the dot before each row; empty: no dots."""
     ends_in_mean: bool = False
     """The last row is the mean of the others."""
+    wraps: bool = False
+    """The cells are phrases that may be broken into lines."""
     is_folded: bool = False
     """The page shows the table when it is asked for."""
 

@@ -61,6 +61,7 @@ class TokenSplit:
         documents (int64 [num_documents, 2]): each document's first token, and the bytes of its text.
         num_bytes (int | None): the UTF-8 bytes of all texts, by which bits per byte are counted; None if the tokenizer
             loses text, of which the tokens then predict fewer bytes (the index has the number all the same).
+        tokenizer (Tokenizer): the tokenizer of the data set.
         facts (SplitFacts | None): the fact that each document states; None: the documents are no statements of facts.
         text_loss (str | None): the reason why `num_bytes` is None, a sentence; else None.
     """
@@ -81,6 +82,7 @@ class TokenSplit:
         """
         record = index.splits[name]
         self.name = name
+        self.tokenizer = tokenizer
         self.end_of_text_id = tokenizer.end_of_text_id
         self.vocab_size = index.vocab_size
         self.num_tokens = record.num_tokens

@@ -1,0 +1,74 @@
+"""The experts that tokens fire: router weight, activation and factor of each, recorded in a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tinyexperts.layers.product_key_layer import ProductKeyLayer
+from tinyexperts.layers.product_key_router import Routing
+from tinyexperts.ops.activation import activate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Firing:
+    """The experts that the tokens of a forward pass retrieved in one layer; each tensor is [B, T, H, K]."""
+
+    ids: Tensor
+    """The experts' ids (int64)."""
+    router_weights: Tensor
+    """The router weights (float)."""
+    activations: Tensor
+    """The factors that the experts compute from the token (float): act(u . x), times w . x if gated. A product-key
+    memory has none: 1."""
+
+    @property
+    def factors(self) -> Tensor:
+        """The factors of the vectors v in the layer's output (float)."""
+        return self.router_weights * self.activations
+
+
+@contextmanager
+def recorded_firing(model: nn.Module) -> Iterator[dict[str, Firing]]:
+    """Keep the experts that the last forward pass retrieved while open.
+
+    Args:
+        model (nn.Module): the model; its product-key layers are found by their class.
+
+    Yields:
+        The Firing by the layer's name; the next forward pass replaces it.
+    """
+    found: dict[str, Firing] = {}
+    handles = []
+    try:
+        for name, layer in model.named_modules():
+            if isinstance(layer, ProductKeyLayer):
+
+                def keep(
+                    _router: nn.Module,
+                    inputs: tuple[Tensor, ...],
+                    routing: Routing,
+                    name: str = name,
+                    layer: ProductKeyLayer = layer,
+                ) -> None:
+                    activations = _activations(layer, inputs[0], routing.ids)
+                    found[name] = Firing(ids=routing.ids, router_weights=routing.weights, activations=activations)
+
+                handles.append(layer.router.register_forward_hook(keep))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _activations(layer: ProductKeyLayer, x: Tensor, ids: Tensor) -> Tensor:
+    """Return the factor that each retrieved expert computes from its token."""
+    if layer.activation is None:
+        return torch.ones(ids.shape, dtype=x.dtype, device=x.device)
+    products = torch.einsum("...hkfd,...d->...hkf", layer.experts[:, :-1][ids], x)
+    activations = activate(products[..., 0], layer.activation)
+    return activations * products[..., 1] if products.shape[-1] == 2 else activations
