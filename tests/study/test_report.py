@@ -122,11 +122,11 @@ def test_report_table_of_runs_shows_each_value_of_the_folders(tmp_path: Path) ->
     page = report(tmp_path, [make_run(tmp_path, "dense", 0, 4.2), make_run(tmp_path, "peer", 0, 4.15, seconds=100)])
     dense, peer = rows(page, "Runs")
     assert dense == [
-        *("dense", "0", "4.200", "66.69", "1.789", "4.900", "3.000", "790 k", "790 k"),
+        *("dense", "0", "4.200", "66.69", "1.789", "4.900", "3.000", "790 k", "790 k", "3.16 MB"),
         *("3.20 × 10¹²", "0.0 %", "1.00 M", "80", "12,500"),
     ]
     assert peer == [
-        *("PEER", "0", "4.150", "63.43", "1.789", "4.900", "3.000", "790 k", "9.16 M"),
+        *("PEER", "0", "4.150", "63.43", "1.789", "4.900", "3.000", "790 k", "9.16 M", "36.7 MB"),
         *("3.20 × 10¹²", "7.7 %", "1.00 M", "100", "10,000"),
     ]
     assert rows(page, "Expert usage") == [["PEER", "0", "blocks.2", "16", "75.0 %", "0.35", "0.38", "4"]]

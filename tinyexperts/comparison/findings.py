@@ -38,12 +38,12 @@ def verdict_on(
     return Finding(text=claim, verdict=verdict if is_finished else "unfinished", evidence=evidence)
 
 
-def format_interval(difference: SeedInterval) -> str:
+def format_interval(difference: SeedInterval, digits: int = 3) -> str:
     """Return the 95 % interval, or a dash where nothing bounds it."""
     low, high = difference.bounds
-    return f"{signed(low)} to {signed(high)}" if math.isfinite(low) else MISSING
+    return f"{signed(low, digits)} to {signed(high, digits)}" if math.isfinite(low) else MISSING
 
 
-def difference_cells(found: SeedInterval | None) -> tuple[str, str]:
+def difference_cells(found: SeedInterval | None, digits: int = 3) -> tuple[str, str]:
     """Return a difference and its interval as cells of a table."""
-    return (MISSING, MISSING) if found is None else (signed(found.mean), format_interval(found))
+    return (MISSING, MISSING) if found is None else (signed(found.mean, digits), format_interval(found, digits))

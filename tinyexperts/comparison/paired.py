@@ -52,10 +52,22 @@ class Comparison:
         """Method divided by baseline by seed."""
         return self.ours[[*_RATIOS]].astype(float) / self.theirs[[*_RATIOS]].astype(float)
 
+    def interval(self, column: str = HELD_OUT, *, factor: float = 1.0) -> SeedInterval:
+        """Return method minus baseline in a column of the frame, times a factor."""
+        differences = self.ours[column].astype(float) - self.theirs[column].astype(float)
+        return SeedInterval(values=tuple(factor * differences))
+
     @property
-    def interval(self) -> SeedInterval:
-        """Method minus baseline in held-out nats a token."""
-        return SeedInterval(values=tuple(self.differences[HELD_OUT]))
+    def budget(self) -> str:
+        """The training FLOPs of the two in words: equal, or how unequal."""
+        ratios = self.ratios.training_flops
+        if ratios.isna().any():
+            return "training FLOPs that were not all recorded"
+        worst = ratios.loc[(ratios - 1).abs().idxmax()]
+        if abs(worst - 1) <= EQUAL_FLOPS_TOLERANCE:
+            return "equal training FLOPs, not equal time"
+        spent = f"{label_of(self.method)} spent {worst:.2f} times {label_of(self.baseline)}'s"
+        return f"unequal training FLOPs ({spent})"
 
     @property
     def verdict(self) -> str:
@@ -66,8 +78,8 @@ class Comparison:
         return f"{self._finding(method, baseline)} {self._losses(method)}"
 
     def _finding(self, method: str, baseline: str) -> str:
-        found, budget = self.interval, self._budget(method)
-        what = f"{budget}, {method} minus {baseline} in held-out loss is {signed(found.mean)} nats a token"
+        found = self.interval()
+        what = f"{self.budget}, {method} minus {baseline} in held-out loss is {signed(found.mean)} nats a token"
         if len(self.seeds) == 1:
             return f"Can't tell from one seed: at {what}."
         pairs = zip(self.seeds, found.values, strict=True)
@@ -77,18 +89,9 @@ class Comparison:
             bounds = f"goes from {signed(low)} to {signed(high)}" if math.isfinite(low) else "is not known"
             return f"Can't tell at this scale: at {what} in the mean, and its 95 % interval {bounds} ({each})."
         return (
-            f"At {budget}, {method}'s held-out loss is {abs(found.mean):.3f} nats a token {found.outcome} than "
+            f"At {self.budget}, {method}'s held-out loss is {abs(found.mean):.3f} nats a token {found.outcome} than "
             f"{baseline}'s in the mean of {len(self.seeds)} seeds ({each})."
         )
-
-    def _budget(self, method: str) -> str:
-        ratios = self.ratios.training_flops
-        if ratios.isna().any():
-            return "training FLOPs that were not all recorded"
-        worst = ratios.loc[(ratios - 1).abs().idxmax()]
-        if abs(worst - 1) <= EQUAL_FLOPS_TOLERANCE:
-            return "equal training FLOPs, not equal time"
-        return f"unequal training FLOPs ({method} spent {worst:.2f} times {self.baseline}'s)"
 
     def _losses(self, method: str) -> str:
         losses = []

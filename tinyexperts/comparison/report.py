@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tinyexperts.comparison.facts import facts_opening, facts_verdict, is_on_facts, measures_table
 from tinyexperts.comparison.figures import difference_curves, loss_curves, usage_histogram
 from tinyexperts.comparison.frame import HELD_OUT
 from tinyexperts.comparison.methods import label_of
@@ -81,10 +82,17 @@ def findings_of(runs: Sequence[Results], baseline: str) -> Findings:
         "axis; the first fall from chance runs out of them."
     )
     histograms = [usage_histogram(run, layer) for run in runs for layer in run.expert_usage]
+    verdicts = [sentence for comparison in comparisons for sentence in verdicts_on(comparison)]
+    opening = facts_opening(runs)
     return Findings(
-        findings=[Finding(text=comparison.verdict) for comparison in comparisons] or [Finding(text=nothing)],
+        opening=opening,
+        findings=[Finding(text=text) for text in verdicts or [nothing]],
         doubts=[problem for run in runs for problem in run.problems] + _incomparable(runs),
         sections=[
+            *(
+                Section(title=table.title, tables=(table,))
+                for table in map(measures_table, filter(is_on_facts, comparisons))
+            ),
             *(_seed_by_seed(comparison) for comparison in comparisons if comparison.seeds),
             Section(
                 title="Held-out loss during training",
@@ -94,9 +102,14 @@ def findings_of(runs: Sequence[Results], baseline: str) -> Findings:
             Section(title="Runs", tables=(_runs_table(runs),)),
             *_usage_section(runs, _drawn(histograms)),
         ],
-        samples=_samples(runs),
+        samples=_samples(runs) or (None if opening else {}),
         folded={f"{run.name}: command and configuration": _command_and_config(run) for run in runs},
     )
+
+
+def verdicts_on(comparison: Comparison) -> list[str]:
+    """Return paragraphs about a comparison: the facts that both were asked for, if they were, and the loss."""
+    return [*([facts_verdict(comparison)] if is_on_facts(comparison) else []), comparison.verdict]
 
 
 def _drawn(drawings: Sequence[Drawing | None]) -> tuple[Drawing, ...]:
@@ -152,7 +165,14 @@ def _runs_table(runs: Sequence[Results]) -> Table:
         title="Runs",
         columns=(
             *("Method", "Seed", "Held-out loss, nats", "Perplexity", "Bits a byte", "Loss, new tokens"),
-            *("Loss, stood earlier", "Active parameters", "Total parameters", "Training FLOPs", "of it router"),
+            *(
+                "Loss, stood earlier",
+                "Active parameters",
+                "Total parameters",
+                "Weights",
+                "Training FLOPs",
+                "of it router",
+            ),
             *("Training tokens", "Seconds", "Tokens a second"),
         ),
         rows=tuple(
@@ -164,6 +184,7 @@ def _runs_table(runs: Sequence[Results]) -> Table:
                 fixed(run.evaluated("bits_per_byte"), 3),
                 *(fixed(run.evaluated("loss_by_copy", part), 3) for part in ("new", "stood_earlier")),
                 *(format_count(run.parameters(kind)) for kind in ("active", "total")),
+                _bytes_of_weights(run),
                 scientific(run.last.get("training_flops")),
                 percent(run.router_share),
                 format_count(run.last.get("num_tokens")),
@@ -175,6 +196,12 @@ def _runs_table(runs: Sequence[Results]) -> Table:
         note="\n".join(notes),
         colors=tuple(run.look.color for run in runs),
     )
+
+
+def _bytes_of_weights(run: Results) -> str:
+    """Return the memory of the weights, which training keeps in fp32."""
+    total = run.parameters("total")
+    return MISSING if total is None else f"{format_count(4 * total)}B"
 
 
 def _held_out(run: Results) -> str:

@@ -98,7 +98,9 @@ def read_results(folder: str | os.PathLike[str]) -> Results:
     run = _read_json(folder / "run.json", dict, problems)
     lines = _read_metrics(folder / "metrics.jsonl", problems)
     evaluation = _read_json(folder / "evaluation.json", dict, problems)
-    samples = _read_json(folder / "samples.json", list, problems) or []
+    # Few runs have samples, and the page says so where none has.
+    path = folder / "samples.json"
+    samples = (_read_json(path, list, problems) if path.exists() else None) or []
     method, seed = _method_and_seed(folder.name, config)
     return Results(
         folder=folder,

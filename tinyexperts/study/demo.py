@@ -1,39 +1,56 @@
-"""The demo: PEER and its dense twin on the standard library's source, at equal training FLOPs, up to a report."""
+"""The demo: PEER and its dense twin on facts about airports, at equal training FLOPs, up to a report."""
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tinyexperts.comparison.facts import NATS
+from tinyexperts.comparison.frame import HELD_OUT, frame_of
 from tinyexperts.comparison.methods import method_named
 from tinyexperts.comparison.paired import compare_methods
-from tinyexperts.comparison.report import findings_of
+from tinyexperts.comparison.report import findings_of, verdicts_on
 from tinyexperts.comparison.results import Results, read_results
+from tinyexperts.data.facts.table import AIRPORTS
 from tinyexperts.data.prepare import PrepareConfig, prepare
-from tinyexperts.data.shards.reader import TokenDataset
+from tinyexperts.data.shards.index import FACT_SPLIT_NAMES
 from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.report.numbers import format_count
 from tinyexperts.report.page import Findings
 from tinyexperts.study.analysis.frame import StudyRuns
+from tinyexperts.study.analysis.tables import number
 from tinyexperts.study.grid import GridRun, Stage
 from tinyexperts.study.run_study import StudyConfig, run_stages
-from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Command, Job, run_jobs
 from tinyexperts.study.runner.study_folder import StudyFolder
 from tinyexperts.study.runner.study_record import StudySettings
 from tinyexperts.study.study import Study
 from tinyexperts.study.study_report import write_study_report
-from tinyexperts.training.config import path_of
+from tinyexperts.training.config import path_of, with_settings
 
-METHODS = ("peer", "dense")
-TITLE = "PEER and its dense twin at equal training FLOPs"
+# The sizes of the runs: the width of each method, and what both share.
+WIDTHS = {"dense": 48, "peer": 32}
+NUM_AIRPORTS = 300
+VOCAB_SIZE = 1024
+SETTINGS: Mapping[str, Any] = {
+    "model.vocab_size": VOCAB_SIZE,
+    "model.context_length": 128,
+    "batch_size": 8,
+    "threads": 1,
+    "validation_every": 100,
+    "validation_tokens": 8192,
+}
+_HEAD_DIM = 16
+TITLE = "Facts that PEER and its dense twin know at equal training FLOPs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +59,12 @@ class DemoConfig:
 
     output: Path = Path("runs/demo")
     """Folder of the corpus, the runs and report.html."""
-    training_flops: float = 2.4e12
+    training_flops: float = 1.5e12
     """Training FLOPs of each run, router counted."""
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Each method is trained once for each seed."""
     num_parallel: int = 2
     """Runs at a time, one core each."""
-    prompts: tuple[str, ...] = ("import os\n\n\ndef ", "class ")
-    """Texts that each trained model continues for the report."""
-    max_new_tokens: int = 64
-    """Length of each continuation, in tokens."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", path_of("output", self.output))
@@ -63,8 +76,7 @@ class DemoConfig:
             or not 0 <= min(self.seeds) <= max(self.seeds) < 2**63
         ):
             raise InputError(f"seeds must be one or more different numbers from 0 to 2^63 - 1, got {self.seeds}")
-        for name in ("num_parallel", "max_new_tokens"):
-            require_at_least(1, name, getattr(self, name))
+        require_at_least(1, "num_parallel", self.num_parallel)
 
     @property
     def data(self) -> Path:
@@ -73,7 +85,7 @@ class DemoConfig:
 
 
 def run_demo(config: DemoConfig) -> None:
-    """Prepare the corpus, train, evaluate and sample every run, write the report, and print the results.
+    """Prepare the facts, train and evaluate every run, write the report, and print the results.
 
     Runs that an earlier call with these settings finished are kept, those that it began are continued.
 
@@ -82,6 +94,7 @@ def run_demo(config: DemoConfig) -> None:
 
     Raises:
         InputError: a run failed, after the others have ended and the report is written; a folder of another study.
+        MissingExtra: the package of the airports is not installed.
         Interrupted: on Ctrl-C, after the runs are saved.
     """
     folder = StudyFolder(config.output)
@@ -89,10 +102,11 @@ def run_demo(config: DemoConfig) -> None:
     with folder.exclusive_lock():
         folder.begin(settings)
         if not config.data.exists():
-            prepare(PrepareConfig(output=config.data))
-        num_train_tokens = TokenDataset.open(config.data).split("train").num_tokens
+            prepare(
+                PrepareConfig(output=config.data, corpus=AIRPORTS, max_entities=NUM_AIRPORTS, vocab_size=VOCAB_SIZE)
+            )
         execution = StudyConfig(data=config.data, output=config.output, num_parallel=config.num_parallel)
-        run_stages(folder, DEMO.stages(config), execution, num_train_tokens, show=partial(_show, folder, config))
+        run_stages(folder, DEMO.stages(config), execution, math.inf, show=partial(_show, folder))
         failed = [
             status.reason for run in folder.planned_runs() if (status := folder.status_of(run.name)).state != "done"
         ]
@@ -103,22 +117,24 @@ def run_demo(config: DemoConfig) -> None:
 def _stages(config: DemoConfig) -> tuple[Stage]:
     def train(losses: Mapping[str, float]) -> list[GridRun]:
         # Methods in turn, so that both cores end at about the same time.
-        return [_run(config, method, seed) for seed in config.seeds for method in METHODS]
+        return [_run(config, method, seed) for seed in config.seeds for method in WIDTHS]
 
     return (train,)
 
 
 def _run(config: DemoConfig, method: str, seed: int) -> GridRun:
-    name = f"{method}-seed{seed}"
-    settings = replace(
+    name, width = f"{method}-seed{seed}", WIDTHS[method]
+    settings = with_settings(
         method_named(method).recipe(),
-        run=config.output / name,
-        data=config.data,
-        training_flops=config.training_flops,
-        seed=seed,
-        threads=1,
-        validation_every=50,
-        validation_tokens=8192,
+        {
+            **SETTINGS,
+            "model.d_model": width,
+            "model.num_heads": width // _HEAD_DIM,
+            "run": config.output / name,
+            "data": config.data,
+            "training_flops": config.training_flops,
+            "seed": seed,
+        },
     )
     return GridRun(name=name, method=method, axes={"seed": seed}, config=settings)
 
@@ -130,53 +146,38 @@ def _findings(runs: StudyRuns) -> Findings:
 
 DEMO = Study(
     name="demo",
-    summary="Train PEER and its dense twin at equal training FLOPs on this Python's standard library, to a report.",
-    question="At equal training FLOPs, does PEER reach a lower loss than its dense twin?",
+    summary="Train PEER and its dense twin at equal training FLOPs on facts about airports, to a report.",
+    question=f"At equal training FLOPs, does PEER know more facts about {NUM_AIRPORTS} airports than its dense twin?",
     stages=_stages,
+    is_about_facts=True,
     findings=_findings,
 )
 
 
-def _show(folder: StudyFolder, config: DemoConfig) -> None:
-    """Sample the models, write the report and print the results; nothing where no run is done."""
+def _show(folder: StudyFolder) -> None:
+    """Write the report and print the results; nothing where no run is done."""
     done = [folder.run_path(name) for name in folder.losses()]
-    if not done:
-        return
-    jobs = [job for path in done if (job := _sampling(config, path, folder.log_path(path.name))).commands]
-    run_jobs(jobs, num_parallel=config.num_parallel, environment=ENVIRONMENT, console=Console(stderr=True))
-    report = write_study_report(DEMO, folder, command=shlex.join(["tinyexperts", *sys.argv[1:]]))
-    _print_results([read_results(path) for path in done], report)
-
-
-def _sampling(config: DemoConfig, path: Path, log: Path) -> Job:
-    """Return the commands that continue the prompts by a run's model and keep the texts in the run's folder."""
-    sampled = [sample["prompt"] for sample in read_results(path).samples]
-    options = ("--max-new-tokens", str(config.max_new_tokens), "--seed", "0", "--save")
-    commands = [
-        Command(name="sampling", arguments=(*PROGRAM, "generate", str(path), "--prompt", prompt, *options))
-        for prompt in config.prompts
-        if prompt not in sampled
-    ]
-    return Job(folder=path, commands=tuple(commands), log=log)
+    if done:
+        report = write_study_report(DEMO, folder, command=shlex.join(["tinyexperts", *sys.argv[1:]]))
+        _print_results([read_results(path) for path in done], report)
 
 
 def _print_results(runs: Sequence[Results], report: Path) -> None:
-    title = "held-out loss in nats a token; active and total parameters"
+    title = "recall (%) of known facts, in words never seen, of airports never seen; nats a fact; nats a token"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("run", no_wrap=True)
-    for heading in ("loss", "perplexity", "bits/byte", "active", "total", "seconds", "tokens/s"):
+    for heading in ("recall", "new words", "control", "nats", "loss", "parameters", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for run in runs:
-        measured = [
-            *((run.evaluated("loss"), ".3f"), (run.evaluated("perplexity"), ".2f")),
-            (run.evaluated("bits_per_byte"), ".3f"),
-            *((run.last.get("seconds"), ",.0f"), (run.tokens_per_second, ",.0f")),
+    for run, row in zip(runs, frame_of(runs).to_dict("records"), strict=True):
+        cells = [
+            *(number(100 * row[f"recall, {split}"], ".1f") for split in FACT_SPLIT_NAMES if split != "train"),
+            *(number(row[NATS], ".2f"), number(row[HELD_OUT], ".3f")),
+            *(format_count(run.parameters("total")), number(row["tokens_per_second"], ",.0f")),
         ]
-        loss, perplexity, bits, *speed = ("-" if value is None else format(value, spec) for value, spec in measured)
-        parameters = (format_count(run.parameters(kind)) for kind in ("active", "total"))
-        table.add_row(run.name, loss, perplexity, bits, *parameters, *speed)
+        table.add_row(run.name, *cells)
     console = Console()
     console.print(table)
     for comparison in compare_methods(runs, "dense"):
-        console.print(comparison.verdict, highlight=False)
+        for sentence in verdicts_on(comparison):
+            console.print(sentence, highlight=False, markup=False)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
