@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
 
 from tinyexperts.planning.model_costs import account
+from tinyexperts.study.runner.planned_run import finish_run
 from tinyexperts.study.runner.study_folder import StudyFolder
 from tinyexperts.study.runner.study_record import StudySettings
-from tinyexperts.study.scales import scale_named
+from tinyexperts.study.scales import on_facts, scale_named
 
 
 def fill(path, study, loss, *, corpora=(), skip=(), facts=None):
     """A study folder at laptop scale whose runs ended with the given losses, and recalls and nats by split."""
-    folder, stages = StudyFolder(path), study.stages(scale_named("laptop", data=Path("data/none"), vocab_size=512))
+    scale = scale_named("laptop", data=Path("data/none"), vocab_size=512)
+    folder, stages = StudyFolder(path), study.stages(scale if facts is None else on_facts(scale))
     folder.begin(StudySettings(study=study.name, scale="laptop", data="data/none", evaluation_corpora=corpora))
     known = {}
     for stage in stages:
@@ -66,3 +69,9 @@ def fill(path, study, loss, *, corpora=(), skip=(), facts=None):
             for corpus in corpora:
                 (where / f"evaluation-{Path(corpus).stem}.json").write_text(json.dumps({"loss": value + 0.25}))
     return folder
+
+
+def finish_and_keep_stderr(folder, name, path):
+    """In a process of its own, where stderr is the test's."""
+    with path.open("w") as file, redirect_stderr(file):
+        finish_run(folder, name)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from study_folder import fill
 
-from tinyexperts.study.scales import scale_named
+from tinyexperts.study.scales import on_facts, scale_named
 from tinyexperts.study.studies.facts import FACTS
-from tinyexperts.study.studies.facts.grid import FRESH_SEEDS, LAST_SEEDS, facts_scale
+from tinyexperts.study.studies.facts.grid import FRESH_SEEDS, LAST_SEEDS
+from tinyexperts.study.studies.num_experts import NUM_EXPERTS
+from tinyexperts.study.studies.variants import VARIANTS
 from tinyexperts.study.study_report import write_study_report
 
 BEST = {"dense": 48, "moe": 32, "pkm": 32, "peer": 32}
@@ -57,13 +59,13 @@ def test_fresh_seeds_are_run_at_each_best_width_of_each_budget(folder) -> None:
     assert not {run.config.seed for run in runs} & {run.config.seed for run in others}
     assert len({run.name for run in (*runs, *others)}) == len(runs) + len(others)
     # A budget is compared before the next, larger one is begun.
-    stages = FACTS.stages(scale_named("laptop", data=Path("data/none"), vocab_size=512))
+    stages = FACTS.stages(scale_of_facts())
     budgets = [{run.axes["budget"] for run in stage({})} for stage in stages]
     assert budgets[2::2] == [{2.5e12}, {1e13}, {3e13}, set()]
 
 
 def scale_of_facts():
-    return facts_scale(scale_named("laptop", data=Path("data/none"), vocab_size=512))
+    return on_facts(scale_named("laptop", data=Path("data/none"), vocab_size=512))
 
 
 def test_the_sizes_are_those_of_statements() -> None:
@@ -72,7 +74,7 @@ def test_the_sizes_are_those_of_statements() -> None:
     assert min(map(min, scale.widths.values())) == 16
     assert max(map(max, scale.widths.values())) == 96
     minute = scale_named("minute", data=Path("data/none"), vocab_size=512)
-    assert facts_scale(minute) == minute
+    assert on_facts(minute) == minute
 
 
 def rows_of(folder, name):
@@ -106,6 +108,39 @@ def test_runs_to_come_leave_the_verdict_open(tmp_path) -> None:
     page = write_study_report(FACTS, folder, command="x").read_text(encoding="utf-8")
     assert page.count("<strong>unfinished</strong>") == 3
     assert page.count("<strong>reproduced</strong>") == 3 * len(scale_of_facts().budgets)
+
+
+def test_an_ablation_on_facts_is_judged_by_the_nats_of_an_answer(tmp_path) -> None:
+    def facts(run) -> dict[str, tuple[float, float]]:
+        nats = 8 - 0.1 * run.config.model.expert_layer.num_experts**0.5 / 64 + 0.01 * (run.axes["seed"] % 3)
+        return {"validation": (0.25, nats)}
+
+    # By the loss a token more experts would be worse.
+    folder = fill(
+        tmp_path / "study", NUM_EXPERTS, lambda run: 2 + 1e-7 * run.config.model.expert_layer.num_experts, facts=facts
+    )
+    runs = folder.planned_runs()
+    assert {run.axes["num_experts"] for run in runs} == {64**2, 128**2, 256**2, 512**2, 1024**2}
+    assert {run.axes["width"] for run in runs} == {32}
+    page = write_study_report(NUM_EXPERTS, folder, command="x").read_text(encoding="utf-8")
+    assert page.count("<strong>reproduced</strong>") == 2
+    assert "How often data was repeated" not in page
+    row = next(
+        row for row in rows_of(folder, "points") if (row["num experts"], row["budget"]) == ("1,048,576", "1e+13")
+    )
+    assert (row["nats a fact"], row["recall, %"]) == ("6.41", "25.0")
+    assert row["nats a fact against it"] == "\N{MINUS SIGN}1.50"
+    assert row["loss against the first of its series"] == "+0.104"
+
+
+def test_the_variants_differ_from_the_papers_layer_in_one_setting() -> None:
+    runs = {run.axes["variant"]: run.config for run in VARIANTS.stages(scale_of_facts())[0]({})}
+    paper = runs.pop("paper").model
+    for name, config in runs.items():
+        layers = [vars(model.expert_layer) | {"blocks": model.expert_blocks} for model in (paper, config.model)]
+        assert sum(layers[0][field] != layers[1][field] for field in layers[0]) == 1, name
+    assert runs["two-blocks"].model.blocks_with_experts == (1, 2)
+    assert runs["all-blocks"].model.blocks_with_experts == (0, 1, 2, 3)
 
 
 def test_a_data_set_without_facts_is_refused(run_cli, tiny_data, tmp_path) -> None:

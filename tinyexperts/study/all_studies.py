@@ -11,9 +11,13 @@ from tinyexperts.study.studies.num_experts import NUM_EXPERTS
 from tinyexperts.study.studies.optimizer import OPTIMIZER
 from tinyexperts.study.studies.placement import PLACEMENT
 from tinyexperts.study.studies.query_norm import QUERY_NORM, USAGE
+from tinyexperts.study.studies.variants import VARIANTS
 from tinyexperts.study.study import Study
 
-STUDIES = (ISOFLOP, NUM_EXPERTS, ACTIVE_EXPERTS, QUERY_NORM, USAGE, PLACEMENT, OPTIMIZER, GRANULARITY, FACTS)
+STUDIES = (
+    *(ISOFLOP, NUM_EXPERTS, ACTIVE_EXPERTS, QUERY_NORM, USAGE),
+    *(PLACEMENT, OPTIMIZER, GRANULARITY, VARIANTS, FACTS),
+)
 
 
 def study_named(name: str) -> Study:

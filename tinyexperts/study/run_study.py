@@ -24,7 +24,7 @@ from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Command, 
 from tinyexperts.study.runner.status import print_status
 from tinyexperts.study.runner.study_folder import StudyFolder
 from tinyexperts.study.runner.study_record import StudySettings
-from tinyexperts.study.scales import ScaleName, scale_named
+from tinyexperts.study.scales import ScaleName, on_facts, scale_named
 from tinyexperts.study.study import Study
 from tinyexperts.study.study_report import write_study_report
 from tinyexperts.training import Interrupted
@@ -104,19 +104,21 @@ def run_study(study: Study, config: StudyConfig) -> None:
     """
     data = config.data or Path("data/airports" if study.is_about_facts else "data/stdlib")
     dataset = None if config.dry_run and not data.exists() else TokenDataset.open(data)
-    if study.is_about_facts and dataset is not None and dataset.split("validation").facts is None:
+    has_facts = study.is_about_facts if dataset is None else dataset.split("validation").facts is not None
+    if study.is_about_facts and not has_facts:
         raise InputError(
             f"the study {study.name} needs a data set of facts, and {printable(data)} is none; "
             "tinyexperts data prepare --corpus airports makes one"
         )
     vocab_size = _VOCAB_SIZE_UNTIL_THERE_IS_DATA if dataset is None else dataset.index.vocab_size
-    stages = study.stages(scale_named(config.scale, data=data, vocab_size=vocab_size))
+    scale = scale_named(config.scale, data=data, vocab_size=vocab_size)
+    stages = study.stages(on_facts(scale) if has_facts else scale)
     if config.dry_run or dataset is None:
         print_plan(study.name, config.scale, study.question, expected_runs(stages), is_tuned=len(stages) > 1)
         if dataset is None:
             print(f"There is no data set in {data}: a vocabulary of {vocab_size:,} is assumed.")
         return
-    num_train_tokens = math.inf if study.is_about_facts else dataset.split("train").num_tokens
+    num_train_tokens = math.inf if has_facts else dataset.split("train").num_tokens
     # Later stages, too: a grid that can't be run is refused before hours are spent.
     check_grid(expected_runs(stages), num_train_tokens)
     corpora_sha256 = {path.stem: _sha256_of_text(path) for path in config.evaluation_corpora}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -47,6 +47,8 @@ class Scale:
     """A larger budget, for each method's best width at the largest of `budgets` alone; None: there is none."""
     peer_settings: Mapping[str, Any] = field(default_factory=dict)
     """The settings that the isoFLOP study's tuning chose for PEER, by dotted names; the ablations take them."""
+    peer_width: int | None = None
+    """The model width D of the ablations; None: the middle one."""
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -93,6 +95,20 @@ def scale_named(name: ScaleName, *, data: Path, vocab_size: int) -> Scale:
     if name not in get_args(ScaleName):
         raise InputError(f"the scale must be one of {', '.join(get_args(ScaleName))}, got {name!r}")
     return {"minute": _minute, "laptop": _laptop, "gpu": _gpu, "paper": _paper}[name](data, vocab_size)
+
+
+def on_facts(scale: Scale) -> Scale:
+    """Return a scale for data sets of facts: statements are short, and small models store what a table does not."""
+    if scale.name != "laptop":
+        return scale
+    return replace(
+        scale,
+        base=with_settings(scale.base, {"model.context_length": 128, "batch_size": 8}),
+        widths={2.5e12: (16, 32, 48, 64), 1e13: (16, 32, 48, 64, 96), 3e13: (32, 48, 64, 96)},
+        experts=(*scale.experts, 1024**2),
+        peer_settings={},
+        peer_width=32,
+    )
 
 
 def _base(

@@ -22,6 +22,6 @@ class Study:
     stages: Callable[[Any], Sequence[Stage]]
     """The stages of runs at a scale (scales.py)."""
     is_about_facts: bool = False
-    """True if the study needs a data set of facts, which are seen many times until they are learned."""
+    """True if the study needs a data set of facts; the others take one too."""
     findings: Callable[[StudyRuns], Findings]
     """The findings from its runs, of which some may still be to come."""

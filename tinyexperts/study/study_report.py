@@ -32,7 +32,7 @@ def write_study_report(study: Study, folder: StudyFolder, *, command: str) -> Pa
     Raises:
         InputError: no run of the study is done.
     """
-    runs = read_runs(folder, repeats_data=study.is_about_facts)
+    runs = read_runs(folder)
     if not runs.results:
         raise InputError(f"no run of the study in {folder.path} is done: there is nothing to report")
     page = _page(study, folder, runs, command)

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyexperts.comparison.facts import NATS, RECALL
 from tinyexperts.comparison.frame import HELD_OUT, row_of
 from tinyexperts.comparison.results import Results, read_results
 from tinyexperts.data import TokenDataset
@@ -64,13 +65,8 @@ def texts_of(runs: pd.DataFrame) -> list[str]:
     return [column for column in runs.columns if column.startswith("loss, ")]
 
 
-def read_runs(folder: StudyFolder, *, repeats_data: bool = False) -> StudyRuns:
-    """Read the runs of a study's folder, though runs may end meanwhile.
-
-    Args:
-        folder (StudyFolder): the folder.
-        repeats_data (bool): True if runs are meant to see their data many times, which is then no doubt.
-    """
+def read_runs(folder: StudyFolder) -> StudyRuns:
+    """Read the runs of a study's folder, though runs may end meanwhile."""
     import pandas as pd
 
     settings, runs = folder.settings(), folder.planned_runs()
@@ -105,7 +101,7 @@ def read_runs(folder: StudyFolder, *, repeats_data: bool = False) -> StudyRuns:
         frame=frame,
         planned={run.name: run for run in runs},
         results=results,
-        problems=problems + (_repeated(settings, frame[frame.state == "done"]) if results and not repeats_data else []),
+        problems=problems + (_repeated(settings, frame[frame.state == "done"]) if results else []),
     )
 
 
@@ -121,7 +117,9 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def _repeated(settings: StudySettings, done: pd.DataFrame) -> list[str]:
-    """Return a sentence about runs that saw their data more often than is as good as new."""
+    """Return a sentence about runs that saw their data more often than is as good as new; facts are meant to be."""
+    if done[NATS].notna().any():
+        return []
     try:
         num_tokens = TokenDataset.open(Path(settings.data), verify=False).split("train").num_tokens
     except InputError as error:
@@ -143,6 +141,7 @@ def points_of(runs: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     points["loss"] = groups[HELD_OUT].mean()
     points["deviation"] = groups[HELD_OUT].std()
     points[["usage", "unevenness"]] = groups[["usage", "unevenness"]].mean()
+    points[["nats", "recall"]] = groups[[NATS, RECALL]].mean()
     points["num_seeds"] = groups.size()
     return points.reset_index()
 

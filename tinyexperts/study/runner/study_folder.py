@@ -114,7 +114,7 @@ class StudyFolder(StudyRecord):
             self.write_planned(runs)
         if number < len(stages):
             return [self.planned_run(name) for name in stages[number].runs]
-        failed = [run.name for run in self.planned_runs() if self.status_of(run.name).state == "failed"]
+        failed = [name for name in self.planned_names() if self.status_of(name).state == "failed"]
         runs = plan(self.losses())
         self.write_planned(runs)
         stages.append(StageRecord(runs=[run.name for run in runs], without=failed))
@@ -156,8 +156,8 @@ class StudyFolder(StudyRecord):
     def losses(self) -> dict[str, float]:
         """Return the held-out losses (nats a token) of the runs that are done, by name."""
         found = {}
-        for run in self.planned_runs():
-            if self.status_of(run.name).state == "done":
-                loss = (read_object(self.run_path(run.name) / "evaluation.json") or {}).get("loss", math.nan)
-                found[run.name] = float(loss)
+        for name in self.planned_names():
+            if self.status_of(name).state == "done":
+                loss = (read_object(self.run_path(name) / "evaluation.json") or {}).get("loss", math.nan)
+                found[name] = float(loss)
         return found

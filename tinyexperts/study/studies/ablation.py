@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinyexperts.comparison.facts import NATS
 from tinyexperts.comparison.findings import difference_cells, verdict_on
 from tinyexperts.comparison.frame import HELD_OUT
 from tinyexperts.comparison.methods import METHODS
@@ -25,6 +26,9 @@ from tinyexperts.study.scales import Scale
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# Column of the frame of runs -> the same of the frame of points.
+_POINT_COLUMNS = {HELD_OUT: "loss", NATS: "nats"}
 
 
 def one_stage(make: Callable[[Scale], list[GridRun]]) -> Callable[[Scale], tuple[Stage, ...]]:
@@ -49,11 +53,11 @@ def peer_run(
         budget (float): training FLOPs.
         seed (int): the seed.
         layer_changes (Mapping[str, Any]): changes of the layer at this scale.
-        width (int | None): the model width D; None: the middle one of the scale.
+        width (int | None): the model width D; None: the scale's for ablations.
         changes (Mapping[str, Any] | None): changes of the configuration, by dotted names.
         axes (Any): its place in the grid, in addition to budget, width and seed.
     """
-    width = width or scale.middle_width
+    width = width or scale.peer_width or scale.middle_width
     layer = replace(scale.layers["peer"], **layer_changes)
     settings = {**scale.peer_settings, **(changes or {})}
     config = scale.config(layer, width=width, budget=budget, seed=seed, **settings)
@@ -89,6 +93,7 @@ class Ablation:
         """Return the claims, figures and tables of the study."""
         found = AblationRuns(self, runs)
         curves = [
+            *([_curves(found, NATS, "loss of an answer, nats a fact")] if found.has_facts else []),
             _curves(found, HELD_OUT, "held-out loss, nats a token"),
             _curves(found, "unevenness", "unevenness, nats"),
         ]
@@ -108,6 +113,8 @@ class AblationRuns:
 
     def __init__(self, ablation: Ablation, runs: StudyRuns) -> None:
         self.ablation, self.runs = ablation, runs
+        self.has_facts = bool(runs.done[NATS].notna().any())
+        self.measure = NATS if self.has_facts else HELD_OUT
         names = dict.fromkeys(name for run in runs.planned.values() for name in run.axes)
         self.axes = [name for name in names if name != "seed"]
         self.points = points_of(runs.done, self.axes).sort_values(
@@ -154,7 +161,7 @@ class AblationRuns:
             ends = f"{value_text(getattr(last, axis))} against {value_text(getattr(first, axis))}"
             pairs = zip(others, key, strict=True)
             where = ", ".join(f"{name.replace('_', ' ')} {value_text(value)}" for name, value in pairs)
-            columns = {HELD_OUT: self.ablation.claim, "unevenness": self.ablation.unevenness_claim}
+            columns = {self.measure: self.ablation.claim, "unevenness": self.ablation.unevenness_claim}
             claims += [
                 verdict_on(
                     f"{where}: {claim} ({ends})",
@@ -174,13 +181,21 @@ class AblationRuns:
             for point in points.itertuples():
                 is_compared = reference is not None and point.name != reference.name
                 without_router.append(self._without_router(point, reference) if is_compared else None)
+                compared_by = {HELD_OUT: 3} | ({NATS: 2} if self.has_facts else {})
                 rows.append(
                     (
                         *(value_text(getattr(point, name)) for name in self.axes),
                         *cost_cells(point),
                         *result_cells(point),
                         f"{math.exp(point.loss):.2f}",
-                        *difference_cells(self.difference(point, reference) if is_compared else None),
+                        *((f"{point.nats:.2f}", f"{100 * point.recall:.1f}") if self.has_facts else ()),
+                        *(
+                            cell
+                            for column, digits in compared_by.items()
+                            for cell in difference_cells(
+                                self.difference(point, reference, column) if is_compared else None, digits
+                            )
+                        ),
                     )
                 )
         is_known = any(without_router)  # a study of one budget does not know it
@@ -193,7 +208,10 @@ class AblationRuns:
                 *(name.replace("_", " ") for name in self.axes),
                 *COST_COLUMNS,
                 *RESULT_COLUMNS,
-                *("perplexity", f"loss against the {self.ablation.reference_name}", "95 % interval"),
+                "perplexity",
+                *(("nats a fact", "recall, %") if self.has_facts else ()),
+                *(f"loss against the {self.ablation.reference_name}", "95 % interval"),
+                *(("nats a fact against it", "their 95 % interval") if self.has_facts else ()),
                 *(("the same, router not counted", "its 95 % interval") if is_known else ()),
             ),
             rows=tuple(rows),
@@ -231,9 +249,11 @@ class AblationRuns:
 def _curves(found: AblationRuns, column: str, what: str) -> Drawing | None:
     """Draw each series as a line through its means; None where there is nothing to draw along the axis."""
     axis = "num_experts" if found.ablation.values else found.ablation.axis
+    if axis not in found.axes:  # words alone are no axis
+        return None
     series, others, name = found.series(axis), found.others(axis), axis.replace("_", " ")
     every = found.points[axis].to_numpy(float)
-    if len(np.unique(every)) < 2 or found.points["loss" if column == HELD_OUT else column].isna().any():
+    if len(np.unique(every)) < 2 or found.points[_POINT_COLUMNS.get(column, column)].isna().any():
         return None
     varied = [number for number in range(len(others)) if len({key[number] for key in series}) > 1]
     plot = Plot(name, what)

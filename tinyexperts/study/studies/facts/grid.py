@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from tinyexperts.study.grid import GridRun, Stage
-from tinyexperts.study.scales import Scale, ScaleName
+from tinyexperts.study.scales import Scale
 from tinyexperts.study.studies.isoflop import grid as isoflop
-from tinyexperts.training.config import with_settings
 
 # Seeds that took no part in the choice of the widths at which they are compared; fewer at the last budget, which costs
 # as much as all others.
 FRESH_SEEDS = (10, 11, 12, 13, 14)
 LAST_SEEDS = FRESH_SEEDS[:3]
-
-# The sizes that differ from a scale's own: statements are short, and small models store what a table does not.
-_SIZES: Mapping[ScaleName, dict[str, Any]] = {
-    "laptop": {
-        "widths": {2.5e12: (16, 32, 48, 64), 1e13: (16, 32, 48, 64, 96), 3e13: (32, 48, 64, 96)},
-        "peer_settings": {},
-    },
-}
-_SETTINGS: Mapping[ScaleName, dict[str, Any]] = {
-    "laptop": {"model.context_length": 128, "batch_size": 8},
-}
-
-
-def facts_scale(scale: Scale) -> Scale:
-    """Return a scale with the sizes of this study."""
-    base = with_settings(scale.base, _SETTINGS.get(scale.name, {}))
-    return replace(scale, base=base, **_SIZES.get(scale.name, {}))
 
 
 def stages(scale: Scale) -> tuple[Stage, ...]:
@@ -40,7 +20,6 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
 
     The last budget is spent on fresh seeds alone, at the best widths of the budget before.
     """
-    scale = facts_scale(scale)
     tune, tune_further, *_ = isoflop.stages(scale)
     of_budgets: list[Stage] = []
     for budget in scale.budgets:

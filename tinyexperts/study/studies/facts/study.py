@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tinyexperts.comparison.facts import MEASURES, NATS, RECALL, measure_means, measure_names
 from tinyexperts.comparison.findings import difference_cells, verdict_on
-from tinyexperts.comparison.frame import HELD_OUT
 from tinyexperts.comparison.methods import label_of, look_of
 from tinyexperts.report.page import Finding, Findings, Section
 from tinyexperts.report.style import Drawing, Plot, house_style
@@ -23,17 +23,6 @@ from tinyexperts.study.study import Study
 
 if TYPE_CHECKING:
     import pandas as pd
-
-NATS = "nats, validation"
-# Column of the frame of runs -> the same for readers.
-_MEASURES = {
-    NATS: "nats a fact, known facts",
-    HELD_OUT: "nats a token, known facts",
-    "recall, validation": "recall, known facts",
-    "nats, unseen-phrasing": "nats a fact, in a phrasing never seen",
-    "recall, unseen-phrasing": "recall, in a phrasing never seen",
-    "nats, unseen-entities": "nats a fact, entities never seen (the control)",
-}
 
 
 class FactsAnalysis:
@@ -79,7 +68,7 @@ class FactsAnalysis:
             (f"{budget:.2g}", label_of(baseline), what, *difference_cells(self.difference(baseline, budget, column)))
             for budget in self.budgets
             for baseline in BASELINES
-            for column, what in _MEASURES.items()
+            for column, what in MEASURES.items()
         ]
         return Table(
             name="differences",
@@ -98,24 +87,17 @@ class FactsAnalysis:
             for method in NAMES:
                 runs = self.fresh[(self.fresh.method == method) & (self.fresh.budget == budget)]
                 if len(runs):
-                    means = {column: runs[column].mean() for column in (*_MEASURES, "bits_per_parameter")}
-                    shares = (f"{100 * means[column]:.1f}" for column in _MEASURES if column.startswith("recall"))
-                    nats = (number(means[column], ".2f") for column in _MEASURES if column.startswith("nats"))
                     rows.append(
                         (
                             *(f"{budget:.2g}", label_of(method), str(runs.width.iloc[0]), str(len(runs))),
-                            *shares,
-                            *nats,
-                            number(means["bits_per_parameter"], ".3f"),
+                            *measure_means(runs).values(),
+                            number(runs.bits_per_parameter.mean(), ".3f"),
                         )
                     )
-        names = [what for column, what in _MEASURES.items() if column.startswith("recall")]
-        names = [f"{what}, %" for what in names]
-        names += [what for column, what in _MEASURES.items() if column.startswith("nats")]
         return Table(
             name="recall",
             title="Facts that each method knows at its best width",
-            columns=("FLOPs", "method", "width", "seeds", *names, "bits a parameter"),
+            columns=("FLOPs", "method", "width", "seeds", *measure_names(), "bits a parameter"),
             rows=tuple(rows),
         )
 
@@ -128,7 +110,7 @@ def _recall_by_budget(analysis: FactsAnalysis) -> Drawing | None:
     plot = Plot("training FLOPs", "recall of known facts, %")
     for method in NAMES:
         look = look_of(method)
-        seeds = {budget: 100 * analysis.by_seed(method, budget, "recall, validation") for budget in analysis.budgets}
+        seeds = {budget: 100 * analysis.by_seed(method, budget, RECALL) for budget in analysis.budgets}
         known = {budget: list(values) for budget, values in seeds.items() if len(values)}
         if not known:
             continue
