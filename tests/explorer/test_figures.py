@@ -68,6 +68,6 @@ def test_the_curves_of_a_knock_out_have_their_ends_in_words() -> None:
         drawn=rises[1],
     )
     svg = knock_out_curves(found).svg
-    for name, rise in zip(("fired", "drawn"), rises, strict=True):
+    for name, rise in zip(("fired", "random"), rises, strict=True):
         assert f"{name}: own {rise.own[1].mean():+.2f}, others {rise.others[1].mean():+.2f} nats" in svg
     assert "With 8 experts knocked out" in svg

@@ -61,6 +61,7 @@ def test_fresh_seeds_are_run_at_each_best_width_of_each_budget(folder) -> None:
     # A budget is compared before the next, larger one is begun.
     stages = FACTS.stages(scale_of_facts())
     budgets = [{run.axes["budget"] for run in stage({})} for stage in stages]
+    assert budgets[0] == {1e13}
     assert budgets[2::2] == [{2.5e12}, {1e13}, {3e13}, set()]
 
 

@@ -17,9 +17,16 @@ from tinyexperts.report.style import GREY, INK, Drawing, Plot, house_style
 _AXES = {"training_flops": "training FLOPs", "num_tokens": "training tokens", "seconds": "seconds of training"}
 
 
+# Name in the metrics -> the measure in words, its unit, the factor to it, and the digits of the labels.
+_MEASURES = {
+    "loss": ("held-out loss", "nats a token", 1, 2),
+    "recall": ("recall of known facts", "%", 100, 1),
+}
+
+
 @house_style()
-def loss_curves(runs: Sequence[Results], x: str) -> Drawing | None:
-    """Draw held-out loss during training; None where no run recorded two points.
+def training_curves(runs: Sequence[Results], x: str, measure: str = "loss") -> Drawing | None:
+    """Draw a held-out measure during training; None where no run recorded two points.
 
     Each seed is a thin line, the mean of a method's seeds a bold one over the part of the axis that all its seeds
     cover. Mark and label show the mean of their ends.
@@ -27,22 +34,24 @@ def loss_curves(runs: Sequence[Results], x: str) -> Drawing | None:
     Args:
         runs (Sequence[Results]): the runs.
         x (str): the axis, `training_flops`, `num_tokens` or `seconds`.
+        measure (str): `loss`, or `recall` of facts.
     """
-    curves = {run: points for run in runs if len(points := _points(run, x)) > 1}
+    curves = {run: points for run in runs if len(points := _points(run, x, measure)) > 1}
     if not curves:
         return None
+    words, unit, factor, digits = _MEASURES[measure]
     divisor, axis_label = _axis_scale(x, max(points[-1, 0] for points in curves.values()))
-    curves = {run: points / (divisor, 1) for run, points in curves.items()}
-    plot = Plot(axis_label, "held-out loss, nats a token")
+    curves = {run: points * (1 / divisor, factor) for run, points in curves.items()}
+    plot = Plot(axis_label, f"{words}, {unit}")
     for method in dict.fromkeys(run.method for run in curves):
         look, seeds = look_of(method), [points for run, points in curves.items() if run.method == method]
         plot.mean_curve(plot.curves(seeds, look.color), look.color)
-        end, loss = np.mean([points[-1] for points in seeds], axis=0)
-        plot.marks(end, loss, look.color, look.marker, 6)
-        plot.label_end(end, loss, f"{look.label} {loss:.2f}", look.color)
+        end, value = np.mean([points[-1] for points in seeds], axis=0)
+        plot.marks(end, value, look.color, look.marker, 6)
+        plot.label_end(end, value, f"{look.label} {value:.{digits}f}", look.color)
     plot.frame(list(curves.values()), room=1.22)
-    text = f"Line chart: held-out loss against {_AXES[x]}. It ends at {plot.reading}."
-    return plot.drawing(f"loss-{x}", caption=f"Held-out loss against {_AXES[x]}", text=text)
+    text = f"Line chart: {words} against {_AXES[x]}. It ends at {plot.reading}."
+    return plot.drawing(f"{measure}-{x}", caption=f"{words.capitalize()} against {_AXES[x]}", text=text)
 
 
 @house_style()
@@ -109,9 +118,9 @@ def usage_histogram(run: Results, layer: LayerUsage) -> Drawing | None:
     return plot.drawing(f"usage-{run.name}-layer{layer.layer}", caption=caption, text=text)
 
 
-def _points(run: Results, x: str) -> np.ndarray:
-    """Return [num_points, 2] of the axis and the held-out loss, without values that aren't finite."""
-    points = np.array([(line[x], line["loss"]) for line in run.validation if x in line and "loss" in line], dtype=float)
+def _points(run: Results, x: str, measure: str = "loss") -> np.ndarray:
+    """Return [num_points, 2] of the axis and a held-out measure, without values that aren't finite."""
+    points = np.array([(line[x], line[measure]) for line in run.validation if {x, measure} <= line.keys()], dtype=float)
     points = points.reshape(-1, 2)
     finite: np.ndarray = points[np.isfinite(points).all(axis=1)]
     return finite

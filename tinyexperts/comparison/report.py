@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyexperts.comparison.facts import facts_opening, facts_verdict, is_on_facts, measures_table
-from tinyexperts.comparison.figures import difference_curves, loss_curves, usage_histogram
+from tinyexperts.comparison.figures import difference_curves, training_curves, usage_histogram
 from tinyexperts.comparison.frame import HELD_OUT
 from tinyexperts.comparison.methods import label_of
 from tinyexperts.comparison.paired import Comparison, compare_methods, first_end
@@ -75,7 +75,10 @@ def findings_of(runs: Sequence[Results], baseline: str) -> Findings:
     """
     comparisons = compare_methods(runs, baseline)
     nothing = f"Nothing to compare: the report needs runs of {label_of(baseline)} and of another method."
-    curves = [loss_curves(runs, x) for x in ("training_flops", "num_tokens", "seconds")]
+    curves, recall_curves = (
+        [training_curves(runs, x, measure) for x in ("training_flops", "num_tokens", "seconds")]
+        for measure in ("loss", "recall")
+    )
     curves += [difference_curves(comparison) for comparison in comparisons]
     framed = (
         f"Thin lines are seeds, bold ones their mean. The frames are set by the last {percent(1 - FALL, 0)} of each "
@@ -94,6 +97,11 @@ def findings_of(runs: Sequence[Results], baseline: str) -> Findings:
                 for table in map(measures_table, filter(is_on_facts, comparisons))
             ),
             *(_seed_by_seed(comparison) for comparison in comparisons if comparison.seeds),
+            *(
+                [Section(title="Recall during training", notes=(framed,), drawings=_drawn(recall_curves))]
+                if any(recall_curves)
+                else []
+            ),
             Section(
                 title="Held-out loss during training",
                 notes=(framed if any(curves) else "No run recorded two validations, so there is no curve.",),

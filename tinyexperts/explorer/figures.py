@@ -76,7 +76,7 @@ def use_grid(layer: str, usage: ExpertUsage, marked: Sequence[Sequence[int]]) ->
 def knock_out_curves(found: KnockOut) -> Drawing:
     """Draw the rise of losses against the number of experts that are knocked out, with 95 % intervals over facts."""
     plot = Plot("experts knocked out", "rise of the loss of an answer, nats")
-    sides: Mapping[str, tuple[LossRise, str]] = {"fired": (found.fired, "-"), "drawn": (found.drawn, "--")}
+    sides: Mapping[str, tuple[LossRise, str]] = {"fired": (found.fired, "-"), "random": (found.drawn, "--")}
     for name, (rise, line) in sides.items():
         for what, values, color, shift in (("own", rise.own, _OWN, 1.0), ("others", rise.others, _OTHERS, 1.05)):
             intervals = [SeedInterval(values=tuple(row)) for row in values.tolist()]
@@ -90,7 +90,7 @@ def knock_out_curves(found: KnockOut) -> Drawing:
     plot.log_x(np.array(found.counts, dtype=float), room=2.6)
     text = (
         "Line chart: rise of the loss of a fact's answer and of other facts' answers without the experts that fire "
-        f"most for it, and without drawn ones. With {found.counts[-1]} experts knocked out: "
+        f"most for it, and without random ones. With {found.counts[-1]} experts knocked out: "
         + ", ".join(
             f"{name}: own {rise.own[-1].mean():+.2f}, others {rise.others[-1].mean():+.2f} nats"
             for name, (rise, _) in sides.items()

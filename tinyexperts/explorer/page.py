@@ -88,8 +88,9 @@ def _about_use(use: SampleUse) -> list[Finding]:
 def _about_knock_out(found: KnockOut | None) -> list[Finding]:
     if found is None or not found.counts:
         return []
-    count = found.counts[-1]
-    own, others, drawn = (rise[-1].mean() for rise in (found.fired.own, found.fired.others, found.drawn.own))
+    place = found.counts.index(16) if 16 in found.counts else -1  # of more a token has hardly any
+    count = found.counts[place]
+    own, others, drawn = (rise[place].mean() for rise in (found.fired.own, found.fired.others, found.drawn.own))
     difference = found.own_minus_others(count)
     meaning = {
         "higher": "the fact loses more than others do",
@@ -101,7 +102,7 @@ def _about_knock_out(found: KnockOut | None) -> list[Finding]:
             text=f"Without the {count} experts that fire most at its answer, the loss of a fact rises by {signed(own)} "
             f"nats, and that of other facts by {signed(others)}. The difference is {signed(difference.mean)} nats "
             f"(95 % interval {format_interval(difference)}, {len(found.statements)} facts): {meaning}. Without {count} "
-            f"drawn ones instead, the loss of the fact rises by {signed(drawn)}."
+            f"random ones instead, the loss of the fact rises by {signed(drawn)}."
         )
     ]
 
@@ -224,8 +225,8 @@ def _knock_out_section(explored: Explored) -> list[Section]:
         name="knock-out",
         title="Rise of the loss of answers without experts",
         columns=(
-            *("Experts", "Fired: own fact", "Fired: other facts", "Drawn: own fact", "Drawn: other facts"),
-            *("Fired, own minus others", "95 % interval", "Own, fired minus drawn", "95 % interval"),
+            *("Experts", "Fired: own fact", "Fired: other facts", "Random: own fact", "Random: other facts"),
+            *("Fired, own minus others", "95 % interval", "Own, fired minus random", "95 % interval"),
         ),
         rows=tuple(rows),
         note="Rises are in nats an answer, the mean over facts; intervals are those of paired differences over facts.",
@@ -236,8 +237,8 @@ def _knock_out_section(explored: Explored) -> list[Section]:
         "These tokens are the question's last and the answer's own; factors are summed over them and over heads. The "
         f"figure shows how much the loss of that fact's answer rises, and that of the other {num_facts - 1}, with 95 % "
         "intervals over facts.",
-        f"Drawn: as many experts, {found.num_draws} draws, among those that fire at the answers of the other facts and "
-        "not at this one's. They may have fired earlier in the question.",
+        f"Random: as many experts, {found.num_draws} draws, among those that fire at the answers of the other facts "
+        "and not at this one's. They may have fired earlier in the question.",
         f"With all experts, the loss of an answer is {found.losses.mean():.3f} nats.",
     )
     by_fact = _by_fact(explored, found)

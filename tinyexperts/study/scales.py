@@ -45,6 +45,8 @@ class Scale:
     """Values of (heads, experts a head) for the ablations."""
     last_budget: float | None = None
     """A larger budget, for each method's best width at the largest of `budgets` alone; None: there is none."""
+    telling_budget: float | None = None
+    """The smallest of `budgets` at which settings can show what they do; None: the smallest of all."""
     peer_settings: Mapping[str, Any] = field(default_factory=dict)
     """The settings that the isoFLOP study's tuning chose for PEER, by dotted names; the ablations take them."""
     peer_width: int | None = None
@@ -54,6 +56,11 @@ class Scale:
     def budgets(self) -> tuple[float, ...]:
         """The training FLOPs of a run, ascending."""
         return tuple(self.widths)
+
+    @property
+    def tuning_budget(self) -> float:
+        """The budget of the tuning, and of the ablations at one budget."""
+        return self.telling_budget or self.budgets[0]
 
     @property
     def middle_width(self) -> int:
@@ -106,6 +113,7 @@ def on_facts(scale: Scale) -> Scale:
         base=with_settings(scale.base, {"model.context_length": 128, "batch_size": 8}),
         widths={2.5e12: (16, 32, 48, 64), 1e13: (16, 32, 48, 64, 96), 3e13: (32, 48, 64, 96)},
         experts=(*scale.experts, 1024**2),
+        telling_budget=1e13,  # with fewer FLOPs no method knows the facts of 4,000 airports
         peer_settings={},
         peer_width=32,
     )

@@ -23,7 +23,7 @@ def _runs(scale: Scale) -> list[GridRun]:
     rate = scale.peer_settings.get("optimizer.table_learning_rate", scale.base.optimizer.table_learning_rate)
     return [
         peer_run(
-            scale, scale.budgets[0], seed, {}, changes={**kind, "optimizer.table_learning_rate": rate * factor},
+            scale, scale.tuning_budget, seed, {}, changes={**kind, "optimizer.table_learning_rate": rate * factor},
             optimizer="-".join(kind.values()), table_learning_rate=rate * factor,
         )
         for seed in scale.seeds

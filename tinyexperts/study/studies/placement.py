@@ -12,7 +12,7 @@ from tinyexperts.study.study import Study
 
 def _runs(scale: Scale) -> list[GridRun]:
     return [
-        peer_run(scale, scale.budgets[0], seed, {}, changes={"model.expert_blocks": (block,)}, block=block)
+        peer_run(scale, scale.tuning_budget, seed, {}, changes={"model.expert_blocks": (block,)}, block=block)
         for seed in scale.seeds
         for block in range(scale.base.model.num_layers)
     ]

@@ -12,8 +12,9 @@ from tinyexperts.study.study import Study
 
 def _runs(scale: Scale) -> list[GridRun]:
     return [
-        peer_run(scale, budget, seed, {"num_experts": n, "query_norm": norm}, num_experts=n, query_norm=norm)
-        for budget in scale.budgets[:1]
+        peer_run(
+            scale, scale.tuning_budget, seed, {"num_experts": n, "query_norm": norm}, num_experts=n, query_norm=norm
+        )
         for seed in scale.seeds
         for n in scale.experts
         for norm in ("batch", "none")

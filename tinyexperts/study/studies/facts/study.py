@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinyexperts.comparison.facts import MEASURES, NATS, RECALL, measure_means, measure_names
+from tinyexperts.comparison.figures import training_curves
 from tinyexperts.comparison.findings import difference_cells, verdict_on
 from tinyexperts.comparison.methods import label_of, look_of
 from tinyexperts.report.page import Finding, Findings, Section
@@ -129,6 +130,10 @@ def _findings(runs: StudyRuns) -> Findings:
     analysis = FactsAnalysis(runs)
     grid = analysis.grid
     drawings = [_recall_by_budget(analysis)]
+    if analysis.budgets:
+        largest = analysis.fresh[analysis.fresh.budget == analysis.budgets[-1]]
+        results = [runs.results[name] for name in largest.name]
+        drawings += [training_curves(results, x, "recall") for x in ("training_flops", "num_tokens", "seconds")]
     drawings += [isoflop_curves(grid, budget, count) for budget in grid.budgets for count in ("active", "total")]
     tables = (analysis.recall_table(), analysis.differences_table(), sizes_table(grid), tuning_table(grid))
     return Findings(

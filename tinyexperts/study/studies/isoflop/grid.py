@@ -29,14 +29,14 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
 
     def tune(losses: Mapping[str, float]) -> list[GridRun]:
         return [
-            _run(scale, method, width=scale.middle_width, budget=scale.budgets[0], seed=0, tuning=label, **changes)
+            _tuning_run(scale, method, label, **changes)
             for method in scale.layers
             for label, changes in _variants(scale, method, _FACTORS)
         ]
 
     def tune_further(losses: Mapping[str, float]) -> list[GridRun]:
         return [
-            _run(scale, method, width=scale.middle_width, budget=scale.budgets[0], seed=0, tuning=label, **changes)
+            _tuning_run(scale, method, label, **changes)
             for method in scale.layers
             for label, changes in _further_variants(scale, method, losses)
         ]
@@ -105,8 +105,7 @@ def _best_settings(scale: Scale, method: str, losses: Mapping[str, float]) -> di
     """Return the value of least loss of each setting; a tuning run that is missing is no best."""
 
     def loss(label: str) -> float:
-        run = _run(scale, method, width=scale.middle_width, budget=scale.budgets[0], seed=0, tuning=label)
-        value = losses.get(run.name, math.inf)
+        value = losses.get(_tuning_run(scale, method, label).name, math.inf)
         return value if math.isfinite(value) else math.inf
 
     default = loss("default")
@@ -153,6 +152,10 @@ def tuned_run(
     """
     run = _run(scale, method, width=width, budget=budget, seed=seed, **_best_settings(scale, method, losses))
     return replace(run, axes={**run.axes, "stage": stage})
+
+
+def _tuning_run(scale: Scale, method: str, label: str, **changes: Any) -> GridRun:
+    return _run(scale, method, width=scale.middle_width, budget=scale.tuning_budget, seed=0, tuning=label, **changes)
 
 
 def _run(

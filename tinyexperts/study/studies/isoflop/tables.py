@@ -242,7 +242,7 @@ def tuning_table(analysis: IsoFlopAnalysis) -> Table:
     hours = tuning.seconds.groupby(tuning.method, sort=False).sum() / 3600
     return Table(
         name="tuning",
-        title="Tuning: one seed at the smallest budget and the middle width",
+        title="Tuning: one seed at one budget and the middle width",
         columns=("method", "setting", "loss", "seconds"),
         rows=tuple(
             (label_of(run.method), tuning_label(run), f"{run[HELD_OUT]:.3f}", f"{run.seconds:,.0f}")
