@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ import torch
 from ranks import environment
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tinyexperts.data.shards import reader
 from tinyexperts.errors import InputError
@@ -66,6 +68,38 @@ def started_by_torchrun(restart: int | None) -> Iterator[None]:
             patch.setenv("TORCHELASTIC_RUN_ID", "none")
             patch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
         yield
+
+
+def train_under_an_agent(config: TrainConfig, victim: int, kill_at: int) -> None:
+    """As torchrun does, whose agent this is: two ranks, started again once."""
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="test",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        start_method="forkserver",
+    )
+    elastic_launch(launch, _train_and_be_killed_once)(config, victim, kill_at)
+
+
+def _train_and_be_killed_once(config: TrainConfig, victim: int, kill_at: int) -> None:
+    """The victim is killed when the run has this many lines of metrics, whatever it is doing then."""
+    torch.set_num_threads(1)
+    is_first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if not is_first_attempt:
+        config.run.with_name("started again").touch()
+    if is_first_attempt and int(os.environ["RANK"]) == victim:
+        threading.Thread(target=_die_at_line, args=(config.run / "metrics.jsonl", kill_at), daemon=True).start()
+    train(config, progress=False)
+
+
+def _die_at_line(path: Path, number: int) -> None:
+    while not path.exists() or len(path.read_text().splitlines()) < number:
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def see_time_outs(rank: int, num_ranks: int, port: int, config: TrainConfig) -> None:

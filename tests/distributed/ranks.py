@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forkserver import CONTEXT
 
 from tinyexperts.training import TrainConfig, train
 
 TIMEOUT_SECONDS = 120
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tinyexperts.training", "torch._dynamo"])  # what takes longest to import, once for all
 _kept: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
 
@@ -45,8 +44,8 @@ def on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> 
 
 
 def _start() -> tuple[multiprocessing.process.BaseProcess, Connection]:
-    ours, theirs = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
     theirs.close()
     return process, ours

@@ -28,7 +28,9 @@ from faulty_ranks import (
     have_other_data,
     see_time_outs,
     start_again,
+    train_under_an_agent,
 )
+from forkserver import CONTEXT
 from ranks import environment, free_port, on_ranks, train_on_ranks
 from safetensors.torch import load_file
 
@@ -105,11 +107,24 @@ def outcome(run):
     return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows], tensors
 
 
+def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(make_config, tmp_path):
+    options = {"num_steps": 80, "log_every": 3, "validation_every": 50, "checkpoint.every": 7}
+    options |= {"model": {"d_model": 128}, "distributed.mesh": (1, 2)}
+    hurt, whole = (make_config(run=tmp_path / name, **options) for name in ("hurt", "whole"))
+    kill_at, victim = random.Random(time.time_ns()).randint(1, 20), time.time_ns() % 2
+    agent = CONTEXT.Process(target=train_under_an_agent, args=(hurt, victim, kill_at))
+    agent.start()
+    agent.join(300)
+    assert agent.exitcode == 0, f"rank {victim} was killed at line {kill_at}"
+    assert (tmp_path / "started again").exists()
+    train_on_ranks([whole], 2)
+    assert_same_end(hurt.run, whole.run)
+
+
+@pytest.mark.slow  # each process imports torch
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize("num_nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(
-    wait_for_lines, command, tmp_path, num_nodes
-):
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_torchrun_starts_the_command_again_when_a_rank_was_killed(wait_for_lines, command, tmp_path, num_nodes):
     """Each node has its own torchrun, and shares no table with the other."""
     hurt = tmp_path / "hurt"
     torchrun = ["torch.distributed.run", "--nnodes", str(num_nodes), "--nproc-per-node", str(2 // num_nodes)]
@@ -127,7 +142,11 @@ def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(
         read_config(hurt), {"run": tmp_path / "whole", "distributed.mesh": (num_nodes, 2 // num_nodes)}
     )
     train_on_ranks([whole], 2)
-    (metrics, tensors), (expected_metrics, expected) = outcome(hurt), outcome(whole.run)
+    assert_same_end(hurt, whole.run)
+
+
+def assert_same_end(got, whole):
+    (metrics, tensors), (expected_metrics, expected) = outcome(got), outcome(whole)
     assert metrics == expected_metrics
     assert tensors.keys() == expected.keys()
     for file, parts in expected.items():

@@ -6,37 +6,17 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from training_process import TrainingProcess
 
 from tinyexperts.training import load_model, train
 from tinyexperts.training.checkpoint import checkpoints
-from tinyexperts.training.config_file import to_json
 
 # Kept out of the comparison: how long it took.
 CLOCK = {"seconds", "tokens_per_second", "flops_per_second"}
-
-CHILD = """
-import sys
-from pathlib import Path
-from tinyexperts.training import Interrupted, train
-from tinyexperts.training.config_file import from_json
-config = from_json(Path(sys.argv[1]).read_bytes())
-try:
-    train(config, resume="--resume" in sys.argv, progress=False)
-except Interrupted as stop:
-    print(stop, file=sys.stderr)
-    sys.exit(130)
-"""
-
-
-def start(config, path, *arguments):
-    path.write_text(to_json(config))
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(path), *arguments], stderr=subprocess.PIPE, text=True)
 
 
 def metrics(run):
@@ -82,7 +62,7 @@ def test_killed_at_a_random_step_and_resumed(make_config, wait_for_lines, tmp_pa
     train(whole, progress=False)
     killed = make_config(kind, run=tmp_path / "killed", **options)
     kill_at = random.Random(time.time_ns()).randint(1, 30)
-    child = start(killed, tmp_path / "config.json")
+    child = TrainingProcess(killed)
     wait_for_lines(killed.run, kill_at, child)
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
@@ -98,7 +78,7 @@ def test_killed_at_a_random_step_and_resumed(make_config, wait_for_lines, tmp_pa
 def test_a_signal_saves_and_says_how_to_resume(make_config, wait_for_lines, tmp_path, number):
     options = {"num_steps": 150, "log_every": 1, "validation_every": 100, "checkpoint.every": 1000}
     stopped = make_config(run=tmp_path / "stopped", **options)
-    child = start(stopped, tmp_path / "config.json")
+    child = TrainingProcess(stopped)
     wait_for_lines(stopped.run, 5, child)
     os.kill(child.pid, number)
     _, said = child.communicate(timeout=60)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,9 @@ import pytest
 import submitit
 import torch
 from filelock import FileLock
+from forkserver import CONTEXT
 from rich.console import Console
+from study_folder import finish_and_keep_stderr
 
 from tinyexperts.comparison.methods import METHODS, look_of
 from tinyexperts.data import PrepareConfig, TokenDataset, prepare
@@ -182,45 +185,92 @@ def test_a_budget_without_a_step_and_a_small_corpus_are_refused():
     grid.check_grid([run], tokens // grid.MAX_EPOCHS + 1)
 
 
-@pytest.fixture
-def children(monkeypatch):
+class Children:
     """Runs happen in this process; `fail` names those that fail, `stop_after` how many are run before time is up."""
 
-    class Children:
-        fail = ()
-        stop_after = 10**9
-        started = ()
+    fail = ()
+    stop_after = 10**9
+    started = ()
 
-        def run_jobs(self, jobs, failed, **options):
-            for job in jobs:
-                if len(self.started) >= self.stop_after:
-                    break
-                *_, verb, folder, name = job.commands[0].arguments
-                assert verb == "run"
-                self.started = (*self.started, name)
-                try:
-                    if name in self.fail:
-                        raise InputError(f"running of {name} failed")
-                    finish_run(Path(folder), name)
-                except InputError as error:
-                    failed(name, str(error))
+    def run_jobs(self, jobs, failed, **options):
+        for job in jobs:
+            if len(self.started) >= self.stop_after:
+                break
+            *_, verb, folder, name = job.commands[0].arguments
+            assert verb == "run"
+            self.started = (*self.started, name)
+            try:
+                if name in self.fail:
+                    raise InputError(f"running of {name} failed")
+                finish_run(Path(folder), name)
+            except InputError as error:
+                failed(name, str(error))
 
+
+@pytest.fixture
+def children(monkeypatch):
     stand_in = Children()
     monkeypatch.setattr(study_runner, "run_jobs", stand_in.run_jobs)
     return stand_in
 
 
-@pytest.fixture
-def config(tiny_data, tmp_path):
-    corpus = tmp_path / "poems"
+def runs_of(scale, seeds=(0, 1), experts=(16**2, 32**2)):
+    """The runs of an ablation at one small budget."""
+    (stage,) = NUM_EXPERTS.stages(replace(scale, widths={5e7: (16,)}, seeds=seeds, experts=experts))
+    return stage({})
+
+
+# Four runs.
+SMALL = replace(NUM_EXPERTS, stages=lambda scale: (lambda losses: runs_of(scale),))
+
+
+def best_with_other_seeds(scale):
+    """The stages: three numbers of experts; then the best of them with another seed, and with one more."""
+    first = runs_of(scale, (0,), (16**2, 24**2, 32**2))
+
+    def best(seed, losses):
+        return runs_of(scale, (seed,), (min(first, key=lambda run: losses.get(run.name, 99)).axes["num_experts"],))
+
+    return (lambda losses: first), partial(best, 1), partial(best, 2)
+
+
+IN_STAGES = replace(NUM_EXPERTS, stages=best_with_other_seeds)
+
+
+@pytest.fixture(scope="module")
+def poems(tmp_path_factory):
+    corpus = tmp_path_factory.mktemp("texts") / "poems"
     corpus.mkdir()
     (corpus / "a.txt").write_text("the red cat sees a blue dog " * 20)
-    return StudyConfig(scale="minute", data=tiny_data, output=tmp_path / "study", evaluation_corpora=(corpus,))
+    return corpus
 
 
-def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
-    run_study(NUM_EXPERTS, config)
-    assert len(children.started) == 8
+@pytest.fixture
+def config(tiny_data, poems, tmp_path):
+    return StudyConfig(scale="minute", data=tiny_data, output=tmp_path / "study", evaluation_corpora=(poems,))
+
+
+@pytest.fixture(scope="module")
+def finished_study(tiny_data, poems, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished") / "study"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_runner, "run_jobs", Children().run_jobs)
+        run_study(SMALL, StudyConfig(scale="minute", data=tiny_data, output=output, evaluation_corpora=(poems,)))
+    return output
+
+
+@pytest.fixture
+def folder(finished_study, config):
+    """The study SMALL, of which each run is done, in the folder that `config` names."""
+    shutil.copytree(finished_study, config.output)
+    return StudyFolder(config.output)
+
+
+def test_a_study_runs_every_point_and_again_nothing(config, children, poems, tmp_path, capsys):
+    texts = shutil.copytree(poems, tmp_path / "poems")
+    config = replace(config, evaluation_corpora=(texts,))
+    run_study(SMALL, config)
+    assert len(children.started) == 4
     folder = StudyFolder(config.output)
     for run in folder.planned_runs():
         assert folder.status_of(run.name).state == "done"
@@ -232,35 +282,44 @@ def test_a_study_runs_every_point_and_again_nothing(config, children, capsys):
             == (run.axes["num_experts"])
         )
         assert not (path / "checkpoints").exists()
-    assert "8 runs planned so far, 8 done, 0 running, 0 begun, 0 waiting, 0 failed" in capsys.readouterr().out
-    run_study(NUM_EXPERTS, config)
-    assert len(children.started) == 8
+    assert "4 runs planned so far, 4 done, 0 running, 0 begun, 0 waiting, 0 failed" in capsys.readouterr().out
+    run_study(SMALL, config)
+    assert len(children.started) == 4
     # Results on a text that has changed since must not be shown with those of the old one.
-    (config.evaluation_corpora[0] / "a.txt").write_text("the red cat sees a blue cat " * 20)
+    (texts / "a.txt").write_text("the red cat sees a blue cat " * 20)
     with pytest.raises(InputError, match=r"evaluation_sha256 was .*poems.*, is .*choose another --output"):
-        run_study(NUM_EXPERTS, config)
+        run_study(SMALL, config)
     # A folder of an older version does not say what its text was.
     path = config.output / "study.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "evaluation_sha256"}))
-    run_study(NUM_EXPERTS, config)
-    assert len(children.started) == 8
+    run_study(SMALL, config)
+    assert len(children.started) == 4
 
 
-@pytest.mark.parametrize("methods", [("dense", "peer"), pytest.param(NAMES, marks=pytest.mark.slow)])
-def test_the_main_study_from_start_to_report(config, children, methods):
+@pytest.mark.parametrize(
+    ("methods", "changes"),
+    [
+        (("dense", "peer"), {"widths": {5e7: (8, 16)}, "last_budget": 3e8}),
+        pytest.param(NAMES, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_main_study_from_start_to_report(config, children, methods, changes):
     def stages(scale):
         base = replace(scale.base, batch_size=8)  # as many FLOPs in fewer steps
-        return ISOFLOP.stages(replace(scale, layers={method: scale.layers[method] for method in methods}, base=base))
+        layers = {method: scale.layers[method] for method in methods}
+        return ISOFLOP.stages(replace(scale, layers=layers, base=base, **changes))
 
     study = replace(ISOFLOP, stages=stages)
     run_study(study, replace(config, evaluation_tokens=64))
     folder = StudyFolder(config.output)
     planned = [run.axes["stage"] for run in folder.planned_runs()]
-    assert planned.count("main") == 14 * len(methods)
+    num_main = 2 * sum(len(widths) for widths in changes.get("widths", scale().widths).values()) + 2
+    assert planned.count("main") == num_main * len(methods)
     assert planned.count("tuning") > 10 * len(methods), "no setting of any method was better than the default"
     assert all(folder.status_of(run.name).state == "done" for run in folder.planned_runs())
+    run = next(run for run in folder.planned_runs() if run.name.startswith("peer-d16"))
     for text in ("evaluation", "evaluation-poems"):
-        result = json.loads((folder.run_path("peer-d16-c1e08-seed0") / f"{text}.json").read_text())
+        result = json.loads((folder.run_path(run.name) / f"{text}.json").read_text())
         assert 0 < result["num_tokens"] <= 64
     page = (config.output / "report.html").read_text()
     assert page.count("At 3e+08 FLOPs PEER reaches a lower loss than") == 3
@@ -325,67 +384,60 @@ def test_the_main_study_by_its_command_though_its_process_is_killed(config, tmp_
     assert "unfinished" not in page
 
 
-def test_what_is_cut_off_is_resumed_and_only_that(config, children):
-    run_study(NUM_EXPERTS, config)
-    folder = StudyFolder(config.output)
+def test_what_is_cut_off_is_resumed_and_only_that(config, children, folder):
     names = [run.name for run in folder.planned_runs()]
-    (folder.run_path(names[3]) / "evaluation-poems.json").unlink()  # cut off before: its checkpoint is there again
-    shutil.rmtree(folder.run_path(names[5]))
-    folder.run_path(names[3]).joinpath("evaluation.json").unlink()
-    children.started = ()
-    run_study(NUM_EXPERTS, config)
-    assert sorted(children.started) == [names[3], names[5]]
+    (folder.run_path(names[1]) / "evaluation-poems.json").unlink()  # cut off before: its checkpoint is there again
+    shutil.rmtree(folder.run_path(names[3]))
+    folder.run_path(names[1]).joinpath("evaluation.json").unlink()
+    run_study(SMALL, config)
+    assert sorted(children.started) == [names[1], names[3]]
     assert all(folder.status_of(run.name).state == "done" for run in folder.planned_runs())
 
 
 def test_a_failed_run_stops_no_other_and_is_reported_and_tried_again(config, children, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
-    name = NUM_EXPERTS.stages(scale())[0]({})[2].name
+    name = runs_of(scale())[2].name
     children.fail = (name,)
     with pytest.raises(InputError, match=f"1 runs failed, {name} among them; the same command tries them again"):
-        run_study(NUM_EXPERTS, config)
+        run_study(SMALL, config)
     folder = StudyFolder(config.output)
     states = {run.name: folder.status_of(run.name) for run in folder.planned_runs()}
     assert states[name].state == "failed"
     assert states[name].reason == f"running of {name} failed"
-    assert sum(status.state == "done" for status in states.values()) == 7
+    assert sum(status.state == "done" for status in states.values()) == 3
     printed = " ".join(capsys.readouterr().out.split())
-    assert "7 done, 0 running, 0 begun, 0 waiting, 1 failed" in printed
+    assert "3 done, 0 running, 0 begun, 0 waiting, 1 failed" in printed
     assert f"running of {name} failed" in printed
     children.fail, children.started = (), ()
-    run_study(NUM_EXPERTS, config)
+    run_study(SMALL, config)
     assert children.started == (name,)
     assert folder.status_of(name).state == "done"
 
 
 def test_a_stage_waits_for_failed_runs_to_be_tried_again_and_stays_as_it_was_planned(config, children, capsys):
-    def stages(scale):
-        return ISOFLOP.stages(replace(scale, layers={"dense": scale.layers["dense"]}))[:3]
-
-    study = replace(ISOFLOP, stages=stages)
-    name = "tune-dense-head-x2-seed0"
+    name = runs_of(scale(), (0,))[1].name
     children.fail = (name,)
     message = (
         rf"1 of \d runs of stage 1 failed \({name}: running of {name} failed\), and what comes next depends on them"
     )
     with pytest.raises(InputError, match=message):
-        run_study(study, config)
+        run_study(IN_STAGES, config)
     folder = StudyFolder(config.output)
-    assert {run.axes["stage"] for run in folder.planned_runs()} == {"tuning"}
+    assert {run.axes["seed"] for run in folder.planned_runs()} == {0}
     assert len(folder.losses()) == len(folder.planned_runs()) - 1
     children.started = ()
     with pytest.raises(InputError, match=f"1 runs failed, {name} among them"):  # again; the others continue without it
-        run_study(study, config)
+        run_study(IN_STAGES, config)
     assert children.started[0] == name
     assert [stage.without for stage in folder.stages()] == [[], [name], [name]]
     planned = {run.name: run.config for run in folder.planned_runs()}
     losses = folder.losses()
     assert len(losses) == len(planned) - 1
     children.fail, children.started = (), ()
-    run_study(study, config)  # now it succeeds, and were it the best by far: what was planned was planned
+    run_study(IN_STAGES, config)  # now it succeeds, and were it the best by far: what was planned was planned
     path = folder.run_path(name) / "evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"loss": 0.1}))
-    run_study(study, config)
+    run_study(IN_STAGES, config)
     assert children.started == (name,)
     assert {run.name: run.config for run in folder.planned_runs()} == planned
     assert folder.losses() == losses | {name: 0.1}
@@ -395,20 +447,15 @@ def test_a_stage_waits_for_failed_runs_to_be_tried_again_and_stays_as_it_was_pla
 
 def test_no_stage_is_planned_where_most_runs_of_the_one_before_failed(config, children):
     """As on a full disk: that a run failed twice says nothing of its settings then."""
-
-    def stages(scale):
-        return ISOFLOP.stages(replace(scale, layers={"dense": scale.layers["dense"]}))[:3]
-
-    study = replace(ISOFLOP, stages=stages)
-    children.fail = tuple(run.name for run in stages(scale())[0]({}))
+    children.fail = tuple(run.name for run in best_with_other_seeds(scale())[0]({}))
     for _ in range(3):
-        with pytest.raises(InputError, match=r"9 of 9 runs of stage 1 failed .* if they are less than half"):
-            run_study(study, config)
+        with pytest.raises(InputError, match=r"3 of 3 runs of stage 1 failed .* if they are less than half"):
+            run_study(IN_STAGES, config)
     folder = StudyFolder(config.output)
     assert len(folder.stages()) == 1
     children.fail = ()
-    run_study(study, config)
-    assert len(folder.losses()) == len(folder.planned_runs()) > 20
+    run_study(IN_STAGES, config)
+    assert len(folder.losses()) == len(folder.planned_runs()) == 5
 
 
 def test_a_failure_after_progress_is_a_first_one(config, children):
@@ -427,32 +474,31 @@ def test_a_failure_after_progress_is_a_first_one(config, children):
 
 def run_study_of_nothing(config):
     """Planned, and no run of it started."""
-    with pytest.raises(InputError, match="8 runs failed"):
-        run_study(NUM_EXPERTS, config)
+    with pytest.raises(InputError, match="4 runs failed"):
+        run_study(SMALL, config)
 
 
 def test_a_study_that_was_moved_continues_in_its_new_place(config, children):
-    children.stop_after = 3
-    with pytest.raises(InputError, match="5 runs failed"):
-        run_study(NUM_EXPERTS, config)
+    children.stop_after = 1
+    with pytest.raises(InputError, match="3 runs failed"):
+        run_study(SMALL, config)
     moved = config.output.with_name("moved")
     config.output.rename(moved)
     children.stop_after, children.started = 10**9, ()
-    run_study(NUM_EXPERTS, replace(config, output=moved))
-    assert len(children.started) == 5
+    run_study(SMALL, replace(config, output=moved))
+    assert len(children.started) == 3
     assert not config.output.exists()
-    assert len(StudyFolder(moved).losses()) == 8
+    assert len(StudyFolder(moved).losses()) == 4
 
 
-def test_another_grid_and_other_data_are_refused(config, children, tmp_path):
-    run_study(NUM_EXPERTS, config)
-
+@pytest.mark.usefixtures("folder")
+def test_another_grid_and_other_data_are_refused(config, tmp_path):
     def slower(scale):
         base = with_settings(scale.base, {"optimizer.table_learning_rate": 1e-4})
-        return NUM_EXPERTS.stages(replace(scale, base=base))
+        return (lambda losses: runs_of(replace(scale, base=base)),)
 
     def fewer(scale):
-        return NUM_EXPERTS.stages(replace(scale, experts=scale.experts[:1]))
+        return (lambda losses: runs_of(scale, experts=(16**2,)),)
 
     with pytest.raises(InputError, match="was planned with other settings: choose another --output"):
         run_study(replace(NUM_EXPERTS, stages=slower), config)
@@ -470,16 +516,14 @@ def test_another_grid_and_other_data_are_refused(config, children, tmp_path):
     try:
         other.rename(config.data)
         with pytest.raises(InputError, match=r"data_sha256 was .*, is .*choose another --output"):
-            run_study(NUM_EXPERTS, config)
+            run_study(SMALL, config)
     finally:
         config.data.rename(other)
         before.rename(config.data)
 
 
-def test_a_death_while_a_stage_is_planned_leaves_nothing_behind(config, children):
+def test_a_death_while_a_stage_is_planned_leaves_nothing_behind(folder):
     """Its files are there, and stages.json is not yet; meanwhile other results have come, and the plan is another."""
-    folder = StudyFolder(config.output)
-    run_study(NUM_EXPERTS, config)
     first, second = folder.planned_runs()[:2]
     planned = replace(first, name="half-planned")
     folder.write_planned([planned, replace(second, name="half-planned-too")])
@@ -491,14 +535,9 @@ def test_a_death_while_a_stage_is_planned_leaves_nothing_behind(config, children
 
 def test_a_run_that_diverged_is_reported_and_not_tried_again(config, children):
     def stages(scale):
-        def stage(losses):
-            first, *others = NUM_EXPERTS.stages(scale)[0](losses)
-            return [
-                replace(first, config=with_settings(first.config, {"optimizer.matrix_learning_rate": 1e30})),
-                *others,
-            ]
-
-        return stage, lambda losses: []
+        first, *others = runs_of(scale)
+        spoiled = replace(first, config=with_settings(first.config, {"optimizer.matrix_learning_rate": 1e30}))
+        return lambda losses: [spoiled, *others], lambda losses: []
 
     study = replace(NUM_EXPERTS, stages=stages)
 
@@ -513,35 +552,39 @@ def test_a_run_that_diverged_is_reported_and_not_tried_again(config, children):
     assert children.started == ()
 
 
-def test_a_run_at_which_another_process_is_at_work_is_waited_for(config, children):
+def test_a_run_at_which_another_process_is_at_work_is_waited_for(config, children, tmp_path):
     children.stop_after = 0
     run_study_of_nothing(config)
     folder = StudyFolder(config.output)
     run = folder.planned_runs()[0]
     folder.note_failure(run.name, "another thing")
-    command = [sys.executable, "-m", "tinyexperts", "study", "run", str(config.output), run.name]
+    said = tmp_path / "said"
+    waiting = CONTEXT.Process(target=finish_and_keep_stderr, args=(config.output, run.name, said))
     with folder.run_lock(run.name):
-        waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert waiting.stderr.readline() == f"another process is at work on {run.name}: waiting for it\n"
+        waiting.start()
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (said.exists() and said.read_text().endswith("\n")):
+            time.sleep(0.01)
+        assert said.read_text() == f"another process is at work on {run.name}: waiting for it\n"
         status = folder.status_of(run.name)
         assert (status.state, status.reason) == ("running", None)
-    waiting.communicate(timeout=60)
+    waiting.join(60)
     assert folder.status_of(run.name).state == "done"
 
 
 def test_the_minutes_end_a_slice_and_the_next_continues(config, children, monkeypatch, capsys):
-    children.stop_after = 3
+    children.stop_after = 1
     clock = iter([0.0, 1.0, 1000.0])
     monkeypatch.setattr(study_runner.time, "monotonic", lambda: next(clock))
     with pytest.raises(Interrupted, match="the minutes are over"):
-        run_study(NUM_EXPERTS, replace(config, minutes=8.0))
-    assert "3 done, 0 running, 0 begun, 5 waiting" in capsys.readouterr().out
+        run_study(SMALL, replace(config, minutes=8.0))
+    assert "1 done, 0 running, 0 begun, 3 waiting" in capsys.readouterr().out
     monkeypatch.undo()
     done = children.started
     children.stop_after, children.started = 10**9, ()
     monkeypatch.setattr(study_runner, "run_jobs", children.run_jobs)
-    run_study(NUM_EXPERTS, config)
-    assert len(children.started) == 5
+    run_study(SMALL, config)
+    assert len(children.started) == 3
     assert not set(children.started) & set(done)
 
 
@@ -576,9 +619,8 @@ def test_another_study_in_the_same_folder_is_refused(config, children):
         print_status(StudyFolder(config.output))
 
 
-def test_a_half_deleted_run_is_reported(config, children):
-    run_study(NUM_EXPERTS, config)
-    folder = StudyFolder(config.output)
+@pytest.mark.usefixtures("children")
+def test_a_half_deleted_run_is_reported(config, folder):
     run = folder.planned_runs()[0]
     (folder.run_path(run.name) / "config.json").unlink()
     status = folder.status_of(run.name)
@@ -598,20 +640,17 @@ def test_a_half_deleted_run_is_reported(config, children):
     assert other.name not in folder.losses()
     shutil.rmtree(folder.run_path(other.name))
     before = folder.losses()
-    run_study(NUM_EXPERTS, config)
+    run_study(SMALL, config)
     assert folder.losses().keys() - before.keys() == {run.name, other.name}
 
 
-def test_a_result_that_was_deleted_is_measured_again_with_all_others(config, children):
+def test_a_result_that_was_deleted_is_measured_again_with_all_others(config, children, folder):
     """The weights are gone by then, and are made again."""
-    run_study(NUM_EXPERTS, config)
-    folder = StudyFolder(config.output)
     path = folder.run_path(folder.planned_runs()[0].name)
     kept = json.loads((path / "evaluation.json").read_text())
     (path / "evaluation.json").write_text(json.dumps(kept | {"loss": 99.0}))
     (path / "evaluation-poems.json").unlink()
-    children.started = ()
-    run_study(NUM_EXPERTS, config)
+    run_study(SMALL, config)
     assert children.started == (path.name,)
     assert json.loads((path / "evaluation.json").read_text())["loss"] == pytest.approx(kept["loss"])
 
@@ -621,14 +660,14 @@ def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, capsys, monkeypatc
     output = tmp_path / "study"
 
     def stages(scale):
-        return ISOFLOP.stages(replace(scale, layers={"peer": scale.layers["peer"]}))
+        return ISOFLOP.stages(replace(scale, layers={"peer": scale.layers["peer"]}, widths={2e19: (1536,)}))
 
     run_study(
         replace(ISOFLOP, stages=stages), StudyConfig(scale="paper", data=tmp_path / "none", output=output, dry_run=True)
     )
     printed = capsys.readouterr().out
     assert not output.exists()
-    assert "peer-d1024-c2e19-seed2" in printed
+    assert "tune-peer-default-seed0" in printed
     assert "hours on one H100 SXM at 40% of its 989 TFLOP/s, " in printed
     # Two tables of 2^20 experts at D = 1536 have values, gradients and moments of 12 GiB each, or 49 in all.
     (largest,) = re.findall(r"peer-d1536-c2e19-seed2 .* ([\d.]+) GiB( !)?", printed)
@@ -666,9 +705,9 @@ def test_an_unknown_run_is_refused_by_its_name(config, children):
 
 @pytest.mark.slow
 def test_submitit_runs_the_remaining_runs_and_reports_failures(config, children, monkeypatch):
-    children.stop_after = 6
+    children.stop_after = 2
     with pytest.raises(InputError, match="2 runs failed"):
-        run_study(NUM_EXPERTS, config)
+        run_study(SMALL, config)
     folder = StudyFolder(config.output)
     waiting = [run for run in folder.planned_runs() if folder.status_of(run.name).state == "waiting"]
     planned = config.output / "planned" / f"{waiting[1].name}.json"
@@ -681,7 +720,7 @@ def test_submitit_runs_the_remaining_runs_and_reports_failures(config, children,
         num_parallel=2,
         console=seen,
         title="stage 1 of 1: ",
-        num_done=6,
+        num_done=2,
         cluster="local",
         timeout_min=5,
     )
@@ -731,7 +770,7 @@ def test_a_job_whose_time_is_over_is_saved_and_queued_again(config, children, mo
     name = folder.planned_runs()[0].name
     planned = config.output / "planned" / f"{name}.json"
     content = json.loads(planned.read_text())
-    content["config"] |= {"training_flops": 10 * content["config"]["training_flops"]}
+    content["config"] |= {"training_flops": 20 * content["config"]["training_flops"]}
     content["config"]["checkpoint"]["every"] = 10**6
     planned.write_text(json.dumps(content))
     where, submitted, warned, saved = folder.run_path(name), [], [], set()

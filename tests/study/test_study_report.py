@@ -17,7 +17,7 @@ import pytest
 import tyro
 from study_folder import fill
 
-from tinyexperts.comparison.figures import loss_curves
+from tinyexperts.comparison.figures import training_curves
 from tinyexperts.comparison.findings import verdict_on
 from tinyexperts.comparison.frame import HELD_OUT
 from tinyexperts.errors import InputError
@@ -76,13 +76,30 @@ def isoflop_page(isoflop):
     return write_study_report(ISOFLOP, isoflop, command="tinyexperts study isoflop")
 
 
+@pytest.fixture(scope="module")
+def runs(isoflop):
+    """Its runs, read once; tests replace what they change."""
+    return read_runs(isoflop)
+
+
+@pytest.fixture(scope="module")
+def analysis(runs):
+    return IsoFlopAnalysis(runs)
+
+
+@pytest.fixture(scope="module")
+def of_peer(runs):
+    """The analysis of PEER's runs alone, with one law: a fit takes a second."""
+    return IsoFlopAnalysis(replace(runs, frame=runs.frame[runs.frame.method == "peer"]))
+
+
 def rows_of(folder, name):
     with (folder.path / "tables" / f"{name}.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def test_the_verdicts_follow_the_intervals(isoflop):
-    claims = {claim.text: claim for claim in IsoFlopAnalysis(read_runs(isoflop)).claims()}
+def test_the_verdicts_follow_the_intervals(analysis):
+    claims = {claim.text: claim for claim in analysis.claims()}
     for budget in ("3e+12", "1e+13", "3e+13"):
         against_dense = claims[f"At {budget} FLOPs PEER reaches a lower loss than dense"]
         assert against_dense.verdict == "reproduced"
@@ -109,9 +126,7 @@ def with_losses(runs, losses, *, budget):
     return replace(runs, frame=frame)
 
 
-def test_each_method_is_shown_at_its_own_best_size(isoflop):
-    runs = read_runs(isoflop)
-    analysis = IsoFlopAnalysis(runs)
+def test_each_method_is_shown_at_its_own_best_size(runs, analysis):
     for budget in analysis.budgets[:3]:
         for method in ADVANTAGE:
             best, means = analysis.best(method, budget), analysis.losses(method, budget).mean(axis=1)
@@ -132,9 +147,8 @@ def test_each_method_is_shown_at_its_own_best_size(isoflop):
     assert analysis.best("peer", 3e13) != lacking.name
 
 
-def test_runs_that_are_to_come_leave_a_budget_unfinished(isoflop):
+def test_runs_that_are_to_come_leave_a_budget_unfinished(runs):
     """Width 48 lacks two seeds of PEER's, and width 64 has not been run: what is there may be the best, or not."""
-    runs = read_runs(isoflop)
     frame = runs.frame
     here = (frame.method == "peer") & (frame.budget == 1e13) & (frame.stage == "main")
     is_open = here & ((frame.width == 64) | ((frame.width == 48) & (frame.seed > 0)))
@@ -152,9 +166,8 @@ def test_runs_that_are_to_come_leave_a_budget_unfinished(isoflop):
     assert claim.evidence.endswith(" nats, no interval, one seed")
 
 
-def test_a_width_that_lost_a_seed_neither_wins_nor_decides(isoflop):
+def test_a_width_that_lost_a_seed_neither_wins_nor_decides(runs):
     """Width 96 has its seed 0 alone, in which width 48 is the better one; in the mean of all seeds 64 is."""
-    runs = read_runs(isoflop)
     losses = {48: (3.0, 3.5, 3.5), 64: (3.1, 3.0, 3.1), 96: (5.0, 5.0, 5.0)}
     runs = with_losses(runs, {"dense": losses}, budget=1e13)
     frame = runs.frame
@@ -163,17 +176,25 @@ def test_a_width_that_lost_a_seed_neither_wins_nor_decides(isoflop):
     assert IsoFlopAnalysis(without(runs, is_out, "failed")).best("dense", 1e13) == 64
 
 
-def test_unfinished_budgets_are_marked_in_every_table(isoflop):
-    runs = read_runs(isoflop)
+def test_unfinished_budgets_are_marked_in_every_table(runs, of_peer):
     frame = runs.frame
     is_open = (frame.method == "pkm") & (frame.budget == 1e13) & (frame.seed == 2) & (frame.stage == "main")
     assert is_open.sum() == 4
-    tables = {table.name: table for table in isoflop_tables(IsoFlopAnalysis(without(runs, is_open, "to come")))}
+    unfinished = IsoFlopAnalysis(without(runs, is_open, "to come"))
+    unfinished.laws = dict.fromkeys(ADVANTAGE, of_peer.laws["peer"])
+    tables = {table.name: table for table in isoflop_tables(unfinished)}
     for row in tables["differences"].rows:
         assert (row[-1] == "unfinished") == (row[:2] == ("1e+13", "PKM"))
     multipliers = {row[:2]: row for row in tables["compute-multiplier"].rows}
     assert multipliers["1e+13", "PKM"][2:] == ("\N{EN DASH}", "\N{EN DASH}", "unfinished")
     assert multipliers["1e+13", "PEER"][-1] != "unfinished"
+    for row in tables["optimum"].rows:
+        assert row[-1].startswith("unfinished") == (row[:2] == ("1e+13", "PKM"))
+    for row in tables["scaling-law"].rows:
+        assert row[-1].startswith("unfinished") == (row[0] == "PKM")
+    marked = {row[:2] for row in tables["perplexity"].rows if "unfinished" in row[1]}
+    assert marked == {("1e+13", "PKM, unfinished")}
+    assert {row[:2] for row in tables["differences-by-width"].rows if "unfinished" in row[1]} == marked
 
 
 def test_an_ablation_with_runs_to_come_has_no_verdict(tmp_path):
@@ -186,12 +207,11 @@ def test_an_ablation_with_runs_to_come_has_no_verdict(tmp_path):
     assert [claim.verdict for claim in claims] == ["unfinished", "reproduced"]
 
 
-def test_a_best_width_at_the_end_of_the_grid_is_said(isoflop):
-    runs = read_runs(isoflop)
+def test_a_best_width_at_the_end_of_the_grid_is_said(runs, analysis):
     narrow = replace(runs, frame=runs.frame[runs.frame.width <= 48])
     found = [doubt for doubt in IsoFlopAnalysis(narrow).doubts() if "width" in doubt]
     assert found[0] == "dense: the best width at 3e+12 FLOPs is the last that was tried, 48."
-    assert not [doubt for doubt in IsoFlopAnalysis(runs).doubts() if "best width" in doubt]
+    assert not [doubt for doubt in analysis.doubts() if "best width" in doubt]
 
 
 def test_the_report_is_whole_and_escaped(isoflop, isoflop_page):
@@ -210,8 +230,7 @@ def test_the_report_is_whole_and_escaped(isoflop, isoflop_page):
 
 
 @pytest.mark.usefixtures("isoflop_page")
-def test_the_tables_hold_what_was_measured(isoflop):
-    analysis = IsoFlopAnalysis(read_runs(isoflop))
+def test_the_tables_hold_what_was_measured(isoflop, analysis, of_peer):
     row = next(row for row in rows_of(isoflop, "perplexity") if (row["FLOPs"], row["method"]) == ("1e+13", "PEER"))
     best = analysis.at_best("peer", 1e13).mean()
     assert float(row["held out"]) == pytest.approx(math.exp(best), abs=0.01)
@@ -266,7 +285,7 @@ def test_the_tables_hold_what_was_measured(isoflop):
     assert (without["usage, %"], without["unevenness, nats"]) == ("75.0", "0.50")
     laws = {row["method"]: row for row in rows_of(isoflop, "scaling-law")}
     assert laws.keys() == {"dense", "MoE", "PKM", "PEER"}
-    fit = analysis.laws["peer"]
+    fit = of_peer.laws["peer"]
     for name, found in {**fit.exponents, "c": fit.constant}.items():
         assert float(laws["PEER"][name]) == pytest.approx(found, abs=6e-4)
         (low, high), is_open = fit.intervals[name], fit.open_ends[name]
@@ -282,8 +301,8 @@ def test_the_tables_hold_what_was_measured(isoflop):
     assert by_width["3e+13", "PKM", "96"]["seeds"] == "2"
 
 
-def test_every_run_has_a_row_of_its_own_in_the_report(isoflop, isoflop_page):
-    runs = read_runs(isoflop).done
+def test_every_run_has_a_row_of_its_own_in_the_report(isoflop, isoflop_page, runs):
+    runs = runs.done
     rows = {row["run"]: row for row in rows_of(isoflop, "runs")}
     assert list(rows) == list(runs.name)
     for name, row in rows.items():
@@ -304,10 +323,7 @@ def test_one_seed_has_no_interval():
 
 
 @pytest.mark.usefixtures("isoflop_page")
-def test_the_residuals_are_those_of_the_law_and_show_a_run_astray(isoflop):
-    runs = read_runs(isoflop)
-    analysis = IsoFlopAnalysis(runs)
-    of_peer = IsoFlopAnalysis(replace(runs, frame=runs.frame[runs.frame.method == "peer"]))
+def test_the_residuals_are_those_of_the_law_and_show_a_run_astray(isoflop, runs, analysis, of_peer):
     law, ours = of_peer.laws["peer"], of_peer.runs
     predicted = [law.loss(P=p, D=d) for p, d in zip(ours.parameters_active, ours.num_tokens, strict=True)]
     np.testing.assert_allclose(law.residuals, ours[HELD_OUT] - predicted, atol=1e-9)
@@ -321,14 +337,24 @@ def test_the_residuals_are_those_of_the_law_and_show_a_run_astray(isoflop):
 
 
 @pytest.mark.usefixtures("isoflop_page")
-def test_every_row_has_its_command(isoflop):
+def test_every_row_has_its_command(isoflop, runs, analysis):
     commands = {row["run"]: row["command"] for row in rows_of(isoflop, "commands")}
-    runs = read_runs(isoflop)
-    analysis = IsoFlopAnalysis(runs)
     assert len(analysis.tuning) == 40
-    for run in [runs.planned[name] for name in (*analysis.points.name, *analysis.tuning.name)]:
+    listed = [runs.planned[name] for name in (*analysis.points.name, *analysis.tuning.name)]
+    by_options = {}
+    for run in listed:
         words = shlex.split(commands[run.name])
         assert words[:2] == ["tinyexperts", "train"]
+        values = dict(zip(words[3::2], words[4::2], strict=True))
+        config = run.config
+        assert Path(values["--run"]) == Path("runs", run.name)
+        for option, value in (("seed", config.seed), ("model.d-model", config.model.d_model)):
+            assert int(values.get(f"--{option}", attrgetter(option.replace("-", "_"))(RECIPES[words[2]]()))) == value
+        assert float(values["--training-flops"]) == config.training_flops
+        by_options[words[2], *words[3::2]] = run, words
+    # tyro takes a while for each: the last one of those that name the same options.
+    assert len(by_options) > 20
+    for run, words in by_options.values():
         recipe = RECIPES[words[2]]
         parsed = tyro.cli(TrainConfig, default=recipe(), args=words[3:], config=(tyro.conf.AvoidSubcommands,))
         assert parsed == replace(run.config, run=Path("runs", run.name))
@@ -523,9 +549,8 @@ def test_columns_of_words_are_distinguished_from_columns_of_numbers():
     assert long.is_text(0), "and at once"
 
 
-def test_the_trend_shows_zero_and_no_interval_where_there_is_none(isoflop):
-    runs = read_runs(isoflop)
-    found = difference_trend(IsoFlopAnalysis(runs)).svg
+def test_the_trend_shows_zero_and_no_interval_where_there_is_none(runs, analysis):
+    found = difference_trend(analysis).svg
     assert "against dense \N{MINUS SIGN}0.050" in found
     # With one seed there is no interval to draw: three caps less for each budget's bars.
     one = difference_trend(IsoFlopAnalysis(replace(runs, frame=runs.frame[runs.frame.seed == 0]))).svg
@@ -536,8 +561,7 @@ def test_the_trend_shows_zero_and_no_interval_where_there_is_none(isoflop):
     assert labels, "zero is inside of the frame"
 
 
-def test_the_trend_holds_every_interval_of_three_seeds(isoflop):
-    runs = read_runs(isoflop)
+def test_the_trend_holds_every_interval_of_three_seeds(runs):
     analysis = IsoFlopAnalysis(replace(runs, frame=runs.frame[runs.frame.budget < 2e13]))
     ends = [end for budget in analysis.budgets for end in analysis.difference("moe", budget).bounds]
     assert max(ends) - min(ends) > 0.5, "those of the uneven method are wide"
@@ -562,12 +586,12 @@ def test_a_best_value_at_the_end_of_what_was_tried_is_reported(tmp_path):
     assert analysis.doubts() == [one_width, "PEER: the best table is the last that was tried, 4 times the default."]
 
 
-def test_no_seed_takes_part_in_choosing_the_width_at_which_it_is_compared(isoflop):
+def test_no_seed_takes_part_in_choosing_the_width_at_which_it_is_compared(runs):
     losses = {
         "dense": {32: (9, 9, 9), 48: (3.0, 3.4, 3.5), 64: (3.3, 3.2, 3.1), 96: (9, 9, 9)},
         "peer": {32: (9, 9, 9), 48: (2, 2, 2), 64: (3, 3, 3), 96: (9, 9, 9)},
     }
-    runs = with_losses(read_runs(isoflop), losses, budget=1e13)
+    runs = with_losses(runs, losses, budget=1e13)
     found = IsoFlopAnalysis(runs).difference_with_widths_of_other_seeds("dense", 1e13)
     # Seeds 1 and 2 choose width 64 for seed 0; 0 and 2 choose 64 for seed 1, by 0.05; 0 and 1 choose 48 for seed 2.
     assert found.values == pytest.approx((2 - 3.3, 2 - 3.2, 2 - 3.5))
@@ -575,19 +599,18 @@ def test_no_seed_takes_part_in_choosing_the_width_at_which_it_is_compared(isoflo
     assert one.difference_with_widths_of_other_seeds("dense", 1e13) is None
 
 
-def test_losses_that_are_not_finite_are_no_difference(isoflop):
-    runs = read_runs(isoflop)
+def test_losses_that_are_not_finite_are_no_difference(runs):
     frame = runs.frame.copy()
     frame.loc[(frame.method == "dense") & (frame.seed == 1), "stood_earlier"] = math.nan
     difference = IsoFlopAnalysis(replace(runs, frame=frame)).difference("dense", 1e13, "stood_earlier")
     assert len(difference.values) == 2
 
 
-def test_curves_that_share_no_seconds_are_drawn(isoflop):
-    results = [each for each in read_runs(isoflop).results.values() if each.name.startswith("peer-")][:2]
+def test_curves_that_share_no_seconds_are_drawn(runs):
+    results = [each for each in runs.results.values() if each.name.startswith("peer-")][:2]
     later = tuple({**line, "seconds": line["seconds"] + 1e4} for line in results[1].validation)
     runs = [replace(each, method="peer") for each in (results[0], replace(results[1], validation=later))]
-    assert "It ends at PEER" in loss_curves(runs, "seconds").svg
+    assert "It ends at PEER" in training_curves(runs, "seconds").svg
 
 
 def test_a_folder_of_the_study_that_was_called_by_the_british_word_still_opens(tmp_path):

@@ -61,10 +61,11 @@ class PrepareConfig:
     key: str | None = None
     """Column of the table that names the entities."""
     attributes: tuple[str, ...] = ()
-    """Columns of the table that are facts; without it all but the key."""
+    """Columns of the table, or attributes of the airports, that are facts; without it all but the key."""
     phrasings: Path | None = None
     """TOML file with a list of phrasings for an attribute, or for "*", all others; each has {key}, then {value}, and
-    may have {attribute}. The last of a list is never trained on. Without it there are phrasings for any column."""
+    may have {attribute}. The last of a list is never trained on. Without it there are phrasings for any column, and
+    others for the airports."""
     max_entities: int | None = None
     """Take this many entities, drawn by the seed."""
     max_documents: int | None = None
@@ -94,9 +95,12 @@ class PrepareConfig:
                 raise InputError(f"{name} must be positive, got {value}")
 
     def _check_facts(self) -> None:
-        given = [name for name in ("key", "attributes", "phrasings") if getattr(self, name)]
+        table_settings = ("key",) if self.corpus == AIRPORTS else ("key", "attributes", "phrasings")
+        given = [name for name in table_settings if getattr(self, name)]
         if self.facts is None and given:
             raise InputError(f"{given[0]} is for a table of facts, and none was given: {getattr(self, given[0])}")
+        if len(set(self.attributes)) < len(self.attributes):
+            raise InputError(f"attributes must be different, got {', '.join(self.attributes)}")
         if self.facts is not None and (self.files or self.corpus is not None):
             raise InputError(f"give one of a corpus, files and facts, got facts {printable(self.facts)} and another")
         if self.facts is not None and self.key is None:
@@ -131,13 +135,12 @@ class PrepareConfig:
         """
         if self.facts is not None and self.key is not None:
             table = read_fact_table(self.facts, key=self.key, attributes=self.attributes)
-            phrasings = (
-                {attribute: default_phrasings(attribute) for attribute in table.attributes}
-                if self.phrasings is None
-                else read_phrasings(self.phrasings, table.attributes)
-            )
+            phrasings = {attribute: default_phrasings(attribute) for attribute in table.attributes}
         else:
-            table, phrasings = airports(), airport_phrasings()
+            table = airports(self.attributes)
+            phrasings = airport_phrasings(table.attributes)
+        if self.phrasings is not None:
+            phrasings = read_phrasings(self.phrasings, table.attributes)
         if self.max_entities is not None:
             table = table.sample(self.max_entities, seed=self.seed)
         return FactStatements(table, phrasings, seed=self.seed, held_out_fraction=self.validation_fraction)

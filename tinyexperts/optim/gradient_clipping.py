@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.expert_mlp.deferred import pending_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
 from tinyexperts.ops.rank_groups import RankGroups
 from tinyexperts.optim.sparse_gradients import coalesced_gradient
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
@@ -52,7 +55,7 @@ def clip_gradient_norm_(
         elif parameter.grad.layout == torch.sparse_coo:
             parameter.grad = coalesced_gradient(parameter.grad)
             gradients.append(parameter.grad._values())
-        elif ranks is not None and isinstance(parameter.grad, DTensor):
+        elif ranks is not None and _is_part(parameter.grad):
             parts.append(parameter.grad.to_local())
         else:
             gradients.append(parameter.grad)
@@ -71,6 +74,12 @@ def clip_gradient_norm_(
     for pairs in deferred:
         pairs.scale_(float(factor))
     return total_norm
+
+
+def _is_part(gradient: Tensor) -> TypeGuard[DTensor]:
+    from torch.distributed.tensor import DTensor  # takes seconds, and several ranks alone have them
+
+    return isinstance(gradient, DTensor)
 
 
 def _norm(gradients: list[Tensor], deferred: list[TableGradient]) -> Tensor:

@@ -38,8 +38,8 @@ from tinyexperts.study.study_report import write_study_report
 from tinyexperts.training.config import path_of, with_settings
 
 # The sizes of the runs: the width of each method, and what both share.
-WIDTHS = {"dense": 48, "peer": 32}
-NUM_AIRPORTS = 300
+WIDTHS = {"dense": 48, "peer": 48}
+NUM_AIRPORTS = 1000
 VOCAB_SIZE = 1024
 SETTINGS: Mapping[str, Any] = {
     "model.vocab_size": VOCAB_SIZE,
@@ -59,7 +59,7 @@ class DemoConfig:
 
     output: Path = Path("runs/demo")
     """Folder of the corpus, the runs and report.html."""
-    training_flops: float = 1.5e12
+    training_flops: float = 2.4e12
     """Training FLOPs of each run, router counted."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each method is trained once for each seed."""
@@ -103,7 +103,12 @@ def run_demo(config: DemoConfig) -> None:
         folder.begin(settings)
         if not config.data.exists():
             prepare(
-                PrepareConfig(output=config.data, corpus=AIRPORTS, max_entities=NUM_AIRPORTS, vocab_size=VOCAB_SIZE)
+                PrepareConfig(
+                    output=config.data,
+                    corpus=AIRPORTS,
+                    max_entities=NUM_AIRPORTS,
+                    vocab_size=VOCAB_SIZE,
+                )
             )
         execution = StudyConfig(data=config.data, output=config.output, num_parallel=config.num_parallel)
         run_stages(folder, DEMO.stages(config), execution, math.inf, show=partial(_show, folder))

@@ -6,6 +6,7 @@ which had other names.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import fields
@@ -71,7 +72,7 @@ def from_json(text: str | bytes) -> TrainConfig:
 
 def to_content(config: TrainConfig) -> dict[str, Any]:
     """Return a configuration as plain values for JSON, with the version and the kind of its expert layer."""
-    content = TypeAdapter(TrainConfig).dump_python(config, mode="json")
+    content = _adapter(TrainConfig).dump_python(config, mode="json")
     content["model"]["expert_layer"] = {"kind": config.model.expert_layer.kind, **content["model"]["expert_layer"]}
     return {"version": VERSION, **content}
 
@@ -106,13 +107,18 @@ def _read_layer(content: dict[str, Any]) -> Any:
 
 def _read(kind: Any, content: Any, place: str) -> Any:
     try:
-        value = TypeAdapter(kind).validate_python(content)
+        value = _adapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{(place + '.'.join(map(str, first['loc']))) or 'the whole'}: {first['msg']}") from None
     for name in _unknown_fields(value, content):
         raise InputError(f"{place}{name}: Unexpected keyword argument")
     return value
+
+
+@functools.cache  # it takes longer to make than to use, and a study reads hundreds of configurations
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _unknown_fields(value: Any, content: dict[str, Any]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from tinyexperts.data.facts.phrasings import (
     phrasings_of,
     read_phrasings,
 )
+from tinyexperts.data.facts.table import airports
 from tinyexperts.errors import InputError
 
 THREE = ("The {attribute} of {key} is {value}.", "{key} has {attribute} {value}", "Of {key}: {attribute} {value}!")
@@ -35,7 +36,7 @@ def test_default_phrasings_speak_of_any_column() -> None:
 
 def test_phrasings_of_airports_keep_the_rules() -> None:
     questions = []
-    for attribute, phrasings in airport_phrasings().items():
+    for attribute, phrasings in airport_phrasings(airports().attributes).items():
         assert phrasings_of([phrasing.text for phrasing in phrasings], attribute, "here") == phrasings
         questions += [phrasing.question("NRT") for phrasing in phrasings]
     assert len(set(questions)) == len(questions) == 30

@@ -95,3 +95,13 @@ def test_airports_are_those_with_an_iata_code() -> None:
     }
     assert table.num_facts == 5 * 7884 - 816
     assert table.num_duplicate_rows == 0
+
+
+def test_attributes_of_airports_are_chosen() -> None:
+    table = airports(("name", "city"))
+    assert table.attributes == ("name", "city")
+    assert table.entities["NRT"] == {"name": "Narita International Airport", "city": "Tokyo"}
+    assert table.description["attributes"] == "name, city"
+    sentence = "the attributes of airports are city, ICAO code, name, elevation, time zone, got 'runway'"
+    with pytest.raises(InputError, match=sentence):
+        airports(("city", "runway"))

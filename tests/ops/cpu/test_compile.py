@@ -202,7 +202,7 @@ def test_a_process_that_may_not_write_files_of_that_size_continues(tmp_path):
 
 
 TRAINED = """
-import json, torch
+import torch
 from tinyexperts import PEER
 from tinyexperts.optim import build_optimizers, clip_gradient_norm_, deferred_gradients
 results = []
@@ -219,17 +219,16 @@ for sparse in (False, True):
             optimizer.step()
             optimizer.zero_grad()
     results += [parameter.tolist() for parameter in layer.parameters()]
-print(json.dumps(results))
 """
 
 
 def test_without_numbas_compiler_layers_train_too_and_one_warning_says_so():
-    slow, said = run(TRAINED, NUMBA_DISABLE_JIT="1")
-    fast, said_else = run(TRAINED)
-    for got, expected in zip(slow, fast, strict=True):
+    slow, said = run(TRAINED + "import json\nprint(json.dumps(results))", NUMBA_DISABLE_JIT="1")
+    fast = {}
+    exec(TRAINED, fast)  # here, where kernels are compiled: a warning would be an error
+    for got, expected in zip(slow, fast["results"], strict=True):
         np.testing.assert_allclose(np.array(got), np.array(expected), rtol=1e-9, atol=1e-12)
     assert said.count("NUMBA_DISABLE_JIT is set, so that the CPU's kernels can't be compiled") == 1
-    assert "NUMBA_DISABLE_JIT" not in said_else
 
 
 def test_a_kernel_that_is_not_compiled_refuses_and_keeps_its_name(monkeypatch):

@@ -84,9 +84,9 @@ class Phrasing:
         return f"{self.question(key)} {value}{self.text.partition('{value}')[2]}"
 
 
-def airport_phrasings() -> dict[str, tuple[Phrasing, ...]]:
-    """Return the phrasings of the corpus airports, by attribute."""
-    return {attribute: tuple(map(Phrasing, texts)) for attribute, texts in _AIRPORTS.items()}
+def airport_phrasings(attributes: Sequence[str]) -> dict[str, tuple[Phrasing, ...]]:
+    """Return the phrasings of some attributes of the corpus airports."""
+    return {attribute: tuple(map(Phrasing, _AIRPORTS[attribute])) for attribute in attributes}
 
 
 def default_phrasings(attribute: str) -> tuple[Phrasing, ...]:

@@ -16,6 +16,7 @@ from tinyexperts.extras import require_extra
 
 AIRPORTS = "airports"
 """The name of the corpus of airports."""
+_AIRPORT_ATTRIBUTES = ("city", "ICAO code", "name", "elevation", "time zone")
 _METERS_PER_FOOT = 0.3048
 _NAMED_AT_MOST = 5
 
@@ -82,14 +83,18 @@ def read_fact_table(path: Path, *, key: str, attributes: Sequence[str] = ()) -> 
     return _table(records, key=key, attributes=chosen, description=description, shown=shown)
 
 
-def airports() -> FactTable:
+def airports(attributes: Sequence[str] = ()) -> FactTable:
     """Return the airports that have an IATA code, of the package airportsdata (MIT license).
 
-    Of each the city, the ICAO code, the name, the elevation in meters, and the time zone.
+    Args:
+        attributes (Sequence[str]): some of city, ICAO code, name, elevation (meters) and time zone; none: all of them.
 
     Raises:
+        InputError: an attribute that they do not have.
         MissingExtra: the package is not installed.
     """
+    if unknown := [attribute for attribute in attributes if attribute not in _AIRPORT_ATTRIBUTES]:
+        raise InputError(f"the attributes of airports are {', '.join(_AIRPORT_ATTRIBUTES)}, got {unknown[0]!r}")
     require_extra("study", "the corpus airports")
     import airportsdata
 
@@ -105,9 +110,11 @@ def airports() -> FactTable:
             records.append(
                 {"key": airport["iata"]} | {ours: airport[theirs] for theirs, ours in columns.items()} | elevation
             )
-    attributes = ("city", "ICAO code", "name", "elevation", "time zone")
     description = {"kind": "facts", "table": "airportsdata", "version": airportsdata.__version__, "key": "iata"}
-    return _table(records, key="key", attributes=attributes, description=description, shown="airportsdata")
+    if attributes:
+        description["attributes"] = ", ".join(attributes)
+    chosen = tuple(attributes) or _AIRPORT_ATTRIBUTES
+    return _table(records, key="key", attributes=chosen, description=description, shown="airportsdata")
 
 
 def _table(

@@ -64,7 +64,7 @@ def peer_run(
     written = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in axes.items()}
     words = "-".join(f"{name}-{value}" for name, value in written.items()).replace("_", "-")
     return GridRun(
-        name=f"peer-d{width}-c{budget:.0e}-{words}-seed{seed}".replace("+", ""),
+        name=f"peer-d{width}-c{budget:.2g}-{words}-seed{seed}".replace("+", ""),
         method="peer",
         axes={"budget": budget, "width": width, "seed": seed, **axes},
         config=config,
@@ -247,25 +247,35 @@ class AblationRuns:
 
 @house_style()
 def _curves(found: AblationRuns, column: str, what: str) -> Drawing | None:
-    """Draw each series as a line through its means; None where there is nothing to draw along the axis."""
-    axis = "num_experts" if found.ablation.values else found.ablation.axis
-    if axis not in found.axes:  # words alone are no axis
-        return None
+    """Draw each series as a line through its means, or words side by side; None where there is nothing to draw."""
+    values = found.ablation.values
+    axis = "num_experts" if values and "num_experts" in found.axes else found.ablation.axis
+    words = values if axis == found.ablation.axis else ()
+    position: Callable[[Any], float] = words.index if words else float
     series, others, name = found.series(axis), found.others(axis), axis.replace("_", " ")
-    every = found.points[axis].to_numpy(float)
+    every = found.points[axis].map(position).to_numpy(float)
     if len(np.unique(every)) < 2 or found.points[_POINT_COLUMNS.get(column, column)].isna().any():
         return None
     varied = [number for number in range(len(others)) if len({key[number] for key in series}) > 1]
     plot = Plot(name, what)
     for number, (key, points) in enumerate(series.items()):
         color = METHODS[-1 - number % len(METHODS)].color
-        x = points[axis].to_numpy(float)
+        x = points[axis].map(position).to_numpy(float)
         seeds = [list(found.by_seed(point, column)) for point in points.itertuples()]
         means = [float(np.mean(values)) for values in seeds]
-        plot.means(x, seeds, means, color=color, linewidth=1.8)
+        plot.means(
+            x,
+            seeds,
+            means,
+            color=color,
+            **({"linestyle": "", "marker": "_", "markersize": 14} if words else {"linewidth": 1.8}),
+        )
         label = ", ".join(_named(others[place], key[place]) for place in varied)
         plot.label_end(x[-1], means[-1], label or "PEER", color)
-    if every.min() > 0 and every.max() / every.min() > 4:
+    if words:
+        plot.axes.set_xlim(-0.4, len(words) + 0.3)
+        plot.axes.set_xticks(range(len(words)), words, rotation=30, ha="right")
+    elif every.min() > 0 and every.max() / every.min() > 4:
         plot.log_x(every, room=3.0)
     else:
         plot.axes.set_xlim(every.min() - 0.3, every.max() + 0.5 * (np.ptp(every) or 1))
@@ -275,7 +285,7 @@ def _curves(found: AblationRuns, column: str, what: str) -> Drawing | None:
 
 
 def _named(name: str, value: Any) -> str:
-    return f"query norm: {value}" if name == "query_norm" else f"{value:.0e}" if name == "budget" else str(value)
+    return f"query norm: {value}" if name == "query_norm" else f"{value:.2g}" if name == "budget" else str(value)
 
 
 def value_text(value: Any) -> str:
