@@ -1,8 +1,8 @@
 """Steps of the trainer for dense and PEER, compiled or not, and the seconds of a generated token, on one CPU core.
 
-All in turns in one process, on a data set of facts at the sizes of the study of facts. Run:
-tinyexperts data prepare --corpus airports --max-entities 300 --vocab-size 1024 --output data/airports-300
-python benchmarks/training_step.py --data data/airports-300
+All in turns in one process, at the sizes of the study of facts. Run:
+python benchmarks/training_step.py --data runs/demo/data
+(`make demo` makes the data; any data set of 1,024 tokens will do).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def test_the_first_page_is_the_readme(site):
     text = (site / "index.html").read_text()
     assert "Two commands" in text
     assert 'href="architecture/"' in text
-    assert 'src="demo-loss.svg"' in text
+    assert 'src="demo-recall.svg"' in text
 
 
 def test_the_reference_has_the_public_names(site):
