@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 470, 320  # of the drawing, in its own units; the page scales it
 GREY, INK, LINE = "#8a8f98", "#30343b", "#e4e6ea"
+# Colors on a dark ground, for a page and for a figure in a file of its own.
+_DARK = {
+    f"fill: {INK}": "fill: #e3e6ea",
+    f"stroke: {INK}": "stroke: #e3e6ea",
+    f"stroke: {LINE}": "stroke: #333942",
+    "stroke: #ffffff": "stroke: #14171c",
+    "fill: #0072b2": "fill: #56b4e9",
+    "stroke: #0072b2": "stroke: #56b4e9",
+}
+_DARK_RULES = " ".join(f'svg [style*="{light}"] {{ {dark} !important; }}' for light, dark in _DARK.items())
 # A curve begins with its fall from chance; a frame that held this share of the axis would flatten the rest.
 FALL = 0.3
 # The share of an axis that the name of a tick takes at least.
@@ -211,4 +221,7 @@ def svg_of(figure: Figure, name: str, description: str) -> Markup:
         root.attrib.pop(size, None)
     root.set("role", "img")
     root.set("aria-label", description)
+    style = ET.Element(f"{svg}style")
+    style.text = f"@media (prefers-color-scheme: dark) {{ {_DARK_RULES} }}"
+    root.insert(0, style)
     return Markup(ET.tostring(root, encoding="unicode"))
