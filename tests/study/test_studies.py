@@ -733,7 +733,16 @@ def test_submitit_runs_the_remaining_runs_and_reports_failures(config, children,
     assert folder.status_of(waiting[0].name).state == "done"
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT ends what is started here; the jobs that a shell runs in the background inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")  # by which submitit cancels local jobs
 def test_an_interruption_cancels_the_jobs_that_were_submitted(config, children, monkeypatch):
     children.stop_after = 0
     run_study_of_nothing(config)
