@@ -174,6 +174,18 @@ def test_generated_tokens_can_be_trained_on():
     assert model.embedding.weight.grad is not None
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_what_fsdp2_gathers_is_no_tensor_of_inference_mode(is_sharded):
+    model, modes = make(), []
+    model.register_forward_pre_hook(
+        lambda *_: modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+    )
+    if is_sharded:
+        model.unshard = lambda: None  # as fully_shard gives a module
+    generate(model, prompt(), max_new_tokens=2)
+    assert modes == [(not is_sharded, False)] * 2
+
+
 def test_each_module_gets_its_mode_back_after_a_failure_too():
     model = make().train()
     model.blocks[1].feed_forward.router.norm.eval()
