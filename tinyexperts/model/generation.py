@@ -54,7 +54,7 @@ def generate(
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
     is_sharded = hasattr(model, "unshard")  # FSDP2 trains with what it gathers here
-    with evaluation_mode(model), torch.no_grad(), torch.inference_mode(not is_sharded):
+    with evaluation_mode(model), torch.inference_mode(not is_sharded), torch.no_grad():
         cache, tokens, step = Cache(model, len(prompt)), prompt, prompt
         ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
         for _ in range(max_new_tokens):
