@@ -1,9 +1,11 @@
-"""mkdocs' hooks: the pages at the root of the repository are pages of the site, and links that leave docs/ are text."""
+"""mkdocs' hooks: pages at the repository's root are pages of the site, packages are shown by their public names."""
 
 from __future__ import annotations
 
 import posixpath
 import re
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 # Pages of the site that are files of the repository's root.
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+# A line that asks for the public names of a package: ::: tinyexperts.layers
+_PACKAGE = re.compile(r"^::: (tinyexperts\.[a-z]+)$", re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 
 
@@ -26,7 +30,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Write a link to a file outside of docs/ as its text and its path."""
+    """Write packages as their public names, and a link to a file outside of docs/ as its text and its path."""
+    markdown = _PACKAGE.sub(lambda match: _public_names(match[1]), markdown)
     folder = posixpath.dirname(page.file.src_uri)
 
     def text_of(match: re.Match[str]) -> str:
@@ -44,3 +49,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{match[1]} (`{outside}`)" if (ROOT / outside).exists() else match[0]
 
     return _LINK.sub(text_of, markdown)
+
+
+def _public_names(package_name: str) -> str:
+    """Return the docstring of a package, and a line of mkdocstrings for each name of its `__all__`."""
+    package = import_module(package_name)
+    assert package.__doc__
+    lines = [package.__doc__]
+    for name in package.__all__:
+        path = f"{package_name}.{name}"
+        if path in sys.modules:  # mkdocstrings would show the module of that name
+            path = f"{getattr(package, name).__module__}.{name}"
+        lines.append(f"::: {path}")
+    return "\n\n".join(lines)

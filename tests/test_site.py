@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -40,10 +42,20 @@ def test_the_first_page_is_the_readme(site):
 
 
 def test_the_reference_has_the_public_names(site):
-    text = (site / "reference/layers/index.html").read_text()
-    for name in set(tinyexperts.__all__) - {"__version__"}:
-        assert f'id="tinyexperts.layers.{name}"' in text, name
-    assert "router_weights" in text
+    pages = [page for page in (ROOT / "docs/reference").glob("*.md") if page.stem != "study"]
+    assert len(pages) == 8
+    for page in pages:
+        package = import_module(f"tinyexperts.{page.stem}")
+        text = (site / f"reference/{page.stem}/index.html").read_text()
+        shown = re.findall(r'<h2 id="tinyexperts\.[^"]*?(\w+)"', text)
+        assert sorted(shown) == sorted(package.__all__)
+    assert set(tinyexperts.__all__) - {"__version__"} <= set(import_module("tinyexperts.layers").__all__)
+
+
+def test_the_reference_describes_arguments(site):
+    assert "router_weights" in (site / "reference/layers/index.html").read_text()
+    assert "look at x" in (site / "reference/ops/index.html").read_text()
+    assert "num_parallel" in (site / "reference/study/index.html").read_text()
 
 
 def test_a_link_that_leads_nowhere_is_noticed(tmp_path):

@@ -33,7 +33,7 @@ def expert_mlp(
     scales_NE: Tensor | None = None,
     sparse: bool = False,
 ) -> Tensor:
-    """Sum the retrieved experts of each token: y = sum over p of weights[p] * e_ids[p](x) (paper, section 2).
+    """Sum the retrieved experts of each token: y = sum over p of `weights[p] * e_ids[p](x)` (paper, section 2).
 
     Args:
         x_MD (float, [M, D]): the tokens.
