@@ -58,11 +58,89 @@ def test_fresh_seeds_are_run_at_each_best_width_of_each_budget(folder) -> None:
     others = [run for run in folder.planned_runs() if not is_fresh(run)]
     assert not {run.config.seed for run in runs} & {run.config.seed for run in others}
     assert len({run.name for run in (*runs, *others)}) == len(runs) + len(others)
-    # A budget is compared before the next, larger one is begun.
-    stages = FACTS.stages(scale_of_facts())
-    budgets = [{run.axes["budget"] for run in stage({})} for stage in stages]
-    assert budgets[0] == {1e13}
-    assert budgets[2::2] == [{2.5e12}, {1e13}, {3e13}, set()]
+
+
+def planned(loss, scale) -> list[list]:
+    """The runs of each stage, when runs end with the given losses."""
+    losses, stages = {}, []
+    for stage in FACTS.stages(scale):
+        stages.append(stage(losses))
+        losses |= {run.name: loss(run) for run in stages[-1]}
+    return stages
+
+
+def test_a_budget_is_compared_before_the_next_larger_one_is_begun() -> None:
+    budgets = [{run.axes["budget"] for run in runs} for runs in planned(made_up_loss, scale_of_facts())]
+    assert [budget for budget in budgets if budget] == [
+        {1e13},  # tuning
+        *([{2.5e12}] * 2),
+        *([{1e13}] * 2),
+        *([{3e13}] * 2),
+        {1e14},
+    ]
+
+
+def test_widths_around_the_best_are_run_until_the_best_lies_between_two() -> None:
+    best = {2.5e12: 32, 1e13: 96, 3e13: 16}
+
+    def loss(run) -> float:
+        return abs(math.log(run.axes["width"] / best.get(run.axes["budget"], 16))) + 0.01 * run.axes["seed"]
+
+    tried = [
+        (runs[0].axes["budget"], sorted({run.axes["width"] for run in runs if run.method == "moe"}))
+        for runs in planned(loss, scale_of_facts())
+        if runs and runs[0].axes["stage"] == "main"
+    ]
+    assert tried == [
+        (2.5e12, [16, 32, 48, 64, 96]),  # before there is a best width, all
+        (1e13, [16, 32, 48]),
+        (1e13, [64]),
+        (1e13, [96]),
+        (3e13, [64, 96]),
+        (3e13, [48]),
+        (3e13, [32]),  # two moves are the most
+    ]
+
+
+def test_a_method_without_a_best_width_is_run_at_all_widths() -> None:
+    def loss(run) -> float:
+        lost = run.method == "pkm" and run.axes["stage"] == "main" and run.axes["budget"] == 2.5e12
+        return math.nan if lost else made_up_loss(run)
+
+    for runs in planned(loss, scale_of_facts()):
+        if runs and runs[0].axes["stage"] == "main" and runs[0].axes["budget"] == 1e13:
+            tried = {method: {run.axes["width"] for run in runs if run.method == method} for method in BEST}
+            assert tried == {
+                "dense": {32, 48, 64},
+                "moe": {16, 32, 48},
+                "pkm": {16, 32, 48, 64, 96},
+                "peer": {16, 32, 48},
+            }
+            break
+
+
+@pytest.mark.parametrize(
+    ("noise", "seeds"),
+    [
+        (0.1, 5),
+        # t * s / sqrt(n), with s = 0.8 * sqrt(0.3), is 0.54 for n = 5 and 0.46 for n = 6; half the difference is 0.5.
+        (0.8, 6),
+        (3.0, 5),  # more than would be run
+    ],
+)
+def test_as_many_seeds_are_run_as_the_interval_asks_for(noise, seeds) -> None:
+    """Dense is 1 nat behind; its first five seeds deviate by noise * sqrt(0.3), PEER's by nothing."""
+
+    def loss(run) -> float:
+        wobble = noise * (run.axes["seed"] % 2) if run.method == "dense" else 0.0
+        return 1 + wobble + (0 if run.method == "peer" else 1 - 0.4 * noise if run.method == "dense" else 5)
+
+    fresh = [run for runs in planned(loss, scale_of_facts()) for run in runs if is_fresh(run)]
+    assert Counter((run.method, run.axes["budget"]) for run in fresh) == {
+        (method, budget): number
+        for method in BEST
+        for budget, number in {2.5e12: seeds, 1e13: seeds, 3e13: seeds, 1e14: len(LAST_SEEDS)}.items()
+    }
 
 
 def scale_of_facts():

@@ -46,15 +46,35 @@ class SeedInterval:
         deviation = self.standard_deviation
         if deviation is None:
             return -math.inf, math.inf
-        quantile = float(scipy.special.stdtrit(len(self.values) - 1, (1 + CONFIDENCE) / 2))
-        half = quantile * deviation / math.sqrt(len(self.values))
+        half = _half_width(deviation, len(self.values))
         return self.mean - half, self.mean + half
+
+    def num_values_for(self, half_width: float, *, at_most: int) -> int | None:
+        """Return how many values, these among them, give an interval of +- half_width if their deviation stays.
+
+        Args:
+            half_width (float): what the interval may reach to each side of the mean.
+            at_most (int): the largest number that is of use.
+
+        Returns:
+            number (int or None): None if at_most values do not suffice.
+        """
+        deviation = self.standard_deviation
+        if deviation is None:
+            return None
+        numbers = range(len(self.values), at_most + 1)
+        return next((number for number in numbers if _half_width(deviation, number) <= half_width), None)
 
     @property
     def outcome(self) -> Outcome:
         """The side of zero on which the mean is; undecided where the interval holds zero."""
         low, high = self.bounds
         return "lower" if high < 0 else "higher" if low > 0 else "undecided"
+
+
+def _half_width(deviation: float, number: int) -> float:
+    """Return half the width of Student's interval of a mean of so many values."""
+    return float(scipy.special.stdtrit(number - 1, (1 + CONFIDENCE) / 2)) * deviation / math.sqrt(number)
 
 
 def paired_difference(method: BySeed, baseline: BySeed) -> SeedInterval | None:

@@ -111,7 +111,7 @@ def on_facts(scale: Scale) -> Scale:
     return replace(
         scale,
         base=with_settings(scale.base, {"model.context_length": 128, "batch_size": 8}),
-        widths={2.5e12: (16, 32, 48, 64), 1e13: (16, 32, 48, 64, 96), 3e13: (32, 48, 64, 96)},
+        widths=dict.fromkeys((2.5e12, 1e13, 3e13), (16, 32, 48, 64, 96)),
         experts=(*scale.experts, 1024**2),
         telling_budget=1e13,  # with fewer FLOPs no method knows the facts of 4,000 airports
         peer_settings={},

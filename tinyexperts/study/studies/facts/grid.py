@@ -1,10 +1,11 @@
-"""The grid of the study of facts: that of isoflop on sizes of its own, then fresh seeds at each best width."""
+"""The grid of the study of facts: isoflop's tuning, then by budget the widths around the best, and fresh seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from tinyexperts.statistics.seed_interval import paired_difference
 from tinyexperts.study.grid import GridRun, Stage
 from tinyexperts.study.scales import Scale
 from tinyexperts.study.studies.isoflop import grid as isoflop
@@ -13,22 +14,76 @@ from tinyexperts.study.studies.isoflop import grid as isoflop
 # as much as all others.
 FRESH_SEEDS = (10, 11, 12, 13, 14)
 LAST_SEEDS = FRESH_SEEDS[:3]
+# At most so many seeds more, where the interval of a difference reaches further than half of the difference.
+MAX_FURTHER_SEEDS = 7
+# A best width at the end of those tried moves by a step of the grid, at most so often.
+_MAX_MOVES = 2
 
 
 def stages(scale: Scale) -> tuple[Stage, ...]:
-    """Return the stages: tuning, its squares, then by budget every width, and fresh seeds at each best width.
+    """Return the stages: tuning, its squares, then by budget the widths around the best, and fresh seeds at the best.
 
     The last budget is spent on fresh seeds alone, at the best widths of the budget before.
     """
     tune, tune_further, *_ = isoflop.stages(scale)
     of_budgets: list[Stage] = []
     for budget in scale.budgets:
-        of_budgets += [partial(isoflop.runs_of_budget, scale, budget), partial(_fresh_runs, scale, budget)]
+        of_budgets.append(partial(_runs_around_best, scale, budget))
+        of_budgets += [partial(_runs_beyond_ends, scale, budget)] * _MAX_MOVES
+        of_budgets += [partial(_fresh_runs, scale, budget), partial(_further_fresh_runs, scale, budget)]
     return tune, tune_further, *of_budgets, partial(_last_runs, scale)
+
+
+def _runs_around_best(scale: Scale, budget: float, losses: Mapping[str, float]) -> list[GridRun]:
+    """Return the runs at each method's best width of the budget before, and at its neighbors; first at every width."""
+    grid = scale.widths[budget]
+    before = [other for other in scale.budgets if other < budget]
+    widths: dict[str, Sequence[int]] = dict.fromkeys(scale.layers, grid)
+    for method in scale.layers:
+        best = isoflop.best_width(scale, method, losses, before[-1]) if before else None
+        if best in grid:
+            place = grid.index(best)
+            widths[method] = grid[max(0, place - 1) : place + 2]
+    return isoflop.runs_at(scale, budget, widths, losses)
+
+
+def _runs_beyond_ends(scale: Scale, budget: float, losses: Mapping[str, float]) -> list[GridRun]:
+    """Return the runs at the next width of each method whose best is at an end of those that it has tried."""
+    grid = scale.widths[budget]
+    widths: dict[str, Sequence[int]] = {}
+    for method in scale.layers:
+        means = isoflop.losses_by_width(scale, method, losses, budget)
+        best = isoflop.best_width(scale, method, losses, budget)
+        if best is None:
+            continue
+        wider, narrower = [width for width in grid if width > best], [width for width in grid if width < best]
+        widths[method] = [
+            *(narrower[-1:] if best == min(means) else ()),
+            *(wider[:1] if best == max(means) else ()),
+        ]
+    return isoflop.runs_at(scale, budget, widths, losses)
 
 
 def _fresh_runs(scale: Scale, budget: float, losses: Mapping[str, float]) -> list[GridRun]:
     return _runs_at_best_widths(scale, budget, FRESH_SEEDS, losses, chosen_at=budget)
+
+
+def _further_fresh_runs(scale: Scale, budget: float, losses: Mapping[str, float]) -> list[GridRun]:
+    """Return as many more seeds as each of PEER's differences needs for an interval of half of it to both sides.
+
+    The deviation of the first seeds says how many. A difference that would need more than MAX_FURTHER_SEEDS gets none.
+    """
+    by_seed: dict[str, dict[int, float]] = {method: {} for method in scale.layers}
+    for run in _fresh_runs(scale, budget, losses):
+        if run.name in losses:
+            by_seed[run.method][run.config.seed] = losses[run.name]
+    needed = [
+        difference.num_values_for(abs(difference.mean) / 2, at_most=len(FRESH_SEEDS) + MAX_FURTHER_SEEDS)
+        for method in scale.layers
+        if method != "peer" and (difference := paired_difference(by_seed["peer"], by_seed[method]))
+    ]
+    seeds = range(FRESH_SEEDS[-1] + 1, FRESH_SEEDS[0] + max((n for n in needed if n is not None), default=0))
+    return _runs_at_best_widths(scale, budget, seeds, losses, chosen_at=budget)
 
 
 def _last_runs(scale: Scale, losses: Mapping[str, float]) -> list[GridRun]:

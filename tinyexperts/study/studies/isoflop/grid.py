@@ -42,7 +42,11 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
         ]
 
     def measure(losses: Mapping[str, float]) -> list[GridRun]:
-        return [run for budget in scale.budgets for run in runs_of_budget(scale, budget, losses)]
+        return [
+            run
+            for budget, widths in scale.widths.items()
+            for run in runs_at(scale, budget, dict.fromkeys(scale.layers, widths), losses)
+        ]
 
     def extend(losses: Mapping[str, float]) -> list[GridRun]:
         if scale.last_budget is None:
@@ -58,20 +62,24 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
     return tune, tune_further, measure, extend
 
 
-def runs_of_budget(scale: Scale, budget: float, losses: Mapping[str, float]) -> list[GridRun]:
-    """Return the runs of every method, width and seed at a budget, with the settings that the tuning chose.
+def runs_at(
+    scale: Scale, budget: float, widths: Mapping[str, Sequence[int]], losses: Mapping[str, float]
+) -> list[GridRun]:
+    """Return the runs of every seed at a budget, with the settings that the tuning chose.
 
     Args:
         scale (Scale): the scale.
-        budget (float): training FLOPs, one of the scale's budgets.
+        budget (float): training FLOPs.
+        widths (Mapping[str, Sequence[int]]): the model widths D of each method.
         losses (Mapping[str, float]): the losses of the finished runs (nats a token) by name.
     """
-    best = {method: _best_settings(scale, method, losses) for method in scale.layers}
+    best = {method: _best_settings(scale, method, losses) for method in widths}
     return [
         _run(scale, method, width=width, budget=budget, seed=seed, **best[method])
         for seed in scale.seeds
-        for width in scale.widths[budget]
-        for method in scale.layers
+        for width in sorted(set().union(*widths.values()))
+        for method in widths
+        if width in widths[method]
     ]
 
 
@@ -118,8 +126,8 @@ def _best_settings(scale: Scale, method: str, losses: Mapping[str, float]) -> di
     return chosen
 
 
-def best_width(scale: Scale, method: str, losses: Mapping[str, float], budget: float) -> int | None:
-    """Return the width of least mean loss at a budget, if all its seeds have ended; None without one.
+def losses_by_width(scale: Scale, method: str, losses: Mapping[str, float], budget: float) -> dict[int, float]:
+    """Return the mean losses of the widths of which all seeds have ended at a budget, by width, ascending.
 
     Args:
         scale (Scale): the scale.
@@ -133,6 +141,12 @@ def best_width(scale: Scale, method: str, losses: Mapping[str, float], budget: f
         mean = math.fsum(losses.get(run.name, math.inf) for run in runs) / len(runs)
         if math.isfinite(mean):
             means[width] = mean
+    return means
+
+
+def best_width(scale: Scale, method: str, losses: Mapping[str, float], budget: float) -> int | None:
+    """Return the width of least mean loss at a budget; None where no width's seeds have all ended (losses_by_width)."""
+    means = losses_by_width(scale, method, losses, budget)
     return min(means, key=lambda width: means[width], default=None)
 
 
