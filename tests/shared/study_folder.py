@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from tinyexperts.study.runner.study_record import StudySettings
 from tinyexperts.study.scales import on_facts, scale_named
 
 
-def fill(path, study, loss, *, corpora=(), skip=(), facts=None):
+def fill(path, study, loss, *, corpora=(), skip=(), facts=None, num_entities=None):
     """A study folder at laptop scale whose runs ended with the given losses, and recalls and nats by split."""
     scale = scale_named("laptop", data=Path("data/none"), vocab_size=512)
-    folder, stages = StudyFolder(path), study.stages(scale if facts is None else on_facts(scale))
+    scale = scale if facts is None else replace(on_facts(scale), num_entities=num_entities or {})
+    folder, stages = StudyFolder(path), study.stages(scale)
     folder.begin(StudySettings(study=study.name, scale="laptop", data="data/none", evaluation_corpora=corpora))
     known = {}
     for stage in stages:

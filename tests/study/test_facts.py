@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from study_folder import fill
 
+from tinyexperts.data import PrepareConfig, prepare
+from tinyexperts.study import run_study
+from tinyexperts.study.runner.study_folder import StudyFolder
 from tinyexperts.study.scales import on_facts, scale_named
 from tinyexperts.study.studies.facts import FACTS
 from tinyexperts.study.studies.facts.grid import FRESH_SEEDS, LAST_SEEDS
@@ -212,6 +215,21 @@ def test_an_ablation_on_facts_is_judged_by_the_nats_of_an_answer(tmp_path) -> No
     assert row["loss against the first of its series"] == "+0.104"
 
 
+def test_the_report_crosses_experts_and_entities(tmp_path) -> None:
+    def facts(run) -> dict[str, tuple[float, float]]:
+        recall = 0.001 * run.config.model.expert_layer.num_experts**0.5 / (run.axes["num_entities"] / 1000)
+        return {"validation": (recall * run.axes["budget"] / 1e13, 8 - recall)}
+
+    numbers = {Path("data/few"): 1000, Path("data/many"): 4000}
+    folder = fill(tmp_path / "study", NUM_EXPERTS, lambda run: 2.0, facts=facts, num_entities=numbers)
+    page = write_study_report(NUM_EXPERTS, folder, command="x").read_text(encoding="utf-8")
+    assert "budget 1e+13, width 32, num entities 4,000: more experts reach a lower loss" in page
+    rows = {(row["FLOPs"], row["experts"]): row for row in rows_of(folder, "recall-by-entities")}
+    assert len(rows) == 10
+    assert rows["1e+13", "1,048,576"]["1,000 entities"] == "102.4"
+    assert rows["2.5e+12", "65,536"]["4,000 entities"] == "1.6"
+
+
 def test_the_variants_differ_from_the_papers_layer_in_one_setting() -> None:
     runs = {run.axes["variant"]: run.config for run in VARIANTS.stages(scale_of_facts())[0]({})}
     paper = runs.pop("paper").model
@@ -226,4 +244,57 @@ def test_a_data_set_without_facts_is_refused(run_cli, tiny_data, tmp_path) -> No
     code, out, err = run_cli("study", "facts", "--scale", "minute", "--data", tiny_data, "--output", tmp_path / "s")
     assert (code, out) == (2, "")
     assert "the study facts needs a data set of facts, and" in " ".join(err.split())
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.fixture
+def make_facts(tmp_path):
+    """A function that prepares a data set of facts about so many entities."""
+
+    def make(number, vocab_size=300):
+        table, folder = tmp_path / f"{number}.csv", tmp_path / f"facts-{number}-{vocab_size}"
+        table.write_text("name,floor\n" + "".join(f"k{n},{n % 3}\n" for n in range(number)))
+        if not folder.exists():
+            prepare(PrepareConfig(facts=table, key="name", output=folder, vocab_size=vocab_size))
+        return folder
+
+    return make
+
+
+def test_the_number_of_experts_is_crossed_with_that_of_entities(make_facts, run_cli, tmp_path, monkeypatch) -> None:
+    few, many = make_facts(40), make_facts(60)
+    planned = []
+    monkeypatch.setattr(run_study, "run_jobs", lambda jobs, **options: planned.extend(jobs))
+    command = ("study", "num-experts", "--scale", "minute", "--data", few, "--more-data", many)
+    run_cli(*command, "--output", tmp_path / "s")
+    runs = StudyFolder(tmp_path / "s").planned_runs()
+    assert len(runs) == len(planned) == 16
+    assert {(run.axes["num_entities"], run.config.data) for run in runs} == {(40, few), (60, many)}
+    cells = Counter((run.axes["num_entities"], run.config.model.expert_layer.num_experts) for run in runs)
+    assert cells == dict.fromkeys(((40, 256), (40, 1024), (60, 256), (60, 1024)), 4)
+    assert len({run.name for run in runs}) == 16
+    code, _, err = run_cli(*command[:-2], "--output", tmp_path / "s")
+    assert code == 2
+    assert f"more_data was ('{many}',), is ()" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("study", "more", "refusal"),
+    [
+        ("optimizer", (60, 300), "more_data are for num-experts, got"),
+        ("num-experts", (40, 310), "must have vocabularies of one size"),
+        ("num-experts", (40, 300), "has 40 too"),
+        ("num-experts", None, "must be of facts, and"),
+    ],
+)
+def test_data_sets_that_cannot_be_compared_are_refused(
+    make_facts, tiny_data, run_cli, tmp_path, study, more, refusal
+) -> None:
+    others = tiny_data if more is None else make_facts(*more)
+    data = make_facts(40)
+    code, out, err = run_cli(
+        *("study", study, "--scale", "minute", "--data", data, "--more-data", others, "--output", tmp_path / "s")
+    )
+    assert (code, out) == (2, "")
+    assert refusal in " ".join(err.split())
     assert not (tmp_path / "s").exists()

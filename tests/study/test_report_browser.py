@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, look_at
 
 from tinyexperts.comparison.report import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions"),
-    *("--disable-background-networking", "--disable-component-update", "--no-first-run"),
-]
-FIGURES = """() => [...document.querySelectorAll("figure svg")].map(svg => {
-    const box = svg.getBoundingClientRect();
-    const drawn = [...svg.querySelectorAll("path, use")].filter(shape => {
-        const area = shape.getBoundingClientRect();
-        return area.width + area.height > 0;
-    });
-    const outside = [...svg.querySelectorAll("text")].filter(text => {
-        const area = text.getBoundingClientRect();
-        return area.left < box.left - 1 || area.right > box.right + 1;
-    });
-    return {width: box.width, height: box.height, drawn: drawn.length, outside: outside.map(t => t.textContent)};
-})"""
 
 
 @pytest.fixture(scope="module")
@@ -73,32 +56,14 @@ def run_folder(root: Path, method: str, seed: int) -> Path:
 
 
 def test_report_opens_without_errors_or_requests_and_draws_every_figure(page_file: Path) -> None:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        messages: list[str] = []
-        requests: list[str] = []
-        page.on("console", lambda message: messages.append(message.text))
-        page.on("pageerror", lambda error: messages.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(page_file.as_uri())
-        page.evaluate("document.querySelectorAll('details').forEach(item => item.open = true)")
-        overflow = {}
-        figures = {}
-        for width in (1280, 400):
-            page.set_viewport_size({"width": width, "height": 900})
-            overflow[width] = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-            figures[width] = page.evaluate(FIGURES)
-        harmed = page.evaluate("window.harmed === true || document.images.length > 0")
-        browser.close()
-    assert messages == []
-    assert [address for address in requests if not address.startswith("data:")] == [page_file.as_uri()]
-    assert not harmed
-    assert overflow[1280] <= 0
-    assert overflow[400] <= 0
+    looks = look_at(page_file, sync_api)
+    assert looks.messages == []
+    assert looks.fetched == []
+    assert not looks.is_harmed
+    assert max(looks.overflow.values()) <= 0
     for width, smallest in ((1280, 400), (400, 300)):
-        assert len(figures[width]) == 6
-        for figure in figures[width]:
+        assert len(looks.figures[width]) == 6
+        for figure in looks.figures[width]:
             assert figure["width"] >= smallest
             assert figure["height"] >= smallest / 2
             assert figure["drawn"] >= 10

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,8 @@ class StudyConfig:
     """minute (a few steps a run), laptop (two cores, hours), gpu (one of 80 GB), paper (its own settings)."""
     data: Path | None = None
     """Data set of all runs, made by `tinyexperts data prepare`; default: data/stdlib, or data/airports for facts."""
+    more_data: tuple[Path, ...] = ()
+    """Further data sets of facts, of other numbers of entities, for num-experts: experts by facts."""
     output: Path | None = None
     """Folder of the study; default: runs/, its name and its scale."""
     evaluation_corpora: tuple[Path, ...] = ()
@@ -65,8 +67,8 @@ class StudyConfig:
     """Show every run, its FLOPs, memory and hours, and run nothing."""
 
     def __post_init__(self) -> None:
-        corpora = tuple(path_of("evaluation_corpora", path) for path in self.evaluation_corpora)
-        object.__setattr__(self, "evaluation_corpora", corpora)
+        for name in ("evaluation_corpora", "more_data"):
+            object.__setattr__(self, name, tuple(path_of(name, path) for path in getattr(self, name)))
         for name in ("data", "output"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, path_of(name, path))
@@ -103,7 +105,8 @@ def run_study(study: Study, config: StudyConfig) -> None:
         Interrupted: on Ctrl-C and after the minutes that were given, when the runs are saved.
     """
     data = config.data or Path("data/airports" if study.is_about_facts else "data/stdlib")
-    dataset = None if config.dry_run and not data.exists() else TokenDataset.open(data)
+    may_lack_data = config.dry_run and not config.more_data
+    dataset = None if may_lack_data and not data.exists() else TokenDataset.open(data)
     has_facts = study.is_about_facts if dataset is None else dataset.split("validation").facts is not None
     if study.is_about_facts and not has_facts:
         raise InputError(
@@ -112,6 +115,9 @@ def run_study(study: Study, config: StudyConfig) -> None:
         )
     vocab_size = _VOCAB_SIZE_UNTIL_THERE_IS_DATA if dataset is None else dataset.index.vocab_size
     scale = scale_named(config.scale, data=data, vocab_size=vocab_size)
+    more = [TokenDataset.open(path) for path in config.more_data]
+    if more and dataset is not None:
+        scale = replace(scale, num_entities=_num_entities(study, [dataset, *more]))
     stages = study.stages(on_facts(scale) if has_facts else scale)
     if config.dry_run or dataset is None:
         print_plan(study.name, config.scale, study.question, expected_runs(stages), is_tuned=len(stages) > 1)
@@ -130,6 +136,8 @@ def run_study(study: Study, config: StudyConfig) -> None:
                 scale=config.scale,
                 data=str(data),
                 data_sha256=dataset.sha256,
+                more_data=tuple(map(str, config.more_data)),
+                more_data_sha256=tuple(other.sha256 for other in more),
                 evaluation_corpora=tuple(str(path) for path in config.evaluation_corpora),
                 evaluation_sha256=corpora_sha256,
                 evaluation_tokens=config.evaluation_tokens,
@@ -139,6 +147,31 @@ def run_study(study: Study, config: StudyConfig) -> None:
         failed = [run.name for run in folder.planned_runs() if not folder.has_ended(run)]
         if failed:
             raise InputError(f"{len(failed)} runs failed, {failed[0]} among them; the same command tries them again")
+
+
+def _num_entities(study: Study, datasets: Sequence[TokenDataset]) -> dict[Path, int]:
+    """Return the number of entities of each data set that a study compares.
+
+    Raises:
+        InputError: the study compares none; no facts, as many entities or another vocabulary than in the first.
+    """
+    if not study.compares_data:
+        raise InputError(f"more_data are for num-experts, got {printable(datasets[1].folder)} for {study.name}")
+    numbers: dict[Path, int] = {}
+    for dataset in datasets:
+        facts, shown = dataset.split("train").facts, printable(dataset.folder)
+        if facts is None:
+            raise InputError(f"data sets that are compared must be of facts, and {shown} is none")
+        if dataset.index.vocab_size != datasets[0].index.vocab_size:
+            raise InputError(
+                f"data sets that are compared must have vocabularies of one size: {shown} has "
+                f"{dataset.index.vocab_size:,} tokens, {printable(datasets[0].folder)} {datasets[0].index.vocab_size:,}"
+            )
+        number = len(facts.fact_set.entities)
+        if number in numbers.values():
+            raise InputError(f"data sets that are compared must differ in entities: {shown} has {number:,} too")
+        numbers[dataset.folder] = number
+    return numbers
 
 
 def _show(study: Study, folder: StudyFolder) -> None:

@@ -51,6 +51,8 @@ class Scale:
     """The settings that the isoFLOP study's tuning chose for PEER, by dotted names; the ablations take them."""
     peer_width: int | None = None
     """The model width D of the ablations; None: the middle one."""
+    num_entities: Mapping[Path, int] = field(default_factory=dict)
+    """Of data sets of facts that are compared, the number of entities; empty: one data set, that of `base`."""
 
     @property
     def budgets(self) -> tuple[float, ...]:

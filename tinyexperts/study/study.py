@@ -23,5 +23,7 @@ class Study:
     """The stages of runs at a scale (scales.py)."""
     is_about_facts: bool = False
     """True if the study needs a data set of facts; the others take one too."""
+    compares_data: bool = False
+    """True if the study can be run on several data sets of facts, to compare them."""
     findings: Callable[[StudyRuns], Findings]
     """The findings from its runs, of which some may still be to come."""

@@ -72,7 +72,7 @@ def _page(study: Study, folder: StudyFolder, runs: StudyRuns, command: str) -> P
 def _texts(settings: StudySettings) -> str:
     corpora = f"; evaluated also on {', '.join(settings.evaluation_corpora)}" if settings.evaluation_corpora else ""
     tokens = f", {settings.evaluation_tokens:,} tokens of each text" if settings.evaluation_tokens else ""
-    return f"Data {settings.data}{corpora}{tokens}"
+    return f"Data {', '.join((settings.data, *settings.more_data))}{corpora}{tokens}"
 
 
 def _versions(of_run: Mapping[str, str]) -> str:

@@ -36,6 +36,10 @@ class StudySettings:
     evaluation_corpora: tuple[str, ...] = ()
     data_sha256: str | None = None
     """The digest of the data set; None in folders of old."""
+    more_data: tuple[str, ...] = ()
+    """Further data sets, on each of which the grid is run too."""
+    more_data_sha256: tuple[str, ...] = ()
+    """The digest of each of them."""
     evaluation_sha256: dict[str, str] | None = None
     """The digest of each evaluation corpus' text, by name; None in folders of old."""
     evaluation_tokens: int | None = None
@@ -119,8 +123,10 @@ class StudyRecord:
         path = self.path / "study.json"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            study, corpora = content["study"], tuple(content["evaluation_corpora"])
-            return StudySettings(**{**content, "study": RENAMED.get(study, study), "evaluation_corpora": corpora})
+            study = content["study"]
+            lists = ("evaluation_corpora", "more_data", "more_data_sha256")
+            tuples = {name: tuple(content.get(name, ())) for name in lists}
+            return StudySettings(**{**content, **tuples, "study": RENAMED.get(study, study)})
         except FileNotFoundError:
             raise InputError(f"{self.path} is not the folder of a study: it has no study.json") from None
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -86,8 +86,8 @@ class Ablation:
     reference: Callable[[GridRun], bool] | None = None
     """The point of each series that the others are compared with; None: the first."""
     reference_name: str = "first of its series"
-    tables: tuple[Callable[[AblationRuns], Table], ...] = ()
-    """Tables of this study alone."""
+    tables: tuple[Callable[[AblationRuns], Table | None], ...] = ()
+    """Tables of this study alone; None where a study's runs have nothing for one."""
 
     def findings(self, runs: StudyRuns) -> Findings:
         """Return the claims, figures and tables of the study."""
@@ -97,7 +97,8 @@ class Ablation:
             _curves(found, HELD_OUT, "held-out loss, nats a token"),
             _curves(found, "unevenness", "unevenness, nats"),
         ]
-        tables = [found.points_table(), *(table(found) for table in self.tables)]
+        own = [table(found) for table in self.tables]
+        tables = [found.points_table(), *(table for table in own if table is not None)]
         return Findings(
             findings=found.claims(),
             sections=[
@@ -293,8 +294,10 @@ def value_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def paper_usage(found: AblationRuns) -> Table:
-    """Return the paper's own table of perplexity and usage by the number of experts."""
+def paper_usage(found: AblationRuns) -> Table | None:
+    """Return the paper's own table of perplexity and usage by the number of experts; None beside facts."""
+    if found.has_facts:
+        return None
     rows = [
         (f"{n:,}", norm, *(f"{value:g}" for value in values))
         for n, by_norm in PAPER_USAGE.items()
