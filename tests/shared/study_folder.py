@@ -33,7 +33,7 @@ def fill(path, study, loss, *, corpora=(), skip=(), facts=None, num_entities=Non
             where, cost = folder.run_path(run.name), account(run.config)
             where.mkdir(parents=True)
             spent = {"step": cost.num_steps, "num_tokens": cost.num_tokens}
-            end = cost.training_flops / 1e11 * (1.0 if run.method == "dense" else 1.25)
+            end = cost.training_flops / 1e11 * (1.0 if run.method == "dense" else 1.25) / (2 if run.is_alone else 1)
             lines = [
                 {
                     "split": "validation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -50,6 +51,12 @@ def folder(tmp_path_factory):
     return fill(tmp_path_factory.mktemp("facts") / "study", FACTS, made_up_loss, facts=made_up_facts)
 
 
+@pytest.fixture(scope="module")
+def page(folder):
+    """The text of its report."""
+    return write_study_report(FACTS, folder, command="x").read_text(encoding="utf-8")
+
+
 def test_fresh_seeds_are_run_at_each_best_width_of_each_budget(folder) -> None:
     runs = [run for run in folder.planned_runs() if is_fresh(run)]
     num_seeds = {budget: len(FRESH_SEEDS) for budget in scale_of_facts().budgets} | {1e14: len(LAST_SEEDS)}
@@ -59,7 +66,8 @@ def test_fresh_seeds_are_run_at_each_best_width_of_each_budget(folder) -> None:
     assert {(run.method, run.axes["width"]) for run in runs} == set(BEST.items())
     assert {run.name for run in runs if run.axes["budget"] == 2.5e12} >= {"peer-d32-c2.5e12-seed10"}
     others = [run for run in folder.planned_runs() if not is_fresh(run)]
-    assert not {run.config.seed for run in runs} & {run.config.seed for run in others}
+    chosen_by = {run.config.seed for run in others if not run.is_alone}
+    assert not {run.config.seed for run in runs} & chosen_by
     assert len({run.name for run in (*runs, *others)}) == len(runs) + len(others)
 
 
@@ -79,6 +87,7 @@ def test_a_budget_is_compared_before_the_next_larger_one_is_begun() -> None:
         *([{2.5e12}] * 2),
         *([{1e13}] * 2),
         *([{3e13}] * 2),
+        {2.5e12, 5e12},  # timed
         {1e14},
     ]
 
@@ -159,14 +168,18 @@ def test_the_sizes_are_those_of_statements() -> None:
     assert on_facts(minute) == minute
 
 
+def verdicts(page, beginning) -> list[str]:
+    """The verdicts on the claims that begin so."""
+    return re.findall(rf"{re.escape(beginning)}[^<]*<strong>([^<]*)</strong>", page)
+
+
 def rows_of(folder, name):
     with (folder.path / "tables" / f"{name}.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def test_the_report_compares_fresh_seeds_alone(folder) -> None:
-    page = write_study_report(FACTS, folder, command="x").read_text(encoding="utf-8")
-    assert page.count("<strong>reproduced</strong>") == 3 * (len(scale_of_facts().budgets) + 1)
+def test_the_report_compares_fresh_seeds_alone(folder, page) -> None:
+    assert verdicts(page, "At ") == ["reproduced"] * 3 * (len(scale_of_facts().budgets) + 1)
     rows = rows_of(folder, "differences")
     by_measure = {
         (row["baseline"], row["measure"]): float(row["difference"].replace("\N{MINUS SIGN}", "-"))
@@ -184,12 +197,34 @@ def test_the_report_compares_fresh_seeds_alone(folder) -> None:
     assert "How often data was repeated" not in page
 
 
+def test_methods_are_timed_one_at_a_time_and_compared_at_equal_seconds(folder, page) -> None:
+    timed = [run for run in folder.planned_runs() if run.is_alone]
+    assert {(run.method, run.axes["width"], run.axes["budget"]) for run in timed} == {
+        (method, width, budget) for method, width in BEST.items() for budget in (2.5e12, 5e12)
+    }
+    assert {run.axes["stage"] for run in timed} == {"timed"}
+    assert len(verdicts(page, "In the seconds of 1e+13")) == 3
+    rows = {(row["FLOPs"], row["method"]): row for row in rows_of(folder, "seconds")}
+    assert len(rows) == 16
+    # A run alone takes half as long: 1e13 FLOPs of dense 50 s, of PEER 62.5 s.
+    assert rows["1e+13", "dense"]["seconds of a run"] == "50"
+    assert rows["1e+13", "PEER"]["seconds of a run"] in ("62", "63")
+    assert rows["1e+13", "dense"]["PEER's, times"] == "1.25"
+    difference = rows["1e+13", "dense"]["PEER minus it in PEER's seconds, nats a fact"]
+    # As at equal FLOPs, less what dense gains: 0.2 nats a factor of 10.
+    at_equal_flops = -6 + 0.04 * 1.2
+    assert float(difference.replace("\N{MINUS SIGN}", "-")) == pytest.approx(
+        at_equal_flops + 0.2 * math.log10(1.25), abs=2e-3
+    )
+    assert rows["1e+14", "dense"]["PEER minus it in PEER's seconds, nats a fact"] == "\N{EN DASH}"
+
+
 def test_runs_to_come_leave_the_verdict_open(tmp_path) -> None:
     names = {f"peer-d32-c1e13-seed{seed}" for seed in FRESH_SEEDS[1:]}
     folder = fill(tmp_path / "study", FACTS, made_up_loss, facts=made_up_facts, skip=names)
     page = write_study_report(FACTS, folder, command="x").read_text(encoding="utf-8")
-    assert page.count("<strong>unfinished</strong>") == 3
-    assert page.count("<strong>reproduced</strong>") == 3 * len(scale_of_facts().budgets)
+    assert Counter(verdicts(page, "At ")) == {"unfinished": 3, "reproduced": 3 * len(scale_of_facts().budgets)}
+    assert verdicts(page, "In the seconds of 1e+13")[0] == "unfinished"
 
 
 def test_an_ablation_on_facts_is_judged_by_the_nats_of_an_answer(tmp_path) -> None:

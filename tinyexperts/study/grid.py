@@ -27,6 +27,8 @@ class GridRun:
     """Its place in the grid, by which the report groups runs."""
     config: TrainConfig
     """Its configuration, of which the study's folder replaces the run's folder."""
+    is_alone: bool = False
+    """It is run with no other beside it, so that its speed can be compared."""
 
 
 # Losses (nats) of the finished runs by name -> the runs of a stage, which is planned when the one before has ended.

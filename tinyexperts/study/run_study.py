@@ -241,15 +241,21 @@ def _sha256_of_text(path: Path) -> str:
 
 
 def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, deadline: float, *, title: str) -> None:
-    open_runs = [run for run in runs if not folder.has_ended(run)]
-    if not open_runs:
-        return
-    options: dict[str, Any] = {
-        "num_parallel": config.num_parallel,
-        "console": Console(stderr=True),
-        "title": title,
-        "num_done": len(runs) - len(open_runs),
-    }
+    for is_alone in (False, True):
+        open_runs = [run for run in runs if not folder.has_ended(run) and run.is_alone == is_alone]
+        if open_runs and time.monotonic() < deadline:
+            options = {
+                "num_parallel": 1 if is_alone else config.num_parallel,
+                "console": Console(stderr=True),
+                "title": title,
+                "num_done": sum(map(folder.has_ended, runs)),
+            }
+            _run_side_by_side(folder, open_runs, config, deadline, options)
+
+
+def _run_side_by_side(
+    folder: StudyFolder, runs: list[GridRun], config: StudyConfig, deadline: float, options: dict[str, Any]
+) -> None:
     try:
         if config.executor == "slurm":
             from tinyexperts.study.runner.slurm import run_array
@@ -259,10 +265,10 @@ def _run_stage(folder: StudyFolder, runs: list[GridRun], config: StudyConfig, de
                 options["slurm_partition"] = config.slurm_partition
             if config.slurm_gpus:
                 options["gpus_per_node"] = config.slurm_gpus
-            run_array(folder, open_runs, **options)
+            run_array(folder, runs, **options)
         else:
             max_seconds = deadline - time.monotonic()
-            jobs = [_job(folder, run.name) for run in open_runs]
+            jobs = [_job(folder, run.name) for run in runs]
             run_jobs(jobs, environment=ENVIRONMENT, max_seconds=max_seconds, failed=folder.note_failure, **options)
     except KeyboardInterrupt:
         raise Interrupted("stopped; what was trained is saved, and the same command continues it") from None

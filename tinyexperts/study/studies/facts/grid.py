@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from tinyexperts.statistics.seed_interval import paired_difference
 from tinyexperts.study.grid import GridRun, Stage
 from tinyexperts.study.scales import Scale
 from tinyexperts.study.studies.isoflop import grid as isoflop
+from tinyexperts.training.compilation import COMPILE_FROM_FLOPS
 
 # Seeds that took no part in the choice of the widths at which they are compared; fewer at the last budget, which costs
 # as much as all others.
@@ -23,7 +25,8 @@ _MAX_MOVES = 2
 def stages(scale: Scale) -> tuple[Stage, ...]:
     """Return the stages: tuning, its squares, then by budget the widths around the best, and fresh seeds at the best.
 
-    The last budget is spent on fresh seeds alone, at the best widths of the budget before.
+    Then each method is timed at its best widths. The last budget is spent on fresh seeds alone, at the best widths of
+    the budget before.
     """
     tune, tune_further, *_ = isoflop.stages(scale)
     of_budgets: list[Stage] = []
@@ -31,7 +34,7 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
         of_budgets.append(partial(_runs_around_best, scale, budget))
         of_budgets += [partial(_runs_beyond_ends, scale, budget)] * _MAX_MOVES
         of_budgets += [partial(_fresh_runs, scale, budget), partial(_further_fresh_runs, scale, budget)]
-    return tune, tune_further, *of_budgets, partial(_last_runs, scale)
+    return tune, tune_further, *of_budgets, partial(_timed_runs, scale), partial(_last_runs, scale)
 
 
 def _runs_around_best(scale: Scale, budget: float, losses: Mapping[str, float]) -> list[GridRun]:
@@ -84,6 +87,29 @@ def _further_fresh_runs(scale: Scale, budget: float, losses: Mapping[str, float]
     ]
     seeds = range(FRESH_SEEDS[-1] + 1, FRESH_SEEDS[0] + max((n for n in needed if n is not None), default=0))
     return _runs_at_best_widths(scale, budget, seeds, losses, chosen_at=budget)
+
+
+def timed_budget(budget: float) -> float:
+    """Return the training FLOPs of the run that tells the speed of runs of a budget: enough to be compiled alike."""
+    return min(budget, COMPILE_FROM_FLOPS)
+
+
+def _timed_runs(scale: Scale, losses: Mapping[str, float]) -> list[GridRun]:
+    """Return a run of each method at each of its best widths, with no other run beside it."""
+    runs = [
+        isoflop.tuned_run(
+            *(scale, method),
+            width=width,
+            budget=timed_budget(budget),
+            seed=FRESH_SEEDS[0],
+            stage="timed",
+            losses=losses,
+        )
+        for budget in scale.budgets
+        for method in scale.layers
+        if (width := isoflop.best_width(scale, method, losses, budget)) is not None
+    ]
+    return [replace(run, name=f"timed-{run.name}", is_alone=True) for run in {run.name: run for run in runs}.values()]
 
 
 def _last_runs(scale: Scale, losses: Mapping[str, float]) -> list[GridRun]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,13 +11,14 @@ from tinyexperts.comparison.facts import MEASURES, NATS, RECALL, measure_means, 
 from tinyexperts.comparison.figures import training_curves
 from tinyexperts.comparison.findings import difference_cells, verdict_on
 from tinyexperts.comparison.methods import label_of, look_of
+from tinyexperts.report.numbers import MISSING
 from tinyexperts.report.page import Finding, Findings, Section
 from tinyexperts.report.style import Drawing, Plot, house_style
 from tinyexperts.report.table import Table
 from tinyexperts.statistics.seed_interval import SeedInterval, paired_difference
-from tinyexperts.study.analysis.frame import StudyRuns
+from tinyexperts.study.analysis.frame import StudyRuns, losses_at
 from tinyexperts.study.analysis.tables import number
-from tinyexperts.study.studies.facts.grid import stages
+from tinyexperts.study.studies.facts.grid import stages, timed_budget
 from tinyexperts.study.studies.isoflop.analysis import BASELINES, NAMES, IsoFlopAnalysis
 from tinyexperts.study.studies.isoflop.figures import isoflop_curves
 from tinyexperts.study.studies.isoflop.tables import sizes_table, tuning_table
@@ -32,6 +34,7 @@ class FactsAnalysis:
     def __init__(self, runs: StudyRuns) -> None:
         self.grid = IsoFlopAnalysis(runs)
         self.fresh = runs.done[runs.done.stage == "fresh"]
+        self.timed = runs.done[runs.done.stage == "timed"]
         self.to_come = runs.to_come
         self.budgets: list[float] = sorted(self.fresh.budget.unique())
 
@@ -43,6 +46,32 @@ class FactsAnalysis:
     def difference(self, baseline: str, budget: float, column: str = NATS) -> SeedInterval | None:
         """Return PEER minus a baseline, each at its own best width, paired by fresh seed."""
         return paired_difference(self.by_seed("peer", budget, column), self.by_seed(baseline, budget, column))
+
+    def seconds(self, method: str, budget: float) -> float:
+        """Return the seconds of a method's runs at a budget, by the speed of a run with none beside it; NaN without.
+
+        That run has the width of those of the budget.
+        """
+        runs = self.fresh[(self.fresh.method == method) & (self.fresh.budget == budget)]
+        speeds = self.timed[(self.timed.method == method) & (self.timed.budget == timed_budget(budget))]
+        speeds = speeds[speeds.width.isin(runs.width)]
+        return float(runs.num_tokens.iloc[0] / speeds.tokens_per_second.iloc[0]) if len(speeds) else math.nan
+
+    def difference_at_equal_seconds(self, baseline: str, budget: float, column: str = NATS) -> SeedInterval | None:
+        """Return PEER minus what a baseline reaches in as many seconds, between two of its budgets; None beyond them.
+
+        Args:
+            baseline (str): the name of the baseline.
+            budget (float): the budget of PEER's runs.
+            column (str): the measure, a column of the frame of runs.
+        """
+        budgets = [each for each in self.budgets if len(self.by_seed(baseline, each, column))]
+        reached = losses_at(
+            [self.seconds(baseline, each) for each in budgets],
+            [self.by_seed(baseline, each, column) for each in budgets],
+            self.seconds("peer", budget),
+        )
+        return None if reached is None else paired_difference(self.by_seed("peer", budget, column), reached)
 
     def is_finished(self, baseline: str, budget: float) -> bool:
         """Return True if no run of PEER or of a baseline is still to come at a budget."""
@@ -61,7 +90,51 @@ class FactsAnalysis:
                         is_finished=self.is_finished(baseline, budget),
                     )
                 )
+        for budget in self.budgets:
+            for baseline in BASELINES:
+                difference = self.difference_at_equal_seconds(baseline, budget)
+                if difference is not None:
+                    found.append(
+                        verdict_on(
+                            f"In the seconds of {budget:.2g} FLOPs of PEER it knows the facts better than "
+                            f"{label_of(baseline)} (nats a fact)",
+                            difference,
+                            is_finished=self.is_finished(baseline, budget),
+                        )
+                    )
         return found
+
+    def seconds_table(self) -> Table:
+        """Return the table of what each method's runs take, one at a time, and PEER minus it at equal seconds."""
+        rows = []
+        for budget in self.budgets:
+            ours = self.seconds("peer", budget)
+            for method in NAMES:
+                seconds = self.seconds(method, budget)
+                at_equal = [
+                    difference_cells(self.difference_at_equal_seconds(method, budget, column))
+                    if method != "peer"
+                    else (MISSING, MISSING)
+                    for column in (NATS, RECALL)
+                ]
+                cells = (
+                    number(seconds, ",.0f"),
+                    number(ours / seconds, ".2f"),
+                    *(c for pair in at_equal for c in pair),
+                )
+                rows.append((f"{budget:.2g}", label_of(method), *cells))
+        return Table(
+            name="seconds",
+            title="Equal seconds",
+            columns=(
+                *("FLOPs", "method", "seconds of a run", "PEER's, times"),
+                *("PEER minus it in PEER's seconds, nats a fact", "95 % interval", "recall", "its 95 % interval"),
+            ),
+            rows=tuple(rows),
+            note="Seconds are those of the tokens at the speed of a run of the same width that had the machine to "
+            "itself. In PEER's seconds another method has more FLOPs: what it reaches there is interpolated between "
+            "its budgets, in the logarithm of the seconds; beyond them nothing is known.",
+        )
 
     def differences_table(self) -> Table:
         """Return the table of PEER minus each baseline, by every measure."""
@@ -135,7 +208,10 @@ def _findings(runs: StudyRuns) -> Findings:
         results = [runs.results[name] for name in largest.name]
         drawings += [training_curves(results, x, "recall") for x in ("training_flops", "num_tokens", "seconds")]
     drawings += [isoflop_curves(grid, budget, count) for budget in grid.budgets for count in ("active", "total")]
-    tables = (analysis.recall_table(), analysis.differences_table(), sizes_table(grid), tuning_table(grid))
+    tables = (
+        *(analysis.recall_table(), analysis.differences_table(), analysis.seconds_table()),
+        *(sizes_table(grid), tuning_table(grid)),
+    )
     return Findings(
         findings=analysis.claims(),
         sections=[
@@ -143,7 +219,7 @@ def _findings(runs: StudyRuns) -> Findings:
             *(Section(title=table.title, tables=(table,)) for table in tables),
         ],
         doubts=grid.doubts(),
-        repeatable=[*analysis.fresh.name, *grid.points.name, *grid.tuning.name],
+        repeatable=[*analysis.fresh.name, *analysis.timed.name, *grid.points.name, *grid.tuning.name],
     )
 
 

@@ -113,7 +113,7 @@ def _best_settings(scale: Scale, method: str, losses: Mapping[str, float]) -> di
     """Return the value of least loss of each setting; a tuning run that is missing is no best."""
 
     def loss(label: str) -> float:
-        value = losses.get(_tuning_run(scale, method, label).name, math.inf)
+        value = losses.get(f"{_tuning_stem(method, label)}-seed0", math.inf)
         return value if math.isfinite(value) else math.inf
 
     default = loss("default")
@@ -137,8 +137,8 @@ def losses_by_width(scale: Scale, method: str, losses: Mapping[str, float], budg
     """
     means = {}
     for width in scale.widths[budget]:
-        runs = [_run(scale, method, width=width, budget=budget, seed=seed) for seed in scale.seeds]
-        mean = math.fsum(losses.get(run.name, math.inf) for run in runs) / len(runs)
+        stem = _main_stem(method, width, budget)
+        mean = math.fsum(losses.get(f"{stem}-seed{seed}", math.inf) for seed in scale.seeds) / len(scale.seeds)
         if math.isfinite(mean):
             means[width] = mean
     return means
@@ -176,6 +176,16 @@ def _run(
     scale: Scale, method: str, *, width: int, budget: float, seed: int, tuning: str | None = None, **changes: Any
 ) -> GridRun:
     config = scale.config(scale.layers[method], width=width, budget=budget, seed=seed, **changes)
-    stem = f"tune-{method}-{tuning}" if tuning else f"{method}-d{width}-c{budget:.2g}".replace("+", "")
+    stem = _tuning_stem(method, tuning) if tuning else _main_stem(method, width, budget)
     axes: dict[str, Any] = {"stage": "tuning" if tuning else "main", "budget": budget, "width": width, "seed": seed}
     return GridRun(name=f"{stem}-seed{seed}", method=method, axes=axes, config=config)
+
+
+def _tuning_stem(method: str, label: str) -> str:
+    """Return the name of a tuning run, without its seed."""
+    return f"tune-{method}-{label}"
+
+
+def _main_stem(method: str, width: int, budget: float) -> str:
+    """Return the name of a run of a width and a budget, without its seed."""
+    return f"{method}-d{width}-c{budget:.2g}".replace("+", "")
