@@ -71,7 +71,13 @@ def routes(config):
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "mesh", "only"), [(2, (1, 2), {"sparse", "moe"}), (2, (2, 1), {"short"}), (4, (2, 2), None)]
+    ("num_ranks", "mesh", "only"),
+    [
+        (2, (1, 2), {"sparse", "moe"}),
+        (2, (2, 1), {"short"}),
+        (4, (2, 2), {"short", "dense gradients"}),
+        pytest.param(4, (2, 2), None, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_train_what_one_process_trains(make, num_ranks, mesh, only):
     kinds = {
