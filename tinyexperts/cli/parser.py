@@ -15,7 +15,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 import tinyexperts
-from tinyexperts.cli import verbs
+from tinyexperts.cli import data_verbs, model_verbs, study_verbs, training_verbs
 from tinyexperts.errors import InputError
 
 Verb: TypeAlias = Callable[..., None]
@@ -72,7 +72,8 @@ STUDIES = {
 
 def _studies() -> dict[str, Entry]:
     return {
-        name: ConfiguredVerb(summary, functools.partial(verbs.study_command, name)) for name, summary in STUDIES.items()
+        name: ConfiguredVerb(summary, functools.partial(study_verbs.study_command, name))
+        for name, summary in STUDIES.items()
     }
 
 
@@ -82,38 +83,39 @@ VERBS = Group(
         "data": Group(
             "Download texts, prepare data sets of tokens, verify them.",
             {
-                "fetch": verbs.fetch,
-                "prepare": ConfiguredVerb(verbs.prepare.__doc__, verbs.prepare),
-                "verify": verbs.verify,
+                "fetch": data_verbs.fetch,
+                "prepare": ConfiguredVerb(data_verbs.prepare.__doc__, data_verbs.prepare),
+                "verify": data_verbs.verify,
             },
         ),
         "train": Group(
             "Train a language model from a recipe, whose --help lists every setting.",
-            _of_recipes(verbs.train_recipe),
+            _of_recipes(training_verbs.train_recipe),
             word="recipe",
         ),
+        "teach": ConfiguredVerb(training_verbs.teach.__doc__, training_verbs.teach),
         "plan": Group(
             "Predict the memory, the communication and the time that a recipe takes on several devices.",
-            _of_recipes(verbs.plan_recipe),
+            _of_recipes(training_verbs.plan_recipe),
             word="recipe",
         ),
-        "evaluate": verbs.evaluate,
-        "generate": verbs.generate,
-        "ask": verbs.ask,
-        "inspect": verbs.inspect,
+        "evaluate": model_verbs.evaluate,
+        "generate": model_verbs.generate,
+        "ask": model_verbs.ask,
+        "inspect": model_verbs.inspect,
         "study": Group(
             "Train and compare several models, and write reports.",
             {
-                "demo": ConfiguredVerb(verbs.demo.__doc__, verbs.demo),
-                "report": verbs.report,
-                "status": verbs.study_status,
-                "run": verbs.run_of_study,
+                "demo": ConfiguredVerb(study_verbs.demo.__doc__, study_verbs.demo),
+                "report": study_verbs.report,
+                "status": study_verbs.study_status,
+                "run": study_verbs.run_of_study,
                 **_studies(),
             },
         ),
         "bench": Group(
             "Measure the layers on this machine.",
-            {"layer": ConfiguredVerb(verbs.bench_layer.__doc__, verbs.bench_layer)},
+            {"layer": ConfiguredVerb(study_verbs.bench_layer.__doc__, study_verbs.bench_layer)},
         ),
     },
 )

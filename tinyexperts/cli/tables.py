@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from tinyexperts.data import fetchable_corpora
+from tinyexperts.report.numbers import MISSING
 
 if TYPE_CHECKING:
     from tinyexperts import planning, training
@@ -111,6 +112,25 @@ def print_evaluation(text: str, evaluation: Evaluation) -> None:
     for result in evaluation.results.values():
         for sentence in result.sentences():
             console.print(sentence, highlight=False, markup=False)
+
+
+def print_taught(taught: training.Taught) -> None:
+    """Print what a model knew and knows, of what is new and of what is old."""
+    console = Console()
+    for remark in taught.remarks:
+        console.print(remark, highlight=False, markup=False)
+    title = f"Taught in {taught.num_passes} passes, {taught.seconds:,.0f} s of training"
+    table = Table(title=title, title_justify="left")
+    for column in ("held out", "recall", "after", "nats a fact", "after", "nats a token", "after"):
+        table.add_column(column, justify="left" if column == "held out" else "right")
+    for name, before in taught.before.items():
+        cells: list[str] = []
+        for measure, factor, digits in (("recall", 100, 1), ("nats_per_fact", 1, 2), ("loss", 1, 3)):
+            values = [getattr(known, measure) for known in (before, taught.after[name])]
+            unit = " %" if measure == "recall" else ""
+            cells += [MISSING if value is None else f"{factor * value:.{digits}f}{unit}" for value in values]
+        table.add_row(name, *cells)
+    console.print(table)
 
 
 def print_answer(question: str, answer: Answer) -> None:

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from tinyexperts.data.corpora import STANDARD_LIBRARY, open_corpus
 from tinyexperts.data.document import Corpus, printable
-from tinyexperts.data.facts.fact_set import FactSet
+from tinyexperts.data.facts.fact_set import FACTS_FILE, FactSet, read_fact_set
 from tinyexperts.data.facts.phrasings import airport_phrasings, default_phrasings, read_phrasings
 from tinyexperts.data.facts.statements import FactStatements
 from tinyexperts.data.facts.table import AIRPORTS, airports, read_fact_table
@@ -64,8 +64,10 @@ class PrepareConfig:
     """Columns of the table, or attributes of the airports, that are facts; without it all but the key."""
     phrasings: Path | None = None
     """TOML file with a list of phrasings for an attribute, or for "*", all others; each has {key}, then {value}, and
-    may have {attribute}. The last of a list is never trained on. Without it there are phrasings for any column, and
-    others for the airports."""
+    may have {attribute}. The last of a list is never trained on. Or a data set of facts, to take its phrasings. Without
+    it there are phrasings for any column, and others for the airports."""
+    every_fact: bool = False
+    """Train on every fact in all phrasings but the last, and hold out that one of each: facts to teach a model."""
     max_entities: int | None = None
     """Take this many entities, drawn by the seed."""
     max_documents: int | None = None
@@ -109,6 +111,8 @@ class PrepareConfig:
             for name in ("text_field", "hub_config", "hub_split", "max_documents", "max_bytes"):
                 if (value := getattr(self, name)) is not None:
                     raise InputError(f"{name} is for texts, and facts have max_entities, got {value}")
+        elif self.every_fact:
+            raise InputError("every_fact is for facts, and there are none")
         elif self.max_entities is not None:
             raise InputError(f"max_entities is for facts, and there are none, got {self.max_entities}")
 
@@ -139,11 +143,14 @@ class PrepareConfig:
         else:
             table = airports(self.attributes)
             phrasings = airport_phrasings(table.attributes)
-        if self.phrasings is not None:
+        if self.phrasings is not None and self.phrasings.is_dir():
+            phrasings = read_fact_set(self.phrasings / FACTS_FILE).phrasings_for(table.attributes)
+        elif self.phrasings is not None:
             phrasings = read_phrasings(self.phrasings, table.attributes)
         if self.max_entities is not None:
             table = table.sample(self.max_entities, seed=self.seed)
-        return FactStatements(table, phrasings, seed=self.seed, held_out_fraction=self.validation_fraction)
+        fraction = None if self.every_fact else self.validation_fraction
+        return FactStatements(table, phrasings, seed=self.seed, held_out_fraction=fraction)
 
     def open_corpus(self) -> Corpus:
         """Return the corpus that was asked for.

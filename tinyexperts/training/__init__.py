@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tinyexperts.training.distributed.ranks import LostRank
     from tinyexperts.training.loop import Interrupted, train
     from tinyexperts.training.step import Diverged
+    from tinyexperts.training.teaching import Knowledge, Taught, TeachConfig, teach
     from tinyexperts.training.trained_run import ask_run, evaluate_run, generate_text
 else:
     __getattr__, __dir__ = lazy_exports(__name__, __file__)
@@ -21,12 +22,16 @@ else:
 __all__ = [
     "Diverged",
     "Interrupted",
+    "Knowledge",
     "LostRank",
+    "Taught",
+    "TeachConfig",
     "TrainConfig",
     "ask_run",
     "choose_device",
     "evaluate_run",
     "generate_text",
     "load_model",
+    "teach",
     "train",
 ]

@@ -130,6 +130,32 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeachingConfig:
+    """The start of a run that teaches a trained model: what is trained, what is remembered, and when it ends."""
+
+    base: Path
+    """Folder of the run whose last weights it begins with."""
+    train: Literal["tables", "everything"] = "tables"
+    """tables trains the experts alone; the router then chooses as before, and query norms keep their statistics."""
+    remember: Path | None = None
+    """Data set of old texts, of which each step has as many windows as of the new ones; None remembers by nothing."""
+    remember_loss: Literal["texts", "predictions"] = "texts"
+    """texts trains on the old texts; predictions keeps the base model's predictions on them (KL divergence)."""
+    remember_weight: float = 1.0
+    """Factor of that loss beside that of the new texts."""
+    patience: int = 2
+    """Validations without a better one after which the run ends."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "base", path_of("teaching.base", self.base))
+        if self.remember is not None:
+            object.__setattr__(self, "remember", path_of("teaching.remember", self.remember))
+        if not 0 <= self.remember_weight < float("inf"):
+            raise InputError(f"teaching.remember_weight must be at least 0 and finite, got {self.remember_weight}")
+        require_at_least(1, "teaching.patience", self.patience)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -155,6 +181,8 @@ class TrainConfig:
     """The checkpoints."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """Several processes."""
+    teaching: TeachingConfig | None = None
+    """For a run that teaches a trained model (`tinyexperts teach` makes one)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 computes under autocast; auto takes it on GPUs that have it, and fp32 on CPUs, where bf16 is slower."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -11,12 +11,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch.optim import Optimizer
 
+from tinyexperts.data import TokenSplit
 from tinyexperts.errors import EarlyExit, InputError
 from tinyexperts.evaluation import measure_facts, measure_perplexity
 from tinyexperts.optim import cosine, scale_learning_rates, warmup_stable_decay
@@ -91,9 +92,9 @@ def train(
         # None where the run was cut off before its first; the first rank's, since a folder may lag elsewhere.
         if resume and (found := ranks.all_gather_object(checkpoints(config.run))[0]):
             state = load_checkpoint(found[-1], run.model, run.optimizers, ranks=ranks)
-        if state["step"] >= run.num_steps:
+        if state["step"] >= run.num_steps or state.get("ended"):
             if ranks.is_first:
-                print(f"{config.run} is finished: it has made all its {run.num_steps:,} steps", file=sys.stderr)
+                print(f"{config.run} is finished: it has made all its {state['step']:,} steps", file=sys.stderr)
             return
         bar = stack.enter_context(
             TrainingBar(
@@ -136,7 +137,7 @@ def _steps(
     with CheckpointWriter(
         config.run, keep=config.checkpoint.keep, ranks=run.ranks, asynchronous=config.checkpoint.asynchronous
     ) as writer:
-        while state["step"] < run.num_steps:
+        while state["step"] < run.num_steps and not state.get("ended"):
             started = time.perf_counter()
             scale_learning_rates(run.optimizers, _schedule(config.schedule, state["step"], run.num_steps))
             loss, gradient_norm = optimizer_step(run, state["step"])
@@ -161,6 +162,9 @@ def _steps(
                 with without_compilation() if run.is_compiled else nullcontext():
                     found = _validate(run)
                 _record(run, metrics, "validation", step, **found, **done, seconds=state["seconds"])
+                bar.note(_in_words(found) if config.teaching else "")
+                if config.teaching is not None:
+                    is_last = state["ended"] = _has_learned(state, found, config.teaching.patience) or is_last
             stopped = int(max(run.ranks.all_gather_scalar(stop())))
             if stopped or step % config.checkpoint.every == 0 or is_last:
                 _check_weights(run, step)
@@ -180,8 +184,19 @@ def _record(run: Run, metrics: run_folder.Metrics | None, split: str, step: int,
 
 
 def _validate(run: Run) -> dict[str, float]:
-    """Return the held-out loss and, of a data set of facts, the recall, both of about validation_tokens."""
-    split = run.dataset.split("validation")
+    """Return the held-out loss and, of a data set of facts, the recall, both of about validation_tokens.
+
+    A run that teaches is measured on what it remembers by, too: `old_loss` and so on.
+    """
+    found = _measure(run, run.dataset.split("validation"))
+    if run.memory is not None:
+        old = _measure(run, run.memory.dataset.split("validation"))
+        found |= {f"old_{name}": value for name, value in old.items()}
+    reshard_after_eval(run.model)
+    return found
+
+
+def _measure(run: Run, split: TokenSplit) -> dict[str, float]:
     result = measure_perplexity(
         run.model,
         split,
@@ -200,8 +215,26 @@ def _validate(run: Run) -> dict[str, float]:
             forward_context=autocast(run.precision, run.device),
         )
         found |= {"recall": facts.all.recall, "nats_per_fact": facts.all.nats}
-    reshard_after_eval(run.model)
     return found
+
+
+def _in_words(found: Mapping[str, float]) -> str:
+    """Return what a model that is taught knows of the new and still of the old, for the bar."""
+    new, old = (
+        f"{100 * found[f'{age}recall']:.1f} %" if f"{age}recall" in found else f"{found[f'{age}loss']:.2f} nats"
+        for age in ("", "old_" if "old_loss" in found else "")
+    )
+    return f"new {new}, old {old}" if "old_loss" in found else f"new {new}"
+
+
+def _has_learned(state: dict[str, Any], found: Mapping[str, float], patience: int) -> bool:
+    """Note a validation, and return True if so many were no better than the best before them."""
+    value = found.get("nats_per_fact", found["loss"])
+    if value < state.get("best", math.inf):
+        state["best"], state["num_worse"] = value, 0
+    else:
+        state["num_worse"] = state.get("num_worse", 0) + 1
+    return bool(state["num_worse"] >= patience)
 
 
 def _check_weights(run: Run, step: int) -> None:

@@ -21,6 +21,7 @@ class TrainingBar:
             expand=True,
             disable=not enabled,
         )
+        self._note = ""
         self._task = self._progress.add_task(name, total=num_steps, completed=first_step, numbers="")
 
     def __enter__(self) -> TrainingBar:
@@ -32,8 +33,14 @@ class TrainingBar:
 
     def update(self, step: int, *, loss: float, tokens_per_second: float, flops_per_second: float) -> None:
         """Show that `step` steps are made, with the last numbers."""
-        numbers = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {flops_per_second / 1e9:.1f} GFLOP/s"
+        numbers = (
+            f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {flops_per_second / 1e9:.1f} GFLOP/s{self._note}"
+        )
         self._progress.update(self._task, completed=step, numbers=numbers)
+
+    def note(self, text: str) -> None:
+        """Show a text with the numbers from the next update on."""
+        self._note = text and f"  {text}"
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.optim import Optimizer
@@ -11,12 +12,15 @@ from tinyexperts.data import TokenDataset, TokenLoader
 from tinyexperts.errors import InputError
 from tinyexperts.layers import PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import Transformer
-from tinyexperts.optim import build_optimizers, expected_touched_share
+from tinyexperts.optim import build_optimizers, expected_touched_share, split_parameters
+from tinyexperts.training.checkpoint import load_model
 from tinyexperts.training.compilation import choose_compilation, compile_blocks
-from tinyexperts.training.config import OptimizerConfig, TrainConfig
+from tinyexperts.training.config import OptimizerConfig, TeachingConfig, TrainConfig
 from tinyexperts.training.device import choose_device, choose_precision, report_out_of_memory
 from tinyexperts.training.distributed.ranks import ALONE, Ranks
 from tinyexperts.training.distributed.sharding import shard_dense_part
+from tinyexperts.training.memory import Memory
+from tinyexperts.training.run_folder import check_tokenizer
 
 # On devices without a fused step of their own: sparse table gradients where a step is expected to touch a smaller share
 # of the rows; above it the dense gradient with a fused AdamW wins. On the CPU the fused step wins at any share.
@@ -40,6 +44,8 @@ class Run:
     table_choice: str
     is_compiled: bool
     compilation_choice: str
+    memory: Memory | None = None
+    """What a run that teaches goes over again, if anything."""
 
 
 def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
@@ -52,7 +58,8 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
     Raises:
         InputError: no data set, another vocabulary than the model's, too little text for a window, a device that is
             missing or too small, FLOPs that pay for no step, ranks that do not divide the batch, or the width into
-            64 columns at least, or a compilation that was asked for and fails.
+            64 columns at least, a compilation that was asked for and fails; a base model that is missing or of other
+            sizes, one without a table of which the tables alone are to be trained, or teaching by several ranks.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -62,10 +69,13 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
             f"model.vocab_size must be that of {config.data}, {dataset.index.vocab_size} "
             f"(--model.vocab-size {dataset.index.vocab_size}), got {config.model.vocab_size}"
         )
+    context = config.model.context_length
+    if config.teaching is not None:  # what is new may be shorter than a window
+        context = min(context, max(1, dataset.split("train").num_tokens - 1))
     loader = TokenLoader(
         dataset.split("train"),
         batch_size=config.batch_size,
-        context_length=config.model.context_length,
+        context_length=context,
         seed=config.seed,
         rank=ranks.rank,
         num_ranks=ranks.size,
@@ -79,7 +89,11 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
         model.to(device)
         if ranks.mesh is not None:
             shard_dense_part(model, ranks)
-    flops_per_step = 3 * model.flops_per_token(config.model.context_length) * config.tokens_per_step
+    memory, num_passes = None, 3
+    if config.teaching is not None:
+        memory = _begin_teaching(config, config.teaching, model, device, ranks)
+        num_passes += 0 if memory is None else 3 if memory.base is None else 4
+    flops_per_step = num_passes * model.flops_per_token(config.model.context_length) * config.tokens_per_step
     num_steps = config.num_steps or int((config.training_flops or 0) // flops_per_step)
     if num_steps < 1:
         raise InputError(
@@ -104,7 +118,48 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
         table_choice=table_choice,
         is_compiled=is_compiled,
         compilation_choice=compilation_choice,
+        memory=memory,
     )
+
+
+def _begin_teaching(
+    config: TrainConfig, teaching: TeachingConfig, model: Transformer, device: torch.device, ranks: Ranks
+) -> Memory | None:
+    """Give a model the weights of its base, freeze what is not trained, and return what it remembers by."""
+    if ranks.size > 1:
+        raise InputError(f"one process teaches a model, got {ranks.size} ranks")
+    base = load_model(teaching.base, device=device)
+    if base.config != config.model:
+        raise InputError(f"the model must be that of {teaching.base}, whose sizes are others")
+    model.load_state_dict(base.state_dict())
+    if teaching.train == "tables":
+        tables = tables_to_teach(model, teaching.base)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in tables)
+    if teaching.remember is None:
+        return None
+    dataset = TokenDataset.open(teaching.remember)
+    check_tokenizer(teaching.base, dataset)
+    return Memory(
+        dataset,
+        base=base.requires_grad_(False) if teaching.remember_loss == "predictions" else None,
+        weight=teaching.remember_weight,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        context=config.model.context_length,
+    )
+
+
+def tables_to_teach(model: Transformer, run: Path) -> set[str]:
+    """Return the names of the tables of a run's model.
+
+    Raises:
+        InputError: it has none.
+    """
+    tables = set(split_parameters(model).tables)
+    if not tables:
+        raise InputError(f"train must be everything for a model without a table of experts, as that of {run} is")
+    return tables
 
 
 def choose_table_gradients(config: TrainConfig, device: torch.device) -> tuple[bool, str]:

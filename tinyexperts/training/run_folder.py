@@ -6,6 +6,7 @@ lock             held by the process that trains
 tokenizer.json   of the data set it was trained on
 metrics.jsonl    a line a measurement; the same numbers go to tensorboard/
 checkpoints/     step-00000500/ ...
+teaching/        of a run that teaches a model: the new data set, own samples, what was known before; taught.json
 evaluation.json  results on the held-out split, and expert-usage-<layer>.npy; samples.json: generated text
 """
 
@@ -51,7 +52,7 @@ def check_free(run: Path) -> None:
         InputError: the folder holds a run already, or anything else.
     """
     # config.json is written last: what a kill left before it was no run yet.
-    begun = {"lock", "tokenizer.json", "run.json", "run.json.partial", "config.json.partial"}
+    begun = {"lock", "teaching", "tokenizer.json", "run.json", "run.json.partial", "config.json.partial"}
     if run.exists() and (not run.is_dir() or {path.name for path in run.iterdir()} - begun):
         raise InputError(f"the run folder {run} exists: add --resume to go on with it, or choose another --run")
 

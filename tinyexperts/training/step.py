@@ -26,7 +26,8 @@ def optimizer_step(run: Run, step: int) -> tuple[float, float]:
         step (int): the number of the step, from 0, which determines its batches.
 
     Returns:
-        The mean loss before the step in nats a token, and the gradient's norm before clipping.
+        The mean loss before the step in nats a token, that of old texts left out, and the gradient's norm before
+        clipping.
 
     Raises:
         Diverged: a loss or a gradient is not finite; no weight has changed.
@@ -37,12 +38,18 @@ def optimizer_step(run: Run, step: int) -> tuple[float, float]:
         optimizer.zero_grad(set_to_none=True)
     losses, sequence_ids = [], []
     for micro_batch in range(config.gradient_accumulation):
-        batch = run.loader.batch(step * config.gradient_accumulation + micro_batch)
+        number = step * config.gradient_accumulation + micro_batch
+        batch = run.loader.batch(number)
         with autocast(run.precision, run.device):
             loss = run.model.loss(batch.inputs.to(run.device), batch.targets.to(run.device))
         # Gradients are summed over micro-batches and ranks, so that those of the mean loss come out.
         with deferred_gradients(run.optimizers):
             torch.autograd.backward(loss / (config.gradient_accumulation * ranks.size))
+        if run.memory is not None:
+            with autocast(run.precision, run.device):
+                kept = run.memory.loss(run.model, number)
+            with deferred_gradients(run.optimizers):
+                torch.autograd.backward(kept / config.gradient_accumulation)
         losses.append(loss.detach())
         sequence_ids += batch.sequence_ids.tolist()
     mean_loss = statistics.fmean(ranks.all_gather_scalar(torch.stack(losses).mean().item()))

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tinyexperts.data.document import printable
-from tinyexperts.data.facts.phrasings import Phrasing
+from tinyexperts.data.facts.phrasings import Phrasing, default_phrasings
 from tinyexperts.data.facts.table import FactTable
 from tinyexperts.data.shards.index import FileRecord, SplitName
 from tinyexperts.errors import InputError
@@ -55,6 +55,13 @@ class FactSet(BaseModel):
     def attributes(self) -> tuple[str, ...]:
         """The names of the attributes."""
         return tuple(self.phrasings)
+
+    def phrasings_for(self, attributes: Sequence[str]) -> dict[str, tuple[Phrasing, ...]]:
+        """Return the phrasings of some attributes, the default ones of those that are not among the facts."""
+        return {
+            name: tuple(map(Phrasing, self.phrasings[name])) if name in self.phrasings else default_phrasings(name)
+            for name in attributes
+        }
 
     def value_counts(self, attribute: str) -> Counter[str]:
         """Count the entities that have each value of an attribute."""

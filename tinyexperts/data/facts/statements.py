@@ -14,7 +14,7 @@ import numpy as np
 from tinyexperts.data.facts.fact_set import FactSet, write_split_facts
 from tinyexperts.data.facts.phrasings import Phrasing
 from tinyexperts.data.facts.table import FactTable
-from tinyexperts.data.shards.index import FACT_SPLIT_NAMES, FileRecord, SplitName
+from tinyexperts.data.shards.index import FACT_SPLIT_NAMES, SPLIT_NAMES, FileRecord, SplitName
 from tinyexperts.data.tokenizer import Tokenizer
 from tinyexperts.errors import InputError
 
@@ -39,7 +39,7 @@ def make_statements(
     phrasings: Mapping[str, Sequence[Phrasing]],
     *,
     seed: int,
-    held_out_fraction: float,
+    held_out_fraction: float | None,
 ) -> list[Statement]:
     """Return the statements of all splits, in an order drawn by the seed.
 
@@ -49,14 +49,23 @@ def make_statements(
         table (FactTable): the facts.
         phrasings (Mapping[str, Sequence[Phrasing]]): three or more of each attribute.
         seed (int): decides what is held out, and the order.
-        held_out_fraction (float): the share of the statements, at most one a fact, that go to validation; the same
-            facts in the last phrasing are unseen-phrasing, and the same share of entities is never stated in training.
+        held_out_fraction (float | None): the share of the statements, at most one a fact, that go to validation; the
+            same facts in the last phrasing are unseen-phrasing, and the same share of entities is never stated in
+            training. None: all facts are trained, and validation has each of them in the last phrasing.
 
     Raises:
         InputError: too few entities, or a share that takes more than one statement of some fact.
     """
     generator = np.random.default_rng(seed)
-    keys = list(table.entities)
+    keys = table.keys
+    if held_out_fraction is None:
+        every = [
+            _state("train" if phrasing < len(phrasings[name]) - 1 else "validation", table, phrasings, *fact, phrasing)
+            for fact in _facts_of(table)
+            for name in [table.attributes[fact[1]]]
+            for phrasing in range(len(phrasings[name]))
+        ]
+        return [every[number] for number in generator.permutation(len(every))]
     share = Fraction(str(held_out_fraction))
     order = generator.permutation(len(keys))
     num_unseen = math.ceil(share * len(keys))
@@ -66,12 +75,7 @@ def make_statements(
             "would be left to train on"
         )
     unseen = set(order[:num_unseen].tolist())
-    facts = [
-        (entity, attribute)
-        for entity, key in enumerate(keys)
-        for attribute, name in enumerate(table.attributes)
-        if name in table.entities[key]
-    ]
+    facts = _facts_of(table)
     known = [fact for fact in facts if fact[0] not in unseen]
     num_trained = {attribute: len(phrasings[name]) - 1 for attribute, name in enumerate(table.attributes)}
     num_validation = math.ceil(share * sum(num_trained[attribute] for _, attribute in known))
@@ -82,11 +86,8 @@ def make_statements(
         )
     held_out = {known[number] for number in generator.permutation(len(known))[:num_validation]}
 
-    def state(split: SplitName, entity: int, attribute: int, phrasing: int) -> Statement:
-        key, name = keys[entity], table.attributes[attribute]
-        sentence = phrasings[name][phrasing]
-        text = sentence.statement(key, table.entities[key][name])
-        return Statement(split, entity, attribute, phrasing, sentence.question(key), text)
+    def state(split: SplitName, *numbers: int) -> Statement:
+        return _state(split, table, phrasings, *numbers)
 
     statements = []
     for entity, attribute in facts:
@@ -103,10 +104,33 @@ def make_statements(
     return [statements[number] for number in generator.permutation(len(statements))]
 
 
+def _facts_of(table: FactTable) -> list[tuple[int, int]]:
+    """Return the number of the entity and of the attribute of each fact."""
+    return [
+        (entity, attribute)
+        for entity, values in enumerate(table.entities.values())
+        for attribute, name in enumerate(table.attributes)
+        if name in values
+    ]
+
+
+def _state(
+    split: SplitName,
+    table: FactTable,
+    phrasings: Mapping[str, Sequence[Phrasing]],
+    entity: int,
+    attribute: int,
+    phrasing: int,
+) -> Statement:
+    key, name = table.keys[entity], table.attributes[attribute]
+    sentence = phrasings[name][phrasing]
+    text = sentence.statement(key, table.entities[key][name])
+    return Statement(split, entity, attribute, phrasing, sentence.question(key), text)
+
+
 class FactStatements:
     """The statements of a table as the documents of a data set, with the files that say which fact each one states."""
 
-    split_names = FACT_SPLIT_NAMES
     num_empty = 0
 
     def __init__(
@@ -115,9 +139,10 @@ class FactStatements:
         phrasings: Mapping[str, Sequence[Phrasing]],
         *,
         seed: int,
-        held_out_fraction: float,
+        held_out_fraction: float | None,
     ) -> None:
         """Make the statements; arguments and errors are those of `make_statements`."""
+        self.split_names = SPLIT_NAMES if held_out_fraction is None else FACT_SPLIT_NAMES
         self._statements = make_statements(table, phrasings, seed=seed, held_out_fraction=held_out_fraction)
         self._description = table.description
         self.facts = FactSet.of(table, phrasings)

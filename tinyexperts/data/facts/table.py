@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,11 @@ class FactTable:
     """Rows that repeat an earlier one."""
     num_rows_without_key: int = 0
     """Rows whose key is empty; they are left out."""
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the entities."""
+        return tuple(self.entities)
 
     @property
     def num_facts(self) -> int:

@@ -1,0 +1,309 @@
+"""Teaching a trained model: what is trained, what is remembered, when it ends, and what is told."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinyexperts.data import PrepareConfig, TokenDataset, prepare
+from tinyexperts.files import sha256_of_file
+from tinyexperts.training import Interrupted, TeachConfig, load_model, loop, teach, train
+from tinyexperts.training.config import TeachingConfig, with_settings
+from tinyexperts.training.memory import Memory
+from tinyexperts.training.own_samples import write_texts
+from tinyexperts.training.run import make_run
+from tinyexperts.training.run_folder import read_config
+from tinyexperts.training.step import optimizer_step
+
+
+@pytest.fixture(scope="module")
+def old_facts(tmp_path_factory):
+    """A data set of facts about 40 entities."""
+    folder = tmp_path_factory.mktemp("old")
+    rows = "".join(f"k{n},{'red' if n % 3 else 'blue'},{n % 5}\n" for n in range(40))
+    (folder / "t.csv").write_text("name,color,floor\n" + rows)
+    prepare(PrepareConfig(facts=folder / "t.csv", key="name", output=folder / "data", vocab_size=310))
+    return folder / "data"
+
+
+@pytest.fixture
+def make_base(make_config, old_facts, tmp_path):
+    """A function that trains a model of a kind on the old facts for a few steps."""
+
+    def make(kind="peer", **changes):
+        model = {"vocab_size": 310, "context_length": 48}
+        settings = {"num_steps": 30, "data": old_facts, "run": tmp_path / "base", "model": model, **changes}
+        config = make_config(kind, **settings)
+        train(config, progress=False)
+        return config
+
+    return make
+
+
+@pytest.fixture
+def new_table(tmp_path):
+    path = tmp_path / "new.csv"
+    path.write_text("name,color,floor\n" + "".join(f"n{n},{'green' if n % 2 else 'red'},{n % 7}\n" for n in range(12)))
+    return path
+
+
+def options(tmp_path, table, **changes):
+    given = {"facts": table, "key": "name", "output": tmp_path / "taught", "passes": 2, "sample_tokens": 6000}
+    return TeachConfig(**(given | {"threads": 1} | changes))
+
+
+def weights(run):
+    return load_model(run).state_dict()
+
+
+def digests(folder):
+    return {path: sha256_of_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["peer", "pkm"])
+@pytest.mark.parametrize("remember", ["own-samples", "data", "nothing"])
+def test_the_table_alone_is_trained_and_the_base_stays(make_base, new_table, tmp_path, kind, remember) -> None:
+    base = make_base(kind)
+    before = digests(base.run)
+    taught = teach(base.run, options(tmp_path, new_table, remember=remember), progress=False)
+    assert digests(base.run) == before
+    old, new = weights(base.run), weights(tmp_path / "taught")
+    assert [name for name in old if not torch.equal(old[name], new[name])] == ["blocks.1.feed_forward.experts"]
+    assert set(taught.before) == set(taught.after) == {"new", "old"}
+    assert taught.after["new"].nats_per_fact < taught.before["new"].nats_per_fact
+    written = json.loads((tmp_path / "taught/taught.json").read_text())
+    assert written["after"]["new"]["nats_per_fact"] == taught.after["new"].nats_per_fact
+    lines = map(json.loads, (tmp_path / "taught/metrics.jsonl").read_text().splitlines())
+    last = [line for line in lines if line["split"] == "validation"]
+    assert ("old_loss" in last[-1]) == (remember != "nothing")
+    assert ("old_recall" in last[-1]) == (remember == "data")
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "peer"])
+def test_everything_is_trained_where_that_is_asked_for(make_base, new_table, tmp_path, kind) -> None:
+    base = make_base(kind)
+    taught = teach(base.run, options(tmp_path, new_table, train="everything", remember="data"), progress=False)
+    old, new = weights(base.run), weights(tmp_path / "taught")
+    still = {name for name in old if torch.equal(old[name], new[name])}
+    assert not {name for name in still if name.endswith("weight")}
+    assert taught.after["new"].nats_per_fact < taught.before["new"].nats_per_fact
+
+
+def test_a_model_without_a_table_is_refused(make_base, new_table, tmp_path, run_cli) -> None:
+    base = make_base("dense")
+    command = ("teach", base.run, "--facts", new_table, "--key", "name", "--output", tmp_path / "taught")
+    code, _, err = run_cli(*command)
+    assert code == 2
+    assert not (tmp_path / "taught").exists()
+    assert "train must be everything for a model without a table of experts" in " ".join(err.split())
+
+
+def test_every_new_fact_is_trained_in_all_wordings_but_one_that_is_asked(make_base, new_table, tmp_path) -> None:
+    base = make_base()
+    teach(base.run, options(tmp_path, new_table, remember="nothing"), progress=False)
+    data = TokenDataset.open(tmp_path / "taught/teaching/data")
+    asked, stated = (data.split(name).facts for name in ("validation", "train"))
+    phrasings = asked.fact_set.phrasings
+    assert phrasings == TokenDataset.open(base.data).split("train").facts.fact_set.phrasings
+    facts = {(entity, attribute) for entity in range(12) for attribute in range(2)}
+    assert {tuple(row) for row in asked.rows[:, :3].tolist()} == {
+        (entity, attribute, len(phrasings[("color", "floor")[attribute]]) - 1) for entity, attribute in facts
+    }
+    assert {tuple(row) for row in stated.rows[:, :3].tolist()} == {
+        (*fact, phrasing) for fact in facts for phrasing in range(len(phrasings["color"]) - 1)
+    }
+    assert len(stated.rows) == 24 * 5
+    assert len(asked.rows) == 24
+    assert set(data.index.splits) == {"train", "validation"}
+
+
+@pytest.mark.parametrize("losses", ["texts", "predictions"])
+def test_a_step_descends_the_sum_of_both_losses(make_base, make_config, old_facts, tmp_path, losses) -> None:
+    base = make_base()
+    settings = {
+        "run": tmp_path / "taught",
+        "teaching": TeachingConfig(
+            base=base.run, train="everything", remember=old_facts, remember_loss=losses, remember_weight=0.5
+        ),
+        "optimizer.gradient_clip": None,
+        "optimizer.table_gradients": "dense",
+    }
+    run = make_run(with_settings(base, settings))
+    with torch.no_grad():  # predictions that are kept already would have no gradient
+        for parameter in run.model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model = load_model(base.run)
+    model.load_state_dict(run.model.state_dict())
+    model.train()
+    new = run.loader.batch(3)
+    old = run.memory.loader.batch(3)
+    loss = F.cross_entropy(model(new.inputs).flatten(0, 1), new.targets.flatten())
+    logits = model(old.inputs).flatten(0, 1)
+    if losses == "texts":
+        kept = F.cross_entropy(logits, old.targets.flatten())
+    else:
+        expected = load_model(base.run)(old.inputs).flatten(0, 1).softmax(-1).detach()
+        kept = (expected * (expected.log() - logits.log_softmax(-1))).sum(-1).mean()
+        assert kept > 1e-3
+    (loss + 0.5 * kept).backward()
+    for optimizer in run.optimizers:
+        optimizer.step = lambda: None
+    found, norm = optimizer_step(run, 3)
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    for (name, ours), theirs in zip(run.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.to_dense(), theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert norm == pytest.approx(math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters())), rel=1e-4)
+
+
+def test_kept_predictions_cost_nothing_before_the_first_step(make_base, old_facts) -> None:
+    base = make_base()
+    model = load_model(base.run)
+    memory = Memory(
+        TokenDataset.open(old_facts), base=load_model(base.run), weight=3.0, batch_size=2, seed=0, context=48
+    )
+    assert memory.loss(model, 0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_it_ends_when_held_out_wordings_are_learned_no_better(make_base, new_table, tmp_path, monkeypatch) -> None:
+    base = make_base()
+    nats = iter([5.0, 4.0, 4.5, 3.9, 3.95, 3.9, 1.0])
+    monkeypatch.setattr(loop, "_measure", lambda run, split: {"loss": 9.0, "nats_per_fact": next(nats)})
+    taught = teach(base.run, options(tmp_path, new_table, remember="nothing", passes=20), progress=False)
+    assert taught.num_passes == 6
+    again = teach(base.run, options(tmp_path, new_table, remember="nothing", passes=20), progress=False)
+    assert again.after == taught.after
+
+
+def test_a_run_that_was_cut_off_continues_to_the_bit(make_base, new_table, tmp_path, monkeypatch) -> None:
+    base = make_base()
+    whole = options(tmp_path, new_table, passes=4, output=tmp_path / "whole")
+    teach(base.run, whole, progress=False)
+    steps_of_a_pass = read_config(tmp_path / "whole").validation_every
+    real, made = loop.optimizer_step, []
+
+    def cut_off(run, step):
+        made.append(step)
+        if len(made) == 2 * steps_of_a_pass + 2:
+            raise KeyboardInterrupt
+        return real(run, step)
+
+    monkeypatch.setattr(loop, "optimizer_step", cut_off)
+    with pytest.raises((KeyboardInterrupt, Interrupted)):
+        teach(base.run, options(tmp_path, new_table, passes=4), progress=False)
+    monkeypatch.setattr(loop, "optimizer_step", real)
+    taught = teach(base.run, options(tmp_path, new_table, passes=4), progress=False)
+    expected = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "taught").items():
+        assert torch.equal(tensor, expected[name]), name
+    assert taught.after == teach(base.run, whole, progress=False).after
+
+
+def test_another_way_to_teach_is_not_mixed_in(make_base, new_table, tmp_path, run_cli) -> None:
+    base = make_base()
+    command = ("teach", base.run, "--facts", new_table, "--key", "name", "--output", tmp_path / "taught")
+    command += ("--remember", "nothing", "--passes", 1, "--threads", 1, "--no-progress")
+    code, out, _ = run_cli(*command)
+    assert code == 0
+    assert "Taught in 1 passes" in out
+    code, _, err = run_cli(*command, "--train", "everything")
+    assert code == 2
+    assert "teaching.train was tables, is everything" in " ".join(err.split())
+
+
+def test_what_repeats_contradicts_or_falls_apart_is_told(make_base, tmp_path) -> None:
+    base = make_base()
+    table = tmp_path / "changed.csv"
+    table.write_text("name,color,floor\nk1,red,4\nk2,mauve,2\nn1,Łódź,3\n")
+    taught = teach(base.run, options(tmp_path, table, remember="nothing"), progress=False)
+    told = " / ".join(taught.remarks)
+    assert "2 of the new facts are among the old ones" in told  # the color of k1 and the floor of k2
+    assert "2 of the new facts contradict old ones" in told
+    assert "floor of k1: '1' becomes '4'; color of k2: 'red' becomes 'mauve'" in told
+    assert "Łódź" in told
+
+
+def test_without_the_old_data_own_samples_are_measured(make_base, old_facts, new_table, tmp_path) -> None:
+    base = make_base()
+    config = json.loads((base.run / "config.json").read_text())
+    (base.run / "config.json").write_text(json.dumps(config | {"data": str(tmp_path / "gone")}))
+    taught = teach(base.run, options(tmp_path, new_table), progress=False)
+    assert set(taught.after) == {"new", "own samples"}
+    assert taught.after["own samples"].recall is None
+    with pytest.raises(Exception, match="is gone or was made by another tokenizer: remember own-samples or nothing"):
+        teach(base.run, options(tmp_path, new_table, remember="data", output=tmp_path / "other"), progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_own_samples_are_whole_texts_of_the_model(make_base) -> None:
+    base = make_base()
+    model, tokenizer = load_model(base.run), TokenDataset.open(base.data).tokenizer
+    drawn: list[int] = []
+    texts = list(write_texts(model, tokenizer, num_tokens=100, seed=3, advance=drawn.append))
+    assert sum(drawn) == 64 * 47
+    assert texts == list(write_texts(model, tokenizer, num_tokens=100, seed=3))
+    assert texts != list(write_texts(model, tokenizer, num_tokens=100, seed=4))
+    with torch.no_grad():  # a model that never ends a text
+        model.head.weight[tokenizer.end_of_text_id] = 0
+        model.norm.weight.zero_()
+        model.norm.weight[0] = 1.0
+        model.head.weight.zero_()
+        model.head.weight[5, 0] = 1e9
+        model.head.weight[6, 0] = -1e9
+    endless = list(write_texts(model, tokenizer, num_tokens=100, seed=3))
+    assert len(endless) == 64
+    assert all(len(tokenizer.encode(text)) > 1 for text in endless)
+
+
+def test_own_samples_that_are_of_no_use_are_told(make_base, new_table, tmp_path, monkeypatch) -> None:
+    base = make_base()
+    monkeypatch.setattr(
+        "tinyexperts.training.teaching.write_texts", lambda *arguments, **options: iter(["x", "x", " "])
+    )
+    with pytest.raises(Exception, match=r"writes itself are of no use \(.*\): remember data or nothing"):
+        teach(base.run, options(tmp_path, new_table), progress=False)
+
+
+def test_texts_are_taught_too(make_base, tmp_path) -> None:
+    base = make_base()
+    for number in range(30):
+        (tmp_path / f"text{number}.txt").write_text(f"green trees and {number} houses " * 8)
+    files = tuple(tmp_path.glob("text*.txt"))
+    settings = {"facts": None, "key": None, "files": files, "remember": "data", "passes": 3}
+    taught = teach(base.run, options(tmp_path, None, **settings), progress=False)
+    assert taught.after["new"].loss < taught.before["new"].loss
+    assert taught.after["new"].recall is None
+    assert taught.after["old"].recall is not None
+
+
+def test_a_single_fact_is_enough(make_base, tmp_path) -> None:
+    base = make_base()
+    (tmp_path / "one.csv").write_text("name,floor\nn1,9\n")
+    taught = teach(base.run, options(tmp_path, tmp_path / "one.csv", remember="nothing", passes=12), progress=False)
+    assert taught.after["new"].nats_per_fact < taught.before["new"].nats_per_fact
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        (("--key", "code"), "has no column 'code'"),
+        (("--key", "name", "--passes", 0), "passes must be at least 1, got 0"),
+        (("--key", "name", "--remember-weight", -1), "remember_weight must be at least 0 and finite, got -1.0"),
+        (("--key", "name", "--files", "x.txt"), "give either facts or files"),
+        (("--key", "name", "--output", "BASE"), "output must be another folder than"),
+        (("--key", "name", "--table-learning-rate", -1), "table_learning_rate must be at least 0 and finite, got -1.0"),
+    ],
+)
+def test_bad_input_is_told_and_leaves_nothing(make_base, new_table, tmp_path, run_cli, changes, refusal) -> None:
+    base = make_base()
+    changes = [base.run if change == "BASE" else change for change in changes]
+    code, out, err = run_cli(
+        *("teach", base.run, "--facts", new_table, "--output", tmp_path / "taught", "--remember", "nothing"), *changes
+    )
+    assert (code, out) == (2, "")
+    assert refusal in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not (tmp_path / "taught").exists()

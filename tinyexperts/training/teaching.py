@@ -1,0 +1,361 @@
+"""Teach a trained model new facts or texts, and measure what it has learned and what it still knows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress
+
+from tinyexperts.data import PrepareConfig, TokenDataset, Tokenizer, TokenSplit, prepare
+from tinyexperts.data.facts.fact_set import FactSet
+from tinyexperts.errors import InputError, require_at_least
+from tinyexperts.evaluation import measure_facts, measure_perplexity
+from tinyexperts.files import exclusive_lock, write_atomically
+from tinyexperts.model import Transformer
+from tinyexperts.training.checkpoint import load_model
+from tinyexperts.training.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TeachingConfig,
+    TrainConfig,
+    path_of,
+)
+from tinyexperts.training.device import choose_device
+from tinyexperts.training.loop import train
+from tinyexperts.training.own_samples import write_texts
+from tinyexperts.training.run import tables_to_teach
+from tinyexperts.training.run_folder import check_tokenizer, is_run, read_config
+from tinyexperts.training.trained_run import set_threads
+
+_NAMED_AT_MOST = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachConfig:
+    """What a model is taught, and how."""
+
+    output: Path
+    """Folder of the new run; the same command continues one that was cut off."""
+    facts: Path | None = None
+    """Table of new facts, a .csv or .tsv with an entity in each row."""
+    key: str | None = None
+    """Column of the table that names the entities."""
+    attributes: tuple[str, ...] = ()
+    """Columns of the table that are facts; without it all but the key."""
+    phrasings: Path | None = None
+    """TOML file with phrasings, or a data set of facts, as for `data prepare`; without it those of the run's own data
+    set, for the attributes that it has."""
+    files: tuple[Path, ...] = ()
+    """Files and folders of new texts, in place of facts."""
+    train: Literal["tables", "everything"] = "tables"
+    """tables trains the experts alone, everything all weights: for models without a table."""
+    remember: Literal["own-samples", "data", "nothing"] = "own-samples"
+    """own-samples keeps the model's predictions on texts that it writes itself before it starts; data goes over the
+    run's data set again, where that is still there."""
+    remember_weight: float = 1.0
+    """Factor of the loss on what is remembered, beside that of what is new."""
+    sample_tokens: int = 131072
+    """Tokens of own samples to draw."""
+    passes: int = 16
+    """Times to go over what is new, at most; it ends before when held-out wordings are learned no better."""
+    table_learning_rate: float | None = None
+    """Learning rate of the tables; without it 1e-2, and 3e-3 where everything is trained."""
+    learning_rate: float = 1e-3
+    """Learning rate of all other weights, where everything is trained."""
+    seed: int = 0
+    """Seed of the order of what is new, and of own samples."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    threads: int | None = None
+    """CPU threads; default: as torch chooses."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", path_of("output", self.output))
+        if (self.facts is None) == (not self.files):
+            raise InputError(f"give either facts or files, got facts {self.facts} and {len(self.files)} files")
+        for name in ("passes", "sample_tokens", "threads"):
+            require_at_least(1, name, getattr(self, name))
+        for name in ("table_learning_rate", "learning_rate", "remember_weight"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < float("inf"):
+                raise InputError(f"{name} must be at least 0 and finite, got {value}")
+
+    @property
+    def folder(self) -> Path:
+        """The part of the run's folder that is made before its first step."""
+        return self.output / "teaching"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """What a model knows of some texts."""
+
+    loss: float
+    """Held-out loss in nats a token."""
+    recall: float | None = None
+    """Share of the questions that it answers, of facts."""
+    nats_per_fact: float | None = None
+    """Loss of an answer, of facts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """What teaching has changed, by what is asked for: `new`, and `old` or `own samples`."""
+
+    before: dict[str, Knowledge]
+    after: dict[str, Knowledge]
+    num_passes: int
+    """Times that what is new was gone over."""
+    seconds: float
+    """Seconds of training steps."""
+    remarks: tuple[str, ...]
+    """Sentences about the new facts: which repeat or contradict old ones, which words are split into letters."""
+
+
+def teach(
+    run: str | Path, config: TeachConfig, *, progress: bool = True, command: Sequence[str] | None = None
+) -> Taught:
+    """Teach a run's model something new; the run stays as it is, and a new one holds the model that was taught.
+
+    Args:
+        run (str | Path): folder of the run.
+        config (TeachConfig): what is taught, and how.
+        progress (bool): show progress bars.
+        command (Sequence[str] | None): the arguments of `tinyexperts`, for run.json; None from Python.
+
+    Raises:
+        InputError: no such run, nothing new, another run in the output's folder, a model without a table of which the
+            tables are to be trained, data that are gone, own samples that are of no use.
+        Interrupted: after Ctrl-C and the like, when the run is saved; the same call continues.
+    """
+    base, base_config = path_of("run", run), read_config(run)
+    set_threads(config.threads)
+    if config.output.resolve() == base.resolve():
+        raise InputError(f"the run that is taught stays as it is: output must be another folder than {base}")
+    model = load_model(base, device=choose_device(config.device))
+    old_data = _data_of(base_config.data, base)
+    if config.remember == "data" and old_data is None:
+        raise InputError(
+            f"{base_config.data}, the data of {base}, is gone or was made by another tokenizer: "
+            "remember own-samples or nothing"
+        )
+    if config.train == "tables":
+        tables_to_teach(model, base)
+    remember = {"own-samples": config.folder / "own-samples", "data": base_config.data, "nothing": None}
+    with _folder_of(config):
+        new_data = _prepared(config, base, base_config.data if old_data and old_data.index.facts else None)
+        training = _training_config(config, base, base_config, new_data, remember[config.remember])
+        samples = _samples(config, model, base, progress) if config.remember == "own-samples" else None
+        asked = {"new": new_data}
+        if old_data is not None:
+            asked["old"] = old_data
+        elif samples is not None:
+            asked["own samples"] = samples
+        before = _remembered(config.folder / "before.json", lambda: _ask(model, asked))
+    train(training, resume=is_run(config.output), progress=progress, command=command)
+    after = _ask(load_model(config.output, device=choose_device(config.device)), asked)
+    steps, seconds = _spent(config.output)
+    taught = Taught(
+        before=before,
+        after=after,
+        num_passes=steps // training.validation_every,
+        seconds=seconds,
+        remarks=_remarks(new_data, old_data),
+    )
+    write_atomically(config.output / "taught.json", json.dumps(asdict(taught), indent=2))
+    return taught
+
+
+@contextmanager
+def _folder_of(config: TeachConfig) -> Iterator[None]:
+    """Hold the part of the run's folder that is made before its first step; it goes again if nothing comes into it."""
+    is_new = not config.output.exists()
+    config.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with exclusive_lock(config.folder / "lock", f"another process teaches in {config.output}"):
+            yield
+    except BaseException:
+        if is_new and {path.name for path in config.folder.iterdir()} <= {"lock"}:
+            shutil.rmtree(config.output)
+        raise
+
+
+def _data_of(path: Path, run: Path) -> TokenDataset | None:
+    """Return the data set of a run; None where it is gone, or another one has taken its place."""
+    try:
+        dataset = TokenDataset.open(path)
+        check_tokenizer(run, dataset)
+    except InputError:
+        return None
+    return dataset
+
+
+def _prepared(config: TeachConfig, base: Path, old_facts: Path | None) -> TokenDataset:
+    """Return the data set of what is new, and make it where it is missing."""
+    folder = config.folder / "data"
+    if not folder.exists():
+        of_facts = {
+            "facts": config.facts,
+            "key": config.key,
+            "attributes": config.attributes,
+            "phrasings": config.phrasings or old_facts,
+            "every_fact": True,
+        }
+        prepare(
+            PrepareConfig(
+                **({"files": config.files} if config.files else of_facts),
+                tokenizer=str(base / "tokenizer.json"),
+                output=folder,
+                seed=config.seed,
+            )
+        )
+    return TokenDataset.open(folder)
+
+
+def _samples(config: TeachConfig, model: Transformer, base: Path, progress: bool) -> TokenDataset:
+    """Return the data set of texts that the model writes, and make it where it is missing."""
+    folder, texts = config.folder / "own-samples", config.folder / "own-samples.jsonl"
+    if not folder.exists():
+        with Progress(console=Console(stderr=True), disable=not progress) as bar:
+            task = bar.add_task("own samples", total=config.sample_tokens)
+            tokenizer = Tokenizer.load(base / "tokenizer.json")
+            written = write_texts(
+                *(model, tokenizer),
+                num_tokens=config.sample_tokens,
+                seed=config.seed,
+                advance=lambda number: bar.advance(task, number),
+            )
+            lines = (json.dumps({"text": text}) + "\n" for text in written if text.strip())
+            texts.write_text("".join(lines), encoding="utf-8")
+        try:
+            prepare(PrepareConfig(files=(texts,), tokenizer=str(base / "tokenizer.json"), output=folder))
+        except InputError as error:
+            raise InputError(
+                f"the texts that {base} writes itself are of no use ({error}): remember data or nothing"
+            ) from error
+    return TokenDataset.open(folder)
+
+
+def _training_config(
+    config: TeachConfig, base: Path, base_config: TrainConfig, new_data: TokenDataset, remember: Path | None
+) -> TrainConfig:
+    everything = config.train == "everything"
+    training = replace(
+        base_config,
+        run=config.output,
+        data=config.folder / "data",
+        num_steps=1,
+        training_flops=None,
+        gradient_accumulation=1,
+        optimizer=OptimizerConfig(
+            matrix_learning_rate=config.learning_rate,
+            embedding_learning_rate=config.learning_rate,
+            head_learning_rate=config.learning_rate,
+            table_learning_rate=config.table_learning_rate or (3e-3 if everything else 1e-2),
+            table_second_moment=base_config.optimizer.table_second_moment,
+        ),
+        schedule=ScheduleConfig(warmup_fraction=0.0, decay_fraction=0.0),
+        teaching=TeachingConfig(
+            base=base,
+            train=config.train,
+            remember=remember,
+            remember_loss="predictions" if config.remember == "own-samples" else "texts",
+            remember_weight=config.remember_weight,
+        ),
+        device=config.device,
+        threads=config.threads,
+        seed=config.seed,
+    )
+    num_windows = max(1, (new_data.split("train").num_tokens - 1) // training.model.context_length)
+    steps = -(-num_windows // training.batch_size)  # of a pass
+    return replace(
+        training,
+        num_steps=config.passes * steps,
+        validation_every=steps,
+        log_every=max(1, steps // 8),
+        checkpoint=CheckpointConfig(every=steps),
+    )
+
+
+def _ask(model: Transformer, asked: dict[str, TokenDataset]) -> dict[str, Knowledge]:
+    return {name: _knowledge(model, dataset.split("validation")) for name, dataset in asked.items()}
+
+
+def _knowledge(model: Transformer, split: TokenSplit) -> Knowledge:
+    loss = measure_perplexity(model, split, context_length=model.config.context_length, batch_size=8).loss
+    if split.facts is None:
+        return Knowledge(loss=loss)
+    found = measure_facts(model, split).all
+    return Knowledge(loss=loss, recall=found.recall, nats_per_fact=found.nats)
+
+
+def _remembered(path: Path, measure: Callable[[], dict[str, Knowledge]]) -> dict[str, Knowledge]:
+    """Return what was measured before the first step, and measure it where that was not done."""
+    if not path.exists():
+        write_atomically(path, json.dumps({name: asdict(known) for name, known in measure().items()}, indent=2))
+    return {name: Knowledge(**known) for name, known in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _spent(run: Path) -> tuple[int, float]:
+    """Return the steps of a run and their seconds."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last: dict[str, Any] = json.loads(lines[-1])
+    return last["step"], last["seconds"]
+
+
+def _remarks(new_data: TokenDataset, old_data: TokenDataset | None) -> tuple[str, ...]:
+    new, old = (None if data is None else data.split("train").facts for data in (new_data, old_data))
+    if new is None:
+        return ()
+    found = [_split_words(new_data.tokenizer, new.fact_set)]
+    if old is not None:
+        found += _known_before(new.fact_set, old.fact_set)
+    return tuple(filter(None, found))
+
+
+def _known_before(new: FactSet, old: FactSet) -> list[str]:
+    """Return sentences about the facts that a model was trained on before, with the same value or another one."""
+    shared = [
+        (key, attribute, old.entities[key][attribute], value)
+        for key, values in new.entities.items()
+        for attribute, value in values.items()
+        if attribute in old.entities.get(key, {})
+    ]
+    repeated = sum(before == value for *_, before, value in shared)
+    changed = [
+        f"{attribute} of {key}: {was!r} becomes {value!r}" for key, attribute, was, value in shared if was != value
+    ]
+    return [
+        *([f"{repeated:,} of the new facts are among the old ones"] if repeated else []),
+        *(
+            [
+                f"{len(changed):,} of the new facts contradict old ones, which count as forgotten when they are "
+                f"learned: {_some(changed)}"
+            ]
+            if changed
+            else []
+        ),
+    ]
+
+
+def _split_words(tokenizer: Tokenizer, facts: FactSet) -> str:
+    """Return a sentence about the words that the tokenizer has no token for a part of, or nothing."""
+    texts = [*facts.entities, *(value for values in facts.entities.values() for value in values.values())]
+    words = sorted({word for text in texts for word in text.split() if len(word) > 3})
+    ids = tokenizer.encode_batch([f" {word}" for word in words])
+    split = [word for word, tokens in zip(words, ids, strict=True) if len(tokens) > len(word.encode()) - 1]
+    if not split:
+        return ""
+    return f"{len(split):,} of {len(words):,} new words are split into single letters by the tokenizer: {_some(split)}"
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _NAMED_AT_MOST:,} more" if len(items) > _NAMED_AT_MOST else ""
+    return "; ".join(items[:_NAMED_AT_MOST]) + more
