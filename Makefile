@@ -1,4 +1,5 @@
 # make demo   set up, train PEER and its dense twin, write runs/demo/report.html
+# make teach  after the demo: teach its PEER model 50 airports that it never saw
 # make test   set up, lint, type-check, run the tests
 # make test-all   the slow tests too
 # make test-python PYTHON=python3.13   the fast tests of layers and operators under another Python
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # The tests of a file share what takes long to make: processes, a report, compiled kernels.
 PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test test-all test-python lint dist clean
+.PHONY: setup demo teach test test-all test-python lint dist clean
 
 setup: $(VENV)/installed
 
@@ -23,6 +24,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/tinyexperts study demo
+
+teach: setup
+	test -d runs/demo/new-airports || $(BIN)/tinyexperts data prepare --corpus airports --exclude runs/demo/data \
+		--max-entities 50 --every-fact --tokenizer runs/demo/peer-seed0/tokenizer.json --output runs/demo/new-airports
+	$(BIN)/tinyexperts teach runs/demo/peer-seed0 --data runs/demo/new-airports --output runs/demo/taught
 
 lint: setup
 	$(BIN)/ruff check .

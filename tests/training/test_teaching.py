@@ -211,7 +211,12 @@ def test_another_way_to_teach_is_not_mixed_in(make_base, new_table, tmp_path, ru
     assert "Taught in 1 passes" in out
     code, _, err = run_cli(*command, "--train", "everything")
     assert code == 2
-    assert "teaching.train was tables, is everything" in " ".join(err.split())
+    assert "was begun with other options: train was tables, is everything" in " ".join(err.split())
+    new_table.write_text(new_table.read_text() + "n99,red,1\n")
+    code, _, err = run_cli(*command)
+    assert code == 2
+    assert "facts was" in err
+    assert "sha256" in err
 
 
 def test_what_repeats_contradicts_or_falls_apart_is_told(make_base, tmp_path) -> None:
@@ -292,7 +297,7 @@ def test_a_single_fact_is_enough(make_base, tmp_path) -> None:
         (("--key", "code"), "has no column 'code'"),
         (("--key", "name", "--passes", 0), "passes must be at least 1, got 0"),
         (("--key", "name", "--remember-weight", -1), "remember_weight must be at least 0 and finite, got -1.0"),
-        (("--key", "name", "--files", "x.txt"), "give either facts or files"),
+        (("--key", "name", "--files", "x.txt"), "give one of facts, files and data, got facts and files"),
         (("--key", "name", "--output", "BASE"), "output must be another folder than"),
         (("--key", "name", "--table-learning-rate", -1), "table_learning_rate must be at least 0 and finite, got -1.0"),
     ],
@@ -306,4 +311,45 @@ def test_bad_input_is_told_and_leaves_nothing(make_base, new_table, tmp_path, ru
     assert (code, out) == (2, "")
     assert refusal in " ".join(err.split())
     assert "Traceback" not in err
+    assert not (tmp_path / "taught").exists()
+
+
+def test_what_is_new_may_be_prepared_before_without_what_is_known(
+    make_base, old_facts, new_table, tmp_path, run_cli
+) -> None:
+    base = make_base()
+    both = tmp_path / "both.csv"
+    both.write_text(new_table.read_text() + "k1,red,1\nk2,red,2\n")
+    command = ("data", "prepare", "--facts", both, "--key", "name", "--exclude", old_facts, "--every-fact")
+    code, out, _ = run_cli(*command, "--tokenizer", base.run / "tokenizer.json", "--output", tmp_path / "new")
+    assert code == 0
+    assert "12 entities with facts" in out
+    given = ("teach", base.run, "--data", tmp_path / "new", "--output", tmp_path / "taught", "--no-progress")
+    code, out, _ = run_cli(*given, "--remember", "data", "--passes", 2, "--threads", 1)
+    assert code == 0
+    told = json.loads((tmp_path / "taught/taught.json").read_text())
+    for name in ("new", "old"):
+        assert f"Asked of what is {name}" in out
+        questions = [answer["question"] for answer in told["before"][name]["answers"]]
+        assert len(questions) == 4
+        assert questions == [answer["question"] for answer in told["after"][name]["answers"]]
+    assert read_config(tmp_path / "taught").data == tmp_path / "new"
+
+
+def test_excluding_everything_or_of_texts_is_refused(old_facts, tmp_path, run_cli) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("name,floor\nk1,3\n")
+    command = ("data", "prepare", "--output", tmp_path / "new", "--exclude", old_facts)
+    code, _, err = run_cli(*command, "--facts", table, "--key", "name")
+    assert code == 2
+    assert "exclude must leave an entity, and all 1 are excluded" in " ".join(err.split())
+    code, _, err = run_cli(*command, "--files", table)
+    assert code == 2
+    assert "exclude is for facts, and there are none" in " ".join(err.split())
+
+
+def test_data_of_another_tokenizer_are_refused(make_base, tiny_data, tmp_path) -> None:
+    base = make_base()
+    with pytest.raises(Exception, match="was made by another tokenizer"):
+        teach(base.run, options(tmp_path, None, facts=None, key=None, data=tiny_data), progress=False)
     assert not (tmp_path / "taught").exists()

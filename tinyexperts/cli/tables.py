@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from tinyexperts.report.numbers import MISSING
 if TYPE_CHECKING:
     from tinyexperts import planning, training
     from tinyexperts.evaluation import Answer, Evaluation
+    from tinyexperts.evaluation.facts import AnsweredQuestion
 
 _GIB = 2**30
 
@@ -131,6 +133,17 @@ def print_taught(taught: training.Taught) -> None:
             cells += [MISSING if value is None else f"{factor * value:.{digits}f}{unit}" for value in values]
         table.add_row(name, *cells)
     console.print(table)
+    for name, before in taught.before.items():
+        if before.answers:
+            _print_answers(f"Asked of what is {name}", before.answers, taught.after[name].answers)
+
+
+def _print_answers(title: str, before: Sequence[AnsweredQuestion], after: Sequence[AnsweredQuestion]) -> None:
+    table = Table("asked", "truth", "before", "after", title=title, title_justify="left")
+    for first, second in zip(before, after, strict=True):
+        answers = [f"{'✓' if each.is_right else '✗'} {escape(each.answer)}" for each in (first, second)]
+        table.add_row(escape(first.question), escape(first.truth), *answers)
+    Console().print(table)
 
 
 def print_answer(question: str, answer: Answer) -> None:

@@ -70,6 +70,8 @@ class PrepareConfig:
     """Train on every fact in all phrasings but the last, and hold out that one of each: facts to teach a model."""
     max_entities: int | None = None
     """Take this many entities, drawn by the seed."""
+    exclude: tuple[Path, ...] = ()
+    """Data sets of facts whose entities are left out: for entities that a model has never seen."""
     max_documents: int | None = None
     """Stop after this many distinct documents."""
     max_bytes: int | None = None
@@ -111,8 +113,8 @@ class PrepareConfig:
             for name in ("text_field", "hub_config", "hub_split", "max_documents", "max_bytes"):
                 if (value := getattr(self, name)) is not None:
                     raise InputError(f"{name} is for texts, and facts have max_entities, got {value}")
-        elif self.every_fact:
-            raise InputError("every_fact is for facts, and there are none")
+        elif self.every_fact or self.exclude:
+            raise InputError(f"{'every_fact' if self.every_fact else 'exclude'} is for facts, and there are none")
         elif self.max_entities is not None:
             raise InputError(f"max_entities is for facts, and there are none, got {self.max_entities}")
 
@@ -147,6 +149,8 @@ class PrepareConfig:
             phrasings = read_fact_set(self.phrasings / FACTS_FILE).phrasings_for(table.attributes)
         elif self.phrasings is not None:
             phrasings = read_phrasings(self.phrasings, table.attributes)
+        for folder in self.exclude:
+            table = table.without(read_fact_set(folder / FACTS_FILE).entities)
         if self.max_entities is not None:
             table = table.sample(self.max_entities, seed=self.seed)
         fraction = None if self.every_fact else self.validation_fraction

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import Progress
 
@@ -17,7 +18,8 @@ from tinyexperts.data import PrepareConfig, TokenDataset, Tokenizer, TokenSplit,
 from tinyexperts.data.facts.fact_set import FactSet
 from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.evaluation import measure_facts, measure_perplexity
-from tinyexperts.files import exclusive_lock, write_atomically
+from tinyexperts.evaluation.facts import AnsweredQuestion, answer_some
+from tinyexperts.files import exclusive_lock, sha256_of_file, write_atomically
 from tinyexperts.model import Transformer
 from tinyexperts.training.checkpoint import load_model
 from tinyexperts.training.config import (
@@ -40,7 +42,7 @@ _NAMED_AT_MOST = 5
 
 @dataclass(frozen=True, kw_only=True)
 class TeachConfig:
-    """What a model is taught, and how."""
+    """The new facts or texts for a model, and the way to teach them."""
 
     output: Path
     """Folder of the new run; the same command continues one that was cut off."""
@@ -55,6 +57,8 @@ class TeachConfig:
     set, for the attributes that it has."""
     files: tuple[Path, ...] = ()
     """Files and folders of new texts, in place of facts."""
+    data: Path | None = None
+    """Data set of what is new, in place of both, made with the run's tokenizer, and of facts with --every-fact."""
     train: Literal["tables", "everything"] = "tables"
     """tables trains the experts alone, everything all weights: for models without a table."""
     remember: Literal["own-samples", "data", "nothing"] = "own-samples"
@@ -79,8 +83,13 @@ class TeachConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", path_of("output", self.output))
-        if (self.facts is None) == (not self.files):
-            raise InputError(f"give either facts or files, got facts {self.facts} and {len(self.files)} files")
+        given = {"facts": self.facts, "files": self.files, "data": self.data}
+        named = [name for name, value in given.items() if value]
+        if len(named) != 1:
+            raise InputError(f"give one of facts, files and data, got {' and '.join(named) or 'none'}")
+        for name in ("key", "attributes", "phrasings"):
+            if self.facts is None and (value := getattr(self, name)):
+                raise InputError(f"{name} is for a table of facts, and none was given: {value}")
         for name in ("passes", "sample_tokens", "threads"):
             require_at_least(1, name, getattr(self, name))
         for name in ("table_learning_rate", "learning_rate", "remember_weight"):
@@ -95,7 +104,7 @@ class TeachConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Knowledge:
-    """What a model knows of some texts."""
+    """The knowledge of a model about some texts."""
 
     loss: float
     """Held-out loss in nats a token."""
@@ -103,11 +112,16 @@ class Knowledge:
     """Share of the questions that it answers, of facts."""
     nats_per_fact: float | None = None
     """Loss of an answer, of facts."""
+    answers: tuple[AnsweredQuestion, ...] = ()
+    """Some questions with the truth and the model's answers, of facts."""
+
+
+_KNOWLEDGE = TypeAdapter(dict[str, Knowledge])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taught:
-    """What teaching has changed, by what is asked for: `new`, and `old` or `own samples`."""
+    """The result of teaching, by what is asked for: `new`, and `old` or `own samples`."""
 
     before: dict[str, Knowledge]
     after: dict[str, Knowledge]
@@ -150,6 +164,7 @@ def teach(
         tables_to_teach(model, base)
     remember = {"own-samples": config.folder / "own-samples", "data": base_config.data, "nothing": None}
     with _folder_of(config):
+        _check_options(config, base)
         new_data = _prepared(config, base, base_config.data if old_data and old_data.index.facts else None)
         training = _training_config(config, base, base_config, new_data, remember[config.remember])
         samples = _samples(config, model, base, progress) if config.remember == "own-samples" else None
@@ -182,9 +197,29 @@ def _folder_of(config: TeachConfig) -> Iterator[None]:
         with exclusive_lock(config.folder / "lock", f"another process teaches in {config.output}"):
             yield
     except BaseException:
-        if is_new and {path.name for path in config.folder.iterdir()} <= {"lock"}:
+        if is_new and {path.name for path in config.folder.iterdir()} <= {"lock", "options.json"}:
             shutil.rmtree(config.output)
         raise
+
+
+def _check_options(config: TeachConfig, base: Path) -> None:
+    """Note the options of the folder's first call, or check that they are the same: what was made of them is kept.
+
+    Raises:
+        InputError: they are others.
+    """
+    path = config.folder / "options.json"
+    options = {name: str(value) for name, value in ({"run": base} | vars(config)).items() if name != "output"}
+    for name in ("facts", "phrasings"):
+        if (file := getattr(config, name)) is not None and file.is_file():
+            options[name] += f" (sha256 {sha256_of_file(file)[:12]})"
+    if not path.exists():
+        write_atomically(path, json.dumps(options, indent=2))
+        return
+    before: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    changes = [f"{name} was {before.get(name)}, is {now}" for name, now in options.items() if before.get(name) != now]
+    if changes:
+        raise InputError(f"{config.output} was begun with other options: {'; '.join(changes)}")
 
 
 def _data_of(path: Path, run: Path) -> TokenDataset | None:
@@ -199,6 +234,10 @@ def _data_of(path: Path, run: Path) -> TokenDataset | None:
 
 def _prepared(config: TeachConfig, base: Path, old_facts: Path | None) -> TokenDataset:
     """Return the data set of what is new, and make it where it is missing."""
+    if config.data is not None:
+        dataset = TokenDataset.open(config.data)
+        check_tokenizer(base, dataset)
+        return dataset
     folder = config.folder / "data"
     if not folder.exists():
         of_facts = {
@@ -250,7 +289,7 @@ def _training_config(
     training = replace(
         base_config,
         run=config.output,
-        data=config.folder / "data",
+        data=new_data.folder,
         num_steps=1,
         training_flops=None,
         gradient_accumulation=1,
@@ -292,15 +331,15 @@ def _knowledge(model: Transformer, split: TokenSplit) -> Knowledge:
     loss = measure_perplexity(model, split, context_length=model.config.context_length, batch_size=8).loss
     if split.facts is None:
         return Knowledge(loss=loss)
-    found = measure_facts(model, split).all
-    return Knowledge(loss=loss, recall=found.recall, nats_per_fact=found.nats)
+    found, answers = measure_facts(model, split).all, answer_some(model, split)
+    return Knowledge(loss=loss, recall=found.recall, nats_per_fact=found.nats, answers=tuple(answers))
 
 
 def _remembered(path: Path, measure: Callable[[], dict[str, Knowledge]]) -> dict[str, Knowledge]:
     """Return what was measured before the first step, and measure it where that was not done."""
     if not path.exists():
         write_atomically(path, json.dumps({name: asdict(known) for name, known in measure().items()}, indent=2))
-    return {name: Knowledge(**known) for name, known in json.loads(path.read_text(encoding="utf-8")).items()}
+    return _KNOWLEDGE.validate_json(path.read_bytes())
 
 
 def _spent(run: Path) -> tuple[int, float]:

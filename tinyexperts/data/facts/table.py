@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +46,17 @@ class FactTable:
     def num_facts(self) -> int:
         """The number of values of all entities."""
         return sum(map(len, self.entities.values()))
+
+    def without(self, keys: Collection[str]) -> FactTable:
+        """Return the table without some entities.
+
+        Raises:
+            InputError: none would be left.
+        """
+        entities = {key: values for key, values in self.entities.items() if key not in keys}
+        if not entities:
+            raise InputError(f"exclude must leave an entity, and all {len(self.entities):,} are excluded")
+        return replace(self, entities=entities)
 
     def sample(self, num_entities: int, *, seed: int) -> FactTable:
         """Return the table of some entities, drawn by the seed; those of a smaller number are among those of a larger.
