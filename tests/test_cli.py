@@ -457,7 +457,10 @@ def test_a_data_set_is_verified_and_a_study_shown_without_torch(tiny_data, tmp_p
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["trian"], "no verb 'trian', did you mean 'train'? tinyexperts has the verbs data, train, teach, plan, evaluate, "),
+        (
+            ["trian"],
+            "no verb 'trian', did you mean 'train'? tinyexperts has the verbs data, train, teach, plan, evaluate, ",
+        ),
         (["data", "verfy"], "no verb 'verfy', did you mean 'verify'? tinyexperts data has the verbs fetch, prepare, "),
         (["study", "isoflops"], "no verb 'isoflops', did you mean 'isoflop'? tinyexperts study has the verbs demo, "),
         (["xyz"], "no verb 'xyz': tinyexperts has the verbs data, "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -30,16 +31,25 @@ def old_facts(tmp_path_factory):
     return folder / "data"
 
 
-@pytest.fixture
-def make_base(make_config, old_facts, tmp_path):
-    """A function that trains a model of a kind on the old facts for a few steps."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folders of runs on the old facts, by the kind of their model."""
+    return tmp_path_factory.mktemp("trained"), {}
 
-    def make(kind="peer", **changes):
+
+@pytest.fixture
+def make_base(make_config, old_facts, trained, tmp_path):
+    """A function that returns a run of a kind on the old facts, of a few steps."""
+    root, runs = trained
+
+    def make(kind="peer"):
         model = {"vocab_size": 310, "context_length": 48}
-        settings = {"num_steps": 30, "data": old_facts, "run": tmp_path / "base", "model": model, **changes}
-        config = make_config(kind, **settings)
-        train(config, progress=False)
-        return config
+        config = make_config(kind, num_steps=30, data=old_facts, run=root / kind, model=model)
+        if kind not in runs:
+            train(config, progress=False)
+            runs[kind] = config.run
+        shutil.copytree(runs[kind], tmp_path / "base")
+        return with_settings(config, {"run": tmp_path / "base"})
 
     return make
 
@@ -64,8 +74,9 @@ def digests(folder):
     return {path: sha256_of_file(path) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("kind", ["peer", "pkm"])
-@pytest.mark.parametrize("remember", ["own-samples", "data", "nothing"])
+@pytest.mark.parametrize(
+    ("kind", "remember"), [("pkm", "own-samples"), ("peer", "own-samples"), ("peer", "data"), ("peer", "nothing")]
+)
 def test_the_table_alone_is_trained_and_the_base_stays(make_base, new_table, tmp_path, kind, remember) -> None:
     base = make_base(kind)
     before = digests(base.run)

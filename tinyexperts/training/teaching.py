@@ -285,7 +285,9 @@ def _samples(config: TeachConfig, model: Transformer, base: Path, progress: bool
 def _training_config(
     config: TeachConfig, base: Path, base_config: TrainConfig, new_data: TokenDataset, remember: Path | None
 ) -> TrainConfig:
-    everything = config.train == "everything"
+    table_learning_rate = config.table_learning_rate
+    if table_learning_rate is None:
+        table_learning_rate = 1e-2 if config.train == "tables" else 3e-3
     training = replace(
         base_config,
         run=config.output,
@@ -297,7 +299,7 @@ def _training_config(
             matrix_learning_rate=config.learning_rate,
             embedding_learning_rate=config.learning_rate,
             head_learning_rate=config.learning_rate,
-            table_learning_rate=config.table_learning_rate or (3e-3 if everything else 1e-2),
+            table_learning_rate=table_learning_rate,
             table_second_moment=base_config.optimizer.table_second_moment,
         ),
         schedule=ScheduleConfig(warmup_fraction=0.0, decay_fraction=0.0),
