@@ -107,6 +107,7 @@ def outcome(run):
     return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows], tensors
 
 
+@pytest.mark.slow
 def test_a_rank_killed_at_a_random_step_is_started_again_and_nothing_is_lost(make_config, tmp_path):
     options = {"num_steps": 80, "log_every": 3, "validation_every": 50, "checkpoint.every": 7}
     options |= {"model": {"d_model": 128}, "distributed.mesh": (1, 2)}

@@ -191,8 +191,11 @@ class Children:
     fail = ()
     stop_after = 10**9
     started = ()
+    num_parallel = ()
+    """The runs side by side, of each call."""
 
-    def run_jobs(self, jobs, failed, **options):
+    def run_jobs(self, jobs, failed, *, num_parallel, **options):
+        self.num_parallel = (*self.num_parallel, num_parallel)
         for job in jobs:
             if len(self.started) >= self.stop_after:
                 break
@@ -574,7 +577,7 @@ def test_a_run_at_which_another_process_is_at_work_is_waited_for(config, childre
 
 def test_the_minutes_end_a_slice_and_the_next_continues(config, children, monkeypatch, capsys):
     children.stop_after = 1
-    clock = iter([0.0, 1.0, 1000.0])
+    clock = iter([0.0, 1.0, 1.0, 1000.0])
     monkeypatch.setattr(study_runner.time, "monotonic", lambda: next(clock))
     with pytest.raises(Interrupted, match="the minutes are over"):
         run_study(SMALL, replace(config, minutes=8.0))
@@ -586,6 +589,18 @@ def test_the_minutes_end_a_slice_and_the_next_continues(config, children, monkey
     run_study(SMALL, config)
     assert len(children.started) == 3
     assert not set(children.started) & set(done)
+
+
+def test_a_run_that_is_to_be_timed_has_no_other_beside_it(config, children):
+    def stages(scale):
+        first, *others = runs_of(scale)
+        return (lambda losses: [replace(first, is_alone=True), *others],)
+
+    run_study(replace(NUM_EXPERTS, stages=stages), config)
+    assert children.num_parallel == (config.num_parallel, 1) == (2, 1)
+    planned = {run.name: run.is_alone for run in StudyFolder(config.output).planned_runs()}
+    assert sum(planned.values()) == 1
+    assert planned[children.started[-1]]
 
 
 def test_what_a_later_stage_lacks_is_reported_before_the_first(config, children, monkeypatch):

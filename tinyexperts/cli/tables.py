@@ -11,7 +11,6 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from tinyexperts.data import fetchable_corpora
-from tinyexperts.report.numbers import MISSING
 
 if TYPE_CHECKING:
     from tinyexperts import planning, training
@@ -130,7 +129,7 @@ def print_taught(taught: training.Taught) -> None:
         for measure, factor, digits in (("recall", 100, 1), ("nats_per_fact", 1, 2), ("loss", 1, 3)):
             values = [getattr(known, measure) for known in (before, taught.after[name])]
             unit = " %" if measure == "recall" else ""
-            cells += [MISSING if value is None else f"{factor * value:.{digits}f}{unit}" for value in values]
+            cells += ["" if value is None else f"{factor * value:.{digits}f}{unit}" for value in values]
         table.add_row(name, *cells)
     console.print(table)
     for name, before in taught.before.items():
