@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # The tests of a file share what takes long to make: processes, a report, compiled kernels.
 PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo teach test test-all test-python lint dist clean
+.PHONY: setup demo teach test test-all test-python lint types types-of-newest dist clean
 
 setup: $(VENV)/installed
 
@@ -33,7 +33,12 @@ teach: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory -j 2 types types-of-newest
+
+types:
 	$(BIN)/mypy
+
+types-of-newest:
 	$(BIN)/mypy --python-version 3.13
 
 test: lint

@@ -197,6 +197,7 @@ def test_the_command_names_a_rank_that_hangs(wait_for_lines, command, tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_in_a_mesh_is_named_by_all_others(make_config):
     config = make_config(model={"d_model": 128}, num_steps=6, distributed={"mesh": (2, 2), "timeout_seconds": 10.0})
     on_ranks(hang_at, 4, 4, free_port(), config, 2, 3)

@@ -222,6 +222,7 @@ for sparse in (False, True):
 """
 
 
+@pytest.mark.slow
 def test_without_numbas_compiler_layers_train_too_and_one_warning_says_so():
     slow, said = run(TRAINED + "import json\nprint(json.dumps(results))", NUMBA_DISABLE_JIT="1")
     fast = {}
