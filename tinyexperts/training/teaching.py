@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tinyexperts.data import PrepareConfig, TokenDataset, Tokenizer, TokenSplit, prepare
-from tinyexperts.data.facts.fact_set import FactSet
 from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.evaluation import measure_facts, measure_perplexity
 from tinyexperts.evaluation.facts import AnsweredQuestion, answer_some
@@ -32,12 +31,11 @@ from tinyexperts.training.config import (
 )
 from tinyexperts.training.device import choose_device
 from tinyexperts.training.loop import train
+from tinyexperts.training.new_facts import remarks
 from tinyexperts.training.own_samples import write_texts
 from tinyexperts.training.run import tables_to_teach
 from tinyexperts.training.run_folder import check_tokenizer, is_run, read_config
 from tinyexperts.training.trained_run import set_threads
-
-_NAMED_AT_MOST = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +180,7 @@ def teach(
         after=after,
         num_passes=steps // training.validation_every,
         seconds=seconds,
-        remarks=_remarks(new_data, old_data),
+        remarks=remarks(new_data, old_data),
     )
     write_atomically(config.output / "taught.json", json.dumps(asdict(taught), indent=2))
     return taught
@@ -349,54 +347,3 @@ def _spent(run: Path) -> tuple[int, float]:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last: dict[str, Any] = json.loads(lines[-1])
     return last["step"], last["seconds"]
-
-
-def _remarks(new_data: TokenDataset, old_data: TokenDataset | None) -> tuple[str, ...]:
-    new, old = (None if data is None else data.split("train").facts for data in (new_data, old_data))
-    if new is None:
-        return ()
-    found = [_split_words(new_data.tokenizer, new.fact_set)]
-    if old is not None:
-        found += _known_before(new.fact_set, old.fact_set)
-    return tuple(filter(None, found))
-
-
-def _known_before(new: FactSet, old: FactSet) -> list[str]:
-    """Return sentences about the facts that a model was trained on before, with the same value or another one."""
-    shared = [
-        (key, attribute, old.entities[key][attribute], value)
-        for key, values in new.entities.items()
-        for attribute, value in values.items()
-        if attribute in old.entities.get(key, {})
-    ]
-    repeated = sum(before == value for *_, before, value in shared)
-    changed = [
-        f"{attribute} of {key}: {was!r} becomes {value!r}" for key, attribute, was, value in shared if was != value
-    ]
-    return [
-        *([f"{repeated:,} of the new facts are among the old ones"] if repeated else []),
-        *(
-            [
-                f"{len(changed):,} of the new facts contradict old ones, which count as forgotten when they are "
-                f"learned: {_some(changed)}"
-            ]
-            if changed
-            else []
-        ),
-    ]
-
-
-def _split_words(tokenizer: Tokenizer, facts: FactSet) -> str:
-    """Return a sentence about the words that the tokenizer has no token for a part of, or nothing."""
-    texts = [*facts.entities, *(value for values in facts.entities.values() for value in values.values())]
-    words = sorted({word for text in texts for word in text.split() if len(word) > 3})
-    ids = tokenizer.encode_batch([f" {word}" for word in words])
-    split = [word for word, tokens in zip(words, ids, strict=True) if len(tokens) > len(word.encode()) - 1]
-    if not split:
-        return ""
-    return f"{len(split):,} of {len(words):,} new words are split into single letters by the tokenizer: {_some(split)}"
-
-
-def _some(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _NAMED_AT_MOST:,} more" if len(items) > _NAMED_AT_MOST else ""
-    return "; ".join(items[:_NAMED_AT_MOST]) + more
