@@ -1,6 +1,7 @@
 """Optimization: Adam on touched rows, clipping, the split of a model's parameters, and learning-rate schedules."""
 
 from tinyexperts.optim.gradient_clipping import clip_gradient_norm_
+from tinyexperts.optim.low_rank_adam import LowRankAdam
 from tinyexperts.optim.parameter_groups import (
     ParameterKinds,
     build_optimizers,
@@ -13,6 +14,7 @@ from tinyexperts.optim.schedules import cosine, warmup_stable_decay
 from tinyexperts.optim.sparse_gradients import rows_and_values
 
 __all__ = [
+    "LowRankAdam",
     "ParameterKinds",
     "RowSparseAdam",
     "build_optimizers",
