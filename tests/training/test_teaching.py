@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tinyexperts.data import PrepareConfig, TokenDataset, prepare
 from tinyexperts.files import sha256_of_file
 from tinyexperts.training import Interrupted, TeachConfig, load_model, loop, teach, train
-from tinyexperts.training.config import TeachingConfig, with_settings
+from tinyexperts.training.config import MemoryConfig, TeachingConfig, with_settings
 from tinyexperts.training.memory import Memory
 from tinyexperts.training.own_samples import write_texts
 from tinyexperts.training.run import make_run
@@ -44,7 +44,7 @@ def make_base(make_config, old_facts, trained, tmp_path):
 
     def make(kind="peer"):
         model = {"vocab_size": 310, "context_length": 48}
-        config = make_config(kind, num_steps=30, data=old_facts, run=root / kind, model=model)
+        config = make_config(kind, num_steps=30, data=old_facts, run=root / kind, model=model, validation_tokens=2**17)
         if kind not in runs:
             train(config, progress=False)
             runs[kind] = config.run
@@ -90,8 +90,8 @@ def test_the_table_alone_is_trained_and_the_base_stays(make_base, new_table, tmp
     assert written["after"]["new"]["nats_per_fact"] == taught.after["new"].nats_per_fact
     lines = map(json.loads, (tmp_path / "taught/metrics.jsonl").read_text().splitlines())
     last = [line for line in lines if line["split"] == "validation"]
-    assert ("old_loss" in last[-1]) == (remember != "nothing")
-    assert ("old_recall" in last[-1]) == (remember == "data")
+    assert last[-1]["old_recall"] == pytest.approx(taught.after["old"].recall)
+    assert last[-1]["old_nats_per_fact"] == pytest.approx(taught.after["old"].nats_per_fact, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "peer"])
@@ -101,6 +101,19 @@ def test_everything_is_trained_where_that_is_asked_for(make_base, new_table, tmp
     old, new = weights(base.run), weights(tmp_path / "taught")
     still = {name for name in old if torch.equal(old[name], new[name])}
     assert not {name for name in still if name.endswith("weight")}
+    assert taught.after["new"].nats_per_fact < taught.before["new"].nats_per_fact
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "peer"])
+def test_narrow_products_change_matrices_but_no_router(make_base, new_table, tmp_path, kind) -> None:
+    base = make_base(kind)
+    taught = teach(base.run, options(tmp_path, new_table, train="low-rank", rank=2, remember="data"), progress=False)
+    old, new = weights(base.run), weights(tmp_path / "taught")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    layers = ("attention.", "feed_forward.up", "feed_forward.down")
+    assert changed == {name for name in old if any(layer in name for layer in layers)}
+    for name in changed:
+        assert (torch.linalg.matrix_rank((new[name] - old[name]).double(), rtol=1e-4) <= 2).all(), name
     assert taught.after["new"].nats_per_fact < taught.before["new"].nats_per_fact
 
 
@@ -138,7 +151,10 @@ def test_a_step_descends_the_sum_of_both_losses(make_base, make_config, old_fact
     settings = {
         "run": tmp_path / "taught",
         "teaching": TeachingConfig(
-            base=base.run, train="everything", remember=old_facts, remember_loss=losses, remember_weight=0.5
+            base=base.run,
+            train="everything",
+            remember=(MemoryConfig(data=old_facts, teacher=base.run if losses == "predictions" else None),),
+            remember_weight=0.5,
         ),
         "optimizer.gradient_clip": None,
         "optimizer.table_gradients": "dense",
@@ -151,7 +167,7 @@ def test_a_step_descends_the_sum_of_both_losses(make_base, make_config, old_fact
     model.load_state_dict(run.model.state_dict())
     model.train()
     new = run.loader.batch(3)
-    old = run.memory.loader.batch(3)
+    old = run.memory.loaders[0].batch(3)
     loss = F.cross_entropy(model(new.inputs).flatten(0, 1), new.targets.flatten())
     logits = model(old.inputs).flatten(0, 1)
     if losses == "texts":
@@ -173,25 +189,55 @@ def test_a_step_descends_the_sum_of_both_losses(make_base, make_config, old_fact
 def test_kept_predictions_cost_nothing_before_the_first_step(make_base, old_facts) -> None:
     base = make_base()
     model = load_model(base.run)
-    memory = Memory(
-        TokenDataset.open(old_facts), base=load_model(base.run), weight=3.0, batch_size=2, seed=0, context=48
-    )
+    split = TokenDataset.open(old_facts).split("train")
+    memory = Memory([(split, load_model(base.run))], weight=3.0, batch_size=2, seed=0, context=48)
     assert memory.loss(model, 0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_each_step_goes_over_one_of_several_memories(make_base, old_facts, new_table, tmp_path) -> None:
+    base = make_base()
+    prepare(
+        PrepareConfig(
+            facts=new_table, key="name", output=tmp_path / "new", tokenizer=str(base.run / "tokenizer.json"),
+            every_fact=True,
+        )
+    )  # fmt: skip
+    long, short = (TokenDataset.open(path).split("train") for path in (old_facts, tmp_path / "new"))
+    model, teacher = load_model(base.run), load_model(base.run)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)
+    memory = Memory([(long, None), (short, teacher)], weight=1.0, batch_size=2, seed=0, context=48)
+    windows = [(split.num_tokens - 1) // 48 for split in (long, short)]
+    assert memory.shares == pytest.approx([windows[0] / sum(windows), windows[1] / sum(windows)])
+    alone = [Memory([each], weight=1.0, batch_size=2, seed=0, context=48) for each in ((long, None), (short, teacher))]
+    chosen = []
+    with torch.no_grad():
+        for step in range(200):
+            losses = [each.loss(model, step).item() for each in alone]
+            chosen.append(losses.index(memory.loss(model, step).item()))
+    assert sum(chosen) / 200 == pytest.approx(memory.shares[1], abs=0.1)
+    assert 0 < sum(chosen) < 200
 
 
 def test_it_ends_when_held_out_wordings_are_learned_no_better(make_base, new_table, tmp_path, monkeypatch) -> None:
     base = make_base()
     nats = iter([5.0, 4.0, 4.5, 3.9, 3.95, 3.9, 1.0])
-    monkeypatch.setattr(loop, "_measure", lambda run, split: {"loss": 9.0, "nats_per_fact": next(nats)})
+
+    def measure(run, split):
+        return {"loss": 9.0, "nats_per_fact": 7.0 if split in run.asked.values() else next(nats)}
+
+    monkeypatch.setattr(loop, "_measure", measure)
     taught = teach(base.run, options(tmp_path, new_table, remember="nothing", passes=20), progress=False)
     assert taught.num_passes == 6
     again = teach(base.run, options(tmp_path, new_table, remember="nothing", passes=20), progress=False)
     assert again.after == taught.after
 
 
-def test_a_run_that_was_cut_off_continues_to_the_bit(make_base, new_table, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("train", ["tables", "low-rank"])
+def test_a_run_that_was_cut_off_continues_to_the_bit(make_base, new_table, tmp_path, monkeypatch, train) -> None:
     base = make_base()
-    whole = options(tmp_path, new_table, passes=4, output=tmp_path / "whole")
+    whole = options(tmp_path, new_table, passes=4, output=tmp_path / "whole", train=train)
     teach(base.run, whole, progress=False)
     steps_of_a_pass = read_config(tmp_path / "whole").validation_every
     real, made = loop.optimizer_step, []
@@ -204,9 +250,9 @@ def test_a_run_that_was_cut_off_continues_to_the_bit(make_base, new_table, tmp_p
 
     monkeypatch.setattr(loop, "optimizer_step", cut_off)
     with pytest.raises((KeyboardInterrupt, Interrupted)):
-        teach(base.run, options(tmp_path, new_table, passes=4), progress=False)
+        teach(base.run, options(tmp_path, new_table, passes=4, train=train), progress=False)
     monkeypatch.setattr(loop, "optimizer_step", real)
-    taught = teach(base.run, options(tmp_path, new_table, passes=4), progress=False)
+    taught = teach(base.run, options(tmp_path, new_table, passes=4, train=train), progress=False)
     expected = weights(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "taught").items():
         assert torch.equal(tensor, expected[name]), name
@@ -247,8 +293,8 @@ def test_without_the_old_data_own_samples_are_measured(make_base, old_facts, new
     config = json.loads((base.run / "config.json").read_text())
     (base.run / "config.json").write_text(json.dumps(config | {"data": str(tmp_path / "gone")}))
     taught = teach(base.run, options(tmp_path, new_table), progress=False)
-    assert set(taught.after) == {"new", "own samples"}
-    assert taught.after["own samples"].recall is None
+    assert set(taught.after) == {"new", "own-samples"}
+    assert taught.after["own-samples"].recall is None
     with pytest.raises(Exception, match="is gone or was made by another tokenizer: remember own-samples or nothing"):
         teach(base.run, options(tmp_path, new_table, remember="data", output=tmp_path / "other"), progress=False)
     assert not (tmp_path / "other").exists()
@@ -277,7 +323,7 @@ def test_own_samples_are_whole_texts_of_the_model(make_base) -> None:
 def test_own_samples_that_are_of_no_use_are_told(make_base, new_table, tmp_path, monkeypatch) -> None:
     base = make_base()
     monkeypatch.setattr(
-        "tinyexperts.training.teaching.write_texts", lambda *arguments, **options: iter(["x", "x", " "])
+        "tinyexperts.training.own_samples.write_texts", lambda *arguments, **options: iter(["x", "x", " "])
     )
     with pytest.raises(Exception, match=r"writes itself are of no use \(.*\): remember data or nothing"):
         teach(base.run, options(tmp_path, new_table), progress=False)
@@ -340,7 +386,7 @@ def test_what_is_new_may_be_prepared_before_without_what_is_known(
     assert code == 0
     told = json.loads((tmp_path / "taught/taught.json").read_text())
     for name in ("new", "old"):
-        assert f"Asked of what is {name}" in out
+        assert f"Asked: {name}" in out
         questions = [answer["question"] for answer in told["before"][name]["answers"]]
         assert len(questions) == 4
         assert questions == [answer["question"] for answer in told["after"][name]["answers"]]
@@ -364,3 +410,49 @@ def test_data_of_another_tokenizer_are_refused(make_base, tiny_data, tmp_path) -
     with pytest.raises(Exception, match="was made by another tokenizer"):
         teach(base.run, options(tmp_path, None, facts=None, key=None, data=tiny_data), progress=False)
     assert not (tmp_path / "taught").exists()
+
+
+def teach_twice(base, new_table, tmp_path, **changes):
+    first = options(tmp_path, new_table, output=tmp_path / "first", **changes)
+    teach(base.run, first, progress=False)
+    table = tmp_path / "more.csv"
+    table.write_text("name,color,floor\n" + "".join(f"m{n},blue,{n % 3}\n" for n in range(9)))
+    return options(tmp_path, table, output=tmp_path / "second", **changes)
+
+
+def test_a_model_that_was_taught_remembers_the_data_of_each_teaching(make_base, new_table, tmp_path) -> None:
+    base = make_base()
+    taught = teach(tmp_path / "first", teach_twice(base, new_table, tmp_path, remember="data"), progress=False)
+    assert list(taught.before) == ["new", "old", "first"]
+    remembered = read_config(tmp_path / "second").teaching.remember
+    assert [memory.data for memory in remembered] == [tmp_path / "first/teaching/data", base.data]
+    lines = (tmp_path / "second/metrics.jsonl").read_text().splitlines()
+    last = [json.loads(line) for line in lines if '"validation"' in line][-1]
+    assert last["first_recall"] == pytest.approx(taught.after["first"].recall)
+    shutil.rmtree(tmp_path / "first/teaching/data")
+    with pytest.raises(Exception, match="is gone or was made by another tokenizer: remember own-samples or nothing"):
+        teach(tmp_path / "first", options(tmp_path, new_table, remember="data"), progress=False)
+
+
+def test_own_samples_of_earlier_teachings_are_kept_with_their_writers(make_base, new_table, tmp_path, capsys) -> None:
+    base = make_base()
+    second = teach_twice(base, new_table, tmp_path, sample_tokens=None)
+    taught = teach(tmp_path / "first", second, progress=False)
+    remembered = read_config(tmp_path / "second").teaching.remember
+    assert [(memory.data, memory.teacher, memory.sample_tokens) for memory in remembered] == [
+        (tmp_path / "first/teaching/own-samples", base.run, 131072),
+        (tmp_path / "second/teaching/own-samples", tmp_path / "first", 32768),
+    ]
+    drawn = [json.loads(memory.data.with_suffix(".json").read_text()) for memory in remembered]
+    assert [each["sample_tokens"] for each in drawn] == [131072, 32768]
+    run = make_run(read_config(tmp_path / "second"))
+    for teacher, folder in zip(run.memory.teachers, (base.run, tmp_path / "first"), strict=True):
+        expected = weights(folder)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in teacher.state_dict().items())
+    assert set(taught.after) == {"new", "old", "first"}
+    capsys.readouterr()
+    shutil.rmtree(base.run)  # its samples can be kept no more, and what it knew is not asked
+    taught = teach(tmp_path / "first", options(tmp_path, new_table), progress=False)
+    assert set(taught.after) == {"new", "first"}
+    assert [memory.teacher for memory in read_config(tmp_path / "taught").teaching.remember] == [tmp_path / "first"]
+    assert f"{base.run}, from which {tmp_path / 'first'} was taught, is gone" in capsys.readouterr().err

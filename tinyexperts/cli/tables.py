@@ -118,8 +118,6 @@ def print_evaluation(text: str, evaluation: Evaluation) -> None:
 def print_taught(taught: training.Taught) -> None:
     """Print what a model knew and knows, of what is new and of what is old."""
     console = Console()
-    for remark in taught.remarks:
-        console.print(remark, highlight=False, markup=False)
     title = f"Taught in {taught.num_passes} passes, {taught.seconds:,.0f} s of training"
     table = Table(title=title, title_justify="left")
     for column in ("held out", "recall", "after", "nats a fact", "after", "nats a token", "after"):
@@ -134,7 +132,7 @@ def print_taught(taught: training.Taught) -> None:
     console.print(table)
     for name, before in taught.before.items():
         if before.answers:
-            _print_answers(f"Asked of what is {name}", before.answers, taught.after[name].answers)
+            _print_answers(f"Asked: {name}", before.answers, taught.after[name].answers)
 
 
 def _print_answers(title: str, before: Sequence[AnsweredQuestion], after: Sequence[AnsweredQuestion]) -> None:

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from tinyexperts.errors import InputError
 from tinyexperts.files import write_atomically
 from tinyexperts.model import Transformer
-from tinyexperts.optim import RowSparseAdam
+from tinyexperts.optim import LowRankAdam, RowSparseAdam
 from tinyexperts.training.checkpoint_files import (
     Unwritten,
     one_process_is_meant,
@@ -251,8 +251,8 @@ def load_checkpoint(
             if not is_finite(tensor):
                 raise InputError(f"{checkpoint} holds weights that are not finite: {name.removeprefix('model.')}")
     for optimizer, parameter, key, tensor in states:
-        # AdamW's step counter is on its parameter's device, RowSparseAdam's on the CPU.
-        stays = isinstance(optimizer, RowSparseAdam) and key == "step"
+        # AdamW's step counter is on its parameter's device, those of our own optimizers on the CPU.
+        stays = isinstance(optimizer, RowSparseAdam | LowRankAdam) and key == "step"
         optimizer.state[parameter][key] = tensor if stays else tensor.to(parameter.device)
     state: dict[str, Any] = manifest["state"]
     return state

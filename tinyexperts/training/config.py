@@ -130,28 +130,53 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Old texts that a run that teaches goes over again, so that the model keeps what it knows."""
+
+    data: Path
+    """Data set of the texts."""
+    teacher: Path | None = None
+    """Run whose predictions on them are kept (KL divergence); None trains on the texts themselves."""
+    sample_tokens: int | None = None
+    """Where the data set is missing, the teacher writes it first: this many tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "teacher"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, path_of(f"teaching.remember.{name}", path))
+        require_at_least(1, "teaching.remember.sample_tokens", self.sample_tokens)
+        if self.sample_tokens is not None and self.teacher is None:
+            raise InputError(
+                f"teaching.remember.sample_tokens is for texts that a teacher writes, and there is none: "
+                f"{self.sample_tokens}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeachingConfig:
     """The start of a run that teaches a trained model: what is trained, what is remembered, and when it ends."""
 
     base: Path
     """Folder of the run whose last weights it begins with."""
-    train: Literal["tables", "everything"] = "tables"
-    """tables trains the experts alone; the router then chooses as before, and query norms keep their statistics."""
-    remember: Path | None = None
-    """Data set of old texts, of which each step has as many windows as of the new ones; None remembers by nothing."""
-    remember_loss: Literal["texts", "predictions"] = "texts"
-    """texts trains on the old texts; predictions keeps the base model's predictions on them (KL divergence)."""
+    train: Literal["tables", "low-rank", "everything"] = "tables"
+    """tables trains the experts alone; the router then chooses as before, and query norms keep their statistics.
+    low-rank adds to each matrix of attention and of feed-forward layers a product of two narrow ones (LoRA)."""
+    rank: int = 8
+    """The width of these, for low-rank."""
+    remember: tuple[MemoryConfig, ...] = ()
+    """Old texts, of which each step has as many windows as of the new ones, all from one of these."""
     remember_weight: float = 1.0
-    """Factor of that loss beside that of the new texts."""
+    """Factor of the loss on them beside that on the new texts."""
+    asked: dict[str, Path] = field(default_factory=dict)
+    """Data sets of which the held-out part is measured too at each validation, by their names in metrics."""
     patience: int = 2
     """Validations without a better one after which the run ends."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", path_of("teaching.base", self.base))
-        if self.remember is not None:
-            object.__setattr__(self, "remember", path_of("teaching.remember", self.remember))
         if not 0 <= self.remember_weight < float("inf"):
             raise InputError(f"teaching.remember_weight must be at least 0 and finite, got {self.remember_weight}")
+        require_at_least(1, "teaching.rank", self.rank)
         require_at_least(1, "teaching.patience", self.patience)
 
 

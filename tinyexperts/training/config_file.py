@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
@@ -126,8 +126,12 @@ def _unknown_fields(value: Any, content: dict[str, Any]) -> Iterator[str]:
     for name, inner in content.items():
         if name not in names:
             yield name
-        elif isinstance(inner, dict):
-            yield from (f"{name}.{each}" for each in _unknown_fields(getattr(value, name), inner))
+            continue
+        found = getattr(value, name)
+        several = zip(found, inner, strict=True) if isinstance(inner, list) else [(found, inner)]
+        for part, inside in several:
+            if is_dataclass(part) and isinstance(inside, dict):
+                yield from (f"{name}.{each}" for each in _unknown_fields(part, inside))
 
 
 def _upgrade(content: dict[str, Any]) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def _steps(
                 with without_compilation() if run.is_compiled else nullcontext():
                     found = _validate(run)
                 _record(run, metrics, "validation", step, **found, **done, seconds=state["seconds"])
-                bar.note(_in_words(found) if config.teaching else "")
+                bar.note(_in_words(run, found) if config.teaching else "")
                 if config.teaching is not None:
                     is_last = state["ended"] = _has_learned(state, found, config.teaching.patience) or is_last
             stopped = int(max(run.ranks.all_gather_scalar(stop())))
@@ -186,12 +186,11 @@ def _record(run: Run, metrics: run_folder.Metrics | None, split: str, step: int,
 def _validate(run: Run) -> dict[str, float]:
     """Return the held-out loss and, of a data set of facts, the recall, both of about validation_tokens.
 
-    A run that teaches is measured on what it remembers by, too: `old_loss` and so on.
+    A run that teaches is measured on what it is asked besides, too: `old_loss` and so on.
     """
     found = _measure(run, run.dataset.split("validation"))
-    if run.memory is not None:
-        old = _measure(run, run.memory.dataset.split("validation"))
-        found |= {f"old_{name}": value for name, value in old.items()}
+    for name, split in run.asked.items():
+        found |= {f"{name}_{measure}": value for measure, value in _measure(run, split).items()}
     reshard_after_eval(run.model)
     return found
 
@@ -218,13 +217,15 @@ def _measure(run: Run, split: TokenSplit) -> dict[str, float]:
     return found
 
 
-def _in_words(found: Mapping[str, float]) -> str:
-    """Return what a model that is taught knows of the new and still of the old, for the bar."""
-    new, old = (
-        f"{100 * found[f'{age}recall']:.1f} %" if f"{age}recall" in found else f"{found[f'{age}loss']:.2f} nats"
-        for age in ("", "old_" if "old_loss" in found else "")
+def _in_words(run: Run, found: Mapping[str, float]) -> str:
+    """Return what a model that is taught knows of the new and of what else it is asked, for the bar."""
+    prefixes = {"new": "", **{name: f"{name}_" for name in run.asked}}
+    return ", ".join(
+        f"{name} {100 * found[f'{prefix}recall']:.1f} %"
+        if f"{prefix}recall" in found
+        else f"{name} {found[f'{prefix}loss']:.2f} nats"
+        for name, prefix in prefixes.items()
     )
-    return f"new {new}, old {old}" if "old_loss" in found else f"new {new}"
 
 
 def _has_learned(state: dict[str, Any], found: Mapping[str, float], patience: int) -> bool:

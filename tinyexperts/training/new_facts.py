@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tinyexperts.data import TokenDataset, Tokenizer
 from tinyexperts.data.facts.fact_set import FactSet
@@ -10,19 +10,21 @@ from tinyexperts.data.facts.fact_set import FactSet
 _NAMED_AT_MOST = 5
 
 
-def remarks(new_data: TokenDataset, old_data: TokenDataset | None) -> tuple[str, ...]:
+def remarks(new_data: TokenDataset, old_data: Iterable[TokenDataset]) -> tuple[str, ...]:
     """Return sentences about new facts, none about texts.
 
     Args:
         new_data (TokenDataset): the data set of what is new.
-        old_data (TokenDataset | None): the one that the model was trained on, if it is still there.
+        old_data (Iterable[TokenDataset]): those that the model was trained on, as far as they are there.
     """
-    new, old = (None if data is None else data.split("train").facts for data in (new_data, old_data))
+    new = new_data.split("train").facts
     if new is None:
         return ()
     found = [_split_words(new_data.tokenizer, new.fact_set)]
-    if old is not None:
-        found += _known_before(new.fact_set, old.fact_set)
+    for dataset in old_data:
+        old = dataset.split("train").facts
+        if old is not None:
+            found += _known_before(new.fact_set, old.fact_set)
     return tuple(filter(None, found))
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
-from tinyexperts.data import Tokenizer
+from tinyexperts.data import PrepareConfig, TokenDataset, Tokenizer, prepare
+from tinyexperts.errors import InputError
+from tinyexperts.files import write_atomically
 from tinyexperts.model import Transformer, generate
+from tinyexperts.training.config import MemoryConfig
 
 _SEQUENCES = 64
 
@@ -44,3 +51,45 @@ def write_texts(
             is_cut_off = bool(texts) and row[-1] != end
             for ids in texts[:-1] if is_cut_off and len(texts) > 1 else texts:
                 yield tokenizer.decode(ids)
+
+
+def open_texts(memory: MemoryConfig, teacher: Transformer | None, *, seed: int, progress: bool = False) -> TokenDataset:
+    """Return the data set of a memory; where it is missing the teacher writes it.
+
+    Beside the data set stand its texts (.jsonl), and what they took (.json: tokens drawn, seconds).
+
+    Args:
+        memory (MemoryConfig): the memory.
+        teacher (Transformer | None): the model of its teacher, if it has one.
+        seed (int): the seed of the draws.
+        progress (bool): show a progress bar.
+
+    Raises:
+        InputError: no data set there, and no tokens to draw; texts that are of no use.
+    """
+    folder, run, tokens = memory.data, memory.teacher, memory.sample_tokens
+    if folder.exists() or teacher is None or run is None or tokens is None:
+        return TokenDataset.open(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    tokenizer_path = run / "tokenizer.json"
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("own samples", total=tokens)
+        written = write_texts(
+            *(teacher, Tokenizer.load(tokenizer_path)),
+            num_tokens=tokens,
+            seed=seed,
+            advance=lambda number: bar.advance(task, number),
+        )
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in written if text.strip())
+    texts = folder.with_suffix(".jsonl")
+    texts.write_text(lines, encoding="utf-8")
+    took = {"sample_tokens": tokens, "seconds": time.perf_counter() - started}
+    write_atomically(folder.with_suffix(".json"), json.dumps(took))
+    try:
+        prepare(PrepareConfig(files=(texts,), tokenizer=str(tokenizer_path), output=folder))
+    except InputError as error:
+        raise InputError(
+            f"the texts that {run} writes itself are of no use ({error}): remember data or nothing"
+        ) from error
+    return TokenDataset.open(folder)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.optim import Optimizer
 
-from tinyexperts.data import TokenDataset, TokenLoader
+from tinyexperts.data import TokenDataset, TokenLoader, TokenSplit
 from tinyexperts.errors import InputError
 from tinyexperts.layers import PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import Transformer
-from tinyexperts.optim import build_optimizers, expected_touched_share, split_parameters
+from tinyexperts.optim import LowRankAdam, build_optimizers, expected_touched_share, split_parameters
 from tinyexperts.training.checkpoint import load_model
 from tinyexperts.training.compilation import choose_compilation, compile_blocks
-from tinyexperts.training.config import OptimizerConfig, TeachingConfig, TrainConfig
+from tinyexperts.training.config import MemoryConfig, TeachingConfig, TrainConfig
 from tinyexperts.training.device import choose_device, choose_precision, report_out_of_memory
 from tinyexperts.training.distributed.ranks import ALONE, Ranks
 from tinyexperts.training.distributed.sharding import shard_dense_part
 from tinyexperts.training.memory import Memory
+from tinyexperts.training.own_samples import open_texts
 from tinyexperts.training.run_folder import check_tokenizer
 
 # On devices without a fused step of their own: sparse table gradients where a step is expected to touch a smaller share
@@ -46,10 +48,12 @@ class Run:
     compilation_choice: str
     memory: Memory | None = None
     """What a run that teaches goes over again, if anything."""
+    asked: Mapping[str, TokenSplit] = field(default_factory=dict)
+    """Held-out splits that a run that teaches is measured on besides its own, by their names in metrics."""
 
 
 def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
-    """Open the data and make the model as it is before its first step; nothing is written.
+    """Open the data and make the model as it is before its first step; nothing is written but a memory's own samples.
 
     Args:
         config (TrainConfig): the configuration.
@@ -89,11 +93,14 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
         model.to(device)
         if ranks.mesh is not None:
             shard_dense_part(model, ranks)
-    memory, num_passes = None, 3
+    memory, num_passes, asked = None, 3.0, {}
     if config.teaching is not None:
         memory = _begin_teaching(config, config.teaching, model, device, ranks)
-        num_passes += 0 if memory is None else 3 if memory.base is None else 4
-    flops_per_step = num_passes * model.flops_per_token(config.model.context_length) * config.tokens_per_step
+        if memory is not None:
+            passes = [3 if teacher is None else 4 for teacher in memory.teachers]
+            num_passes += float(memory.shares @ passes)
+        asked = {name: _asked(config.teaching, data) for name, data in config.teaching.asked.items()}
+    flops_per_step = round(num_passes * model.flops_per_token(config.model.context_length) * config.tokens_per_step)
     num_steps = config.num_steps or int((config.training_flops or 0) // flops_per_step)
     if num_steps < 1:
         raise InputError(
@@ -110,7 +117,7 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
         dataset=dataset,
         loader=loader,
         model=model,
-        optimizers=_optimizers(config.optimizer, model, sparse_tables),
+        optimizers=_optimizers(config, model, sparse_tables),
         device=device,
         precision=choose_precision(config.precision, device),
         num_steps=num_steps,
@@ -119,6 +126,7 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
         is_compiled=is_compiled,
         compilation_choice=compilation_choice,
         memory=memory,
+        asked=asked,
     )
 
 
@@ -132,22 +140,39 @@ def _begin_teaching(
     if base.config != config.model:
         raise InputError(f"the model must be that of {teaching.base}, whose sizes are others")
     model.load_state_dict(base.state_dict())
-    if teaching.train == "tables":
-        tables = tables_to_teach(model, teaching.base)
+    if teaching.train != "everything":
+        trained = tables_to_teach(model, teaching.base) if teaching.train == "tables" else low_rank_matrices(model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in tables)
-    if teaching.remember is None:
+            parameter.requires_grad_(name in trained)
+    if not teaching.remember:
         return None
-    dataset = TokenDataset.open(teaching.remember)
-    check_tokenizer(teaching.base, dataset)
     return Memory(
-        dataset,
-        base=base.requires_grad_(False) if teaching.remember_loss == "predictions" else None,
+        [_remembered(teaching, memory, base, config.seed) for memory in teaching.remember],
         weight=teaching.remember_weight,
         batch_size=config.batch_size,
         seed=config.seed,
         context=config.model.context_length,
     )
+
+
+def _remembered(
+    teaching: TeachingConfig, memory: MemoryConfig, base: Transformer, seed: int
+) -> tuple[TokenSplit, Transformer | None]:
+    """Return the texts of a memory, and the model whose predictions on them are kept."""
+    teacher = None
+    if memory.teacher is not None:
+        device = base.embedding.weight.device
+        teacher = base if memory.teacher == teaching.base else load_model(memory.teacher, device=device)
+        teacher.requires_grad_(False)
+    dataset = open_texts(memory, teacher, seed=seed)
+    check_tokenizer(teaching.base, dataset)
+    return dataset.split("train"), teacher
+
+
+def _asked(teaching: TeachingConfig, data: Path) -> TokenSplit:
+    dataset = TokenDataset.open(data)
+    check_tokenizer(teaching.base, dataset)
+    return dataset.split("validation")
 
 
 def tables_to_teach(model: Transformer, run: Path) -> set[str]:
@@ -160,6 +185,11 @@ def tables_to_teach(model: Transformer, run: Path) -> set[str]:
     if not tables:
         raise InputError(f"train must be everything for a model without a table of experts, as that of {run} is")
     return tables
+
+
+def low_rank_matrices(model: Transformer) -> set[str]:
+    """Return the names of the matrices of attention and of feed-forward layers, without routers."""
+    return {name for name in split_parameters(model).matrices if ".router." not in name}
 
 
 def choose_table_gradients(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
@@ -175,7 +205,14 @@ def choose_table_gradients(config: TrainConfig, device: torch.device) -> tuple[b
     return sparse, f"table gradients {kind}: a step touches up to {share:.0%} of {layer.num_experts:,} rows"
 
 
-def _optimizers(config: OptimizerConfig, model: Transformer, sparse_tables: bool) -> list[Optimizer]:
+def _optimizers(run: TrainConfig, model: Transformer, sparse_tables: bool) -> list[Optimizer]:
+    config, teaching = run.optimizer, run.teaching
+    if teaching is not None and teaching.train == "low-rank":
+        matrices = split_parameters(model).matrices.values()
+        group = {"name": "matrices", "params": list(matrices), "peak_lr": config.matrix_learning_rate}
+        return [
+            LowRankAdam([group], rank=teaching.rank, lr=config.matrix_learning_rate, betas=config.betas, seed=run.seed)
+        ]
     return build_optimizers(
         model,
         sparse_tables=sparse_tables,

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
-from rich.console import Console
-from rich.progress import Progress
 
-from tinyexperts.data import PrepareConfig, TokenDataset, Tokenizer, TokenSplit, prepare
+from tinyexperts.data import PrepareConfig, TokenDataset, TokenSplit, prepare
 from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.evaluation import measure_facts, measure_perplexity
 from tinyexperts.evaluation.facts import AnsweredQuestion, answer_some
@@ -23,6 +22,7 @@ from tinyexperts.model import Transformer
 from tinyexperts.training.checkpoint import load_model
 from tinyexperts.training.config import (
     CheckpointConfig,
+    MemoryConfig,
     OptimizerConfig,
     ScheduleConfig,
     TeachingConfig,
@@ -32,9 +32,10 @@ from tinyexperts.training.config import (
 from tinyexperts.training.device import choose_device
 from tinyexperts.training.loop import train
 from tinyexperts.training.new_facts import remarks
-from tinyexperts.training.own_samples import write_texts
+from tinyexperts.training.own_samples import open_texts
 from tinyexperts.training.run import tables_to_teach
 from tinyexperts.training.run_folder import check_tokenizer, is_run, read_config
+from tinyexperts.training.teaching_history import PastRun, history, kept_memories, missing_ancestor
 from tinyexperts.training.trained_run import set_threads
 
 
@@ -57,21 +58,25 @@ class TeachConfig:
     """Files and folders of new texts, in place of facts."""
     data: Path | None = None
     """Data set of what is new, in place of both, made with the run's tokenizer, and of facts with --every-fact."""
-    train: Literal["tables", "everything"] = "tables"
-    """tables trains the experts alone, everything all weights: for models without a table."""
+    train: Literal["tables", "low-rank", "everything"] = "tables"
+    """tables trains the experts alone; low-rank adds narrow products to the matrices (LoRA); everything trains all
+    weights. The last two are for models without a table, too."""
+    rank: int = 8
+    """Width of these products, for low-rank."""
     remember: Literal["own-samples", "data", "nothing"] = "own-samples"
-    """own-samples keeps the model's predictions on texts that it writes itself before it starts; data goes over the
-    run's data set again, where that is still there."""
+    """own-samples keeps the model's predictions on texts that it writes itself before it starts, and on those of
+    earlier teachings; data goes over the run's data set again, where that is still there, and over those of earlier
+    teachings."""
     remember_weight: float = 1.0
     """Factor of the loss on what is remembered, beside that of what is new."""
-    sample_tokens: int = 131072
-    """Tokens of own samples to draw."""
+    sample_tokens: int | None = None
+    """Tokens of own samples to draw; without it 131072, and a quarter of them beside those of earlier teachings."""
     passes: int = 16
     """Times to go over what is new, at most; it ends before when held-out wordings are learned no better."""
     table_learning_rate: float | None = None
     """Learning rate of the tables; without it 1e-2, and 3e-3 where everything is trained."""
-    learning_rate: float = 1e-3
-    """Learning rate of all other weights, where everything is trained."""
+    learning_rate: float | None = None
+    """Learning rate of all other weights: without it 1e-3 where everything is trained, and 1e-2 of narrow products."""
     seed: int = 0
     """Seed of the order of what is new, and of own samples."""
     device: str = "auto"
@@ -88,7 +93,7 @@ class TeachConfig:
         for name in ("key", "attributes", "phrasings"):
             if self.facts is None and (value := getattr(self, name)):
                 raise InputError(f"{name} is for a table of facts, and none was given: {value}")
-        for name in ("passes", "sample_tokens", "threads"):
+        for name in ("passes", "rank", "sample_tokens", "threads"):
             require_at_least(1, name, getattr(self, name))
         for name in ("table_learning_rate", "learning_rate", "remember_weight"):
             if (value := getattr(self, name)) is not None and not 0 <= value < float("inf"):
@@ -114,12 +119,13 @@ class Knowledge:
     """Some questions with the truth and the model's answers, of facts."""
 
 
+_SAMPLE_TOKENS = 131072
 _KNOWLEDGE = TypeAdapter(dict[str, Knowledge])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taught:
-    """The result of teaching, by what is asked for: `new`, and `old` or `own samples`."""
+    """The result of teaching, by what is asked: `new`, `old`, earlier teachings by their runs' names, `own-samples`."""
 
     before: dict[str, Knowledge]
     after: dict[str, Knowledge]
@@ -147,43 +153,45 @@ def teach(
             tables are to be trained, data that are gone, own samples that are of no use.
         Interrupted: after Ctrl-C and the like, when the run is saved; the same call continues.
     """
-    base, base_config = path_of("run", run), read_config(run)
+    base = path_of("run", run)
+    past = history(base)
     set_threads(config.threads)
     if config.output.resolve() == base.resolve():
         raise InputError(f"the run that is taught stays as it is: output must be another folder than {base}")
     model = load_model(base, device=choose_device(config.device))
-    old_data = _data_of(base_config.data, base)
-    if config.remember == "data" and old_data is None:
-        raise InputError(
-            f"{base_config.data}, the data of {base}, is gone or was made by another tokenizer: "
-            "remember own-samples or nothing"
-        )
     if config.train == "tables":
         tables_to_teach(model, base)
-    remember = {"own-samples": config.folder / "own-samples", "data": base_config.data, "nothing": None}
+    memories = _memories(config, past)
     with _folder_of(config):
         _check_options(config, base)
-        new_data = _prepared(config, base, base_config.data if old_data and old_data.index.facts else None)
-        training = _training_config(config, base, base_config, new_data, remember[config.remember])
-        samples = _samples(config, model, base, progress) if config.remember == "own-samples" else None
-        asked = {"new": new_data}
-        if old_data is not None:
-            asked["old"] = old_data
-        elif samples is not None:
-            asked["own samples"] = samples
+        old_data = {each.name: dataset for each in reversed(past) if (dataset := each.data()) is not None}
+        new_data = _prepared(config, base, old_data.values())
+        asked = {"new": new_data} | old_data
+        for memory in memories:
+            texts = open_texts(memory, model, seed=config.seed, progress=progress)
+            if not old_data:
+                asked["own-samples"] = texts
+        told = (*_remarks_on(past), *remarks(new_data, old_data.values()))
+        for sentence in told:
+            print(sentence, file=sys.stderr)
+        training = _training_config(config, base, new_data, memories, asked)
         before = _remembered(config.folder / "before.json", lambda: _ask(model, asked))
     train(training, resume=is_run(config.output), progress=progress, command=command)
     after = _ask(load_model(config.output, device=choose_device(config.device)), asked)
     steps, seconds = _spent(config.output)
     taught = Taught(
-        before=before,
-        after=after,
-        num_passes=steps // training.validation_every,
-        seconds=seconds,
-        remarks=remarks(new_data, old_data),
+        before=before, after=after, num_passes=steps // training.validation_every, seconds=seconds, remarks=told
     )
     write_atomically(config.output / "taught.json", json.dumps(asdict(taught), indent=2))
     return taught
+
+
+def _remarks_on(past: list[PastRun]) -> tuple[str, ...]:
+    """Return a sentence about a run that a model comes from and that is gone, or none."""
+    missing = missing_ancestor(past)
+    if missing is None:
+        return ()
+    return (f"{missing}, from which {past[-1].run} was taught, is gone: what it knew is neither asked nor gone over",)
 
 
 @contextmanager
@@ -220,24 +228,15 @@ def _check_options(config: TeachConfig, base: Path) -> None:
         raise InputError(f"{config.output} was begun with other options: {'; '.join(changes)}")
 
 
-def _data_of(path: Path, run: Path) -> TokenDataset | None:
-    """Return the data set of a run; None where it is gone, or another one has taken its place."""
-    try:
-        dataset = TokenDataset.open(path)
-        check_tokenizer(run, dataset)
-    except InputError:
-        return None
-    return dataset
-
-
-def _prepared(config: TeachConfig, base: Path, old_facts: Path | None) -> TokenDataset:
-    """Return the data set of what is new, and make it where it is missing."""
+def _prepared(config: TeachConfig, base: Path, old_data: Iterable[TokenDataset]) -> TokenDataset:
+    """Return the data set of what is new, and make it where it is missing, in the phrasings of the first old facts."""
     if config.data is not None:
         dataset = TokenDataset.open(config.data)
         check_tokenizer(base, dataset)
         return dataset
     folder = config.folder / "data"
     if not folder.exists():
+        old_facts = next((dataset.folder for dataset in old_data if dataset.index.facts), None)
         of_facts = {
             "facts": config.facts,
             "key": config.key,
@@ -256,74 +255,109 @@ def _prepared(config: TeachConfig, base: Path, old_facts: Path | None) -> TokenD
     return TokenDataset.open(folder)
 
 
-def _samples(config: TeachConfig, model: Transformer, base: Path, progress: bool) -> TokenDataset:
-    """Return the data set of texts that the model writes, and make it where it is missing."""
-    folder, texts = config.folder / "own-samples", config.folder / "own-samples.jsonl"
-    if not folder.exists():
-        with Progress(console=Console(stderr=True), disable=not progress) as bar:
-            task = bar.add_task("own samples", total=config.sample_tokens)
-            tokenizer = Tokenizer.load(base / "tokenizer.json")
-            written = write_texts(
-                *(model, tokenizer),
-                num_tokens=config.sample_tokens,
-                seed=config.seed,
-                advance=lambda number: bar.advance(task, number),
-            )
-            lines = (json.dumps({"text": text}) + "\n" for text in written if text.strip())
-            texts.write_text("".join(lines), encoding="utf-8")
-        try:
-            prepare(PrepareConfig(files=(texts,), tokenizer=str(base / "tokenizer.json"), output=folder))
-        except InputError as error:
+def _memories(config: TeachConfig, past: list[PastRun]) -> tuple[MemoryConfig, ...]:
+    """Return what is remembered by.
+
+    Raises:
+        InputError: data that are to be gone over again are gone.
+    """
+    base = past[0]
+    if config.remember == "nothing":
+        return ()
+    if config.remember == "data":
+        gone = [each for each in past if each.data() is None]
+        if gone:
             raise InputError(
-                f"the texts that {base} writes itself are of no use ({error}): remember data or nothing"
-            ) from error
-    return TokenDataset.open(folder)
+                f"{gone[0].config.data}, the data of {gone[0].run}, is gone or was made by another tokenizer: "
+                "remember own-samples or nothing"
+            )
+        return tuple(MemoryConfig(data=each.config.data) for each in past)
+    kept = kept_memories(base)
+    tokens = config.sample_tokens or (_SAMPLE_TOKENS // 4 if kept else _SAMPLE_TOKENS)
+    return *kept, MemoryConfig(data=config.folder / "own-samples", teacher=base.run, sample_tokens=tokens)
 
 
 def _training_config(
-    config: TeachConfig, base: Path, base_config: TrainConfig, new_data: TokenDataset, remember: Path | None
+    config: TeachConfig,
+    base: Path,
+    new_data: TokenDataset,
+    memories: tuple[MemoryConfig, ...],
+    asked: Mapping[str, TokenDataset],
 ) -> TrainConfig:
-    table_learning_rate = config.table_learning_rate
-    if table_learning_rate is None:
-        table_learning_rate = 1e-2 if config.train == "tables" else 3e-3
-    training = replace(
-        base_config,
-        run=config.output,
-        data=new_data.folder,
-        num_steps=1,
-        training_flops=None,
-        gradient_accumulation=1,
-        optimizer=OptimizerConfig(
-            matrix_learning_rate=config.learning_rate,
-            embedding_learning_rate=config.learning_rate,
-            head_learning_rate=config.learning_rate,
-            table_learning_rate=table_learning_rate,
-            table_second_moment=base_config.optimizer.table_second_moment,
-        ),
-        schedule=ScheduleConfig(warmup_fraction=0.0, decay_fraction=0.0),
-        teaching=TeachingConfig(
+    return teaching_run(
+        read_config(base),
+        TeachingConfig(
             base=base,
             train=config.train,
-            remember=remember,
-            remember_loss="predictions" if config.remember == "own-samples" else "texts",
+            rank=config.rank,
+            remember=memories,
             remember_weight=config.remember_weight,
+            asked={name: dataset.folder for name, dataset in asked.items() if name != "new"},
         ),
+        new_data,
+        run=config.output,
+        passes=config.passes,
+        table_learning_rate=config.table_learning_rate,
+        learning_rate=config.learning_rate,
         device=config.device,
         threads=config.threads,
         seed=config.seed,
     )
-    num_windows = max(1, (new_data.split("train").num_tokens - 1) // training.model.context_length)
-    steps = -(-num_windows // training.batch_size)  # of a pass
+
+
+def teaching_run(
+    base: TrainConfig,
+    teaching: TeachingConfig,
+    new_data: TokenDataset,
+    *,
+    run: Path,
+    passes: int = 16,
+    table_learning_rate: float | None = None,
+    learning_rate: float | None = None,
+    **settings: Any,
+) -> TrainConfig:
+    """Return the configuration of a run that teaches: a constant learning rate, a validation after each pass.
+
+    Args:
+        base (TrainConfig): the configuration of the run that it begins with.
+        teaching (TeachingConfig): what is trained, and what is remembered.
+        new_data (TokenDataset): the data set of what is new.
+        run (Path): the folder of the new run.
+        passes (int): times to go over what is new, at most.
+        table_learning_rate (float | None): the learning rate of the tables; without it that of TeachConfig.
+        learning_rate (float | None): that of all other weights; without it that of TeachConfig.
+        **settings: other settings of the new run.
+    """
+    if table_learning_rate is None:
+        table_learning_rate = 1e-2 if teaching.train == "tables" else 3e-3
+    if learning_rate is None:
+        learning_rate = 1e-2 if teaching.train == "low-rank" else 1e-3
+    num_windows = max(1, (new_data.split("train").num_tokens - 1) // base.model.context_length)
+    steps = -(-num_windows // base.batch_size)  # of a pass
     return replace(
-        training,
-        num_steps=config.passes * steps,
+        base,
+        run=run,
+        data=new_data.folder,
+        num_steps=passes * steps,
+        training_flops=None,
+        gradient_accumulation=1,
+        optimizer=OptimizerConfig(
+            matrix_learning_rate=learning_rate,
+            embedding_learning_rate=learning_rate,
+            head_learning_rate=learning_rate,
+            table_learning_rate=table_learning_rate,
+            table_second_moment=base.optimizer.table_second_moment,
+        ),
+        schedule=ScheduleConfig(warmup_fraction=0.0, decay_fraction=0.0),
+        teaching=teaching,
         validation_every=steps,
         log_every=max(1, steps // 8),
         checkpoint=CheckpointConfig(every=steps),
+        **settings,
     )
 
 
-def _ask(model: Transformer, asked: dict[str, TokenDataset]) -> dict[str, Knowledge]:
+def _ask(model: Transformer, asked: Mapping[str, TokenDataset]) -> dict[str, Knowledge]:
     return {name: _knowledge(model, dataset.split("validation")) for name, dataset in asked.items()}
 
 
