@@ -67,6 +67,7 @@ STUDIES = {
     "granularity": "Sizes, tokens and active experts all vary, for the law L(P, D, G) that the paper builds on.",
     "variants": "Gated experts, other router weights, norms and sub-keys, more blocks: one change at a time.",
     "facts": "Facts that dense, expert-choice MoE, PKM and PEER store at equal training FLOPs.",
+    "lifelong": "New facts taught to trained models, round by round: what is learned, and what is left of the old.",
 }
 
 

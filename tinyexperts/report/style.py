@@ -10,7 +10,7 @@ import io
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 WIDTH, HEIGHT = 470, 320  # of the drawing, in its own units; the page scales it
+_MAP_HEIGHT = 150  # of a row of heat maps
 GREY, INK, LINE = "#8a8f98", "#30343b", "#e4e6ea"
 # Colors on a dark ground, for a page and for a figure in a file of its own.
 _DARK = {
@@ -188,6 +189,61 @@ class Plot:
         for (_, _, text, color), height in zip(ordered, heights, strict=True):
             at, offset = (right, height - shift), (9, 0)
             self.axes.annotate(text, at, offset, textcoords="offset points", va="center", color=color)
+
+
+class HeatMaps:
+    """Small heat maps of percentages side by side, in house style; a cell without a number is empty."""
+
+    def __init__(
+        self,
+        maps: Mapping[str, np.ndarray],
+        *,
+        x_label: str,
+        y_label: str,
+        x_names: Sequence[str],
+        y_names: Sequence[str],
+        columns: int,
+    ) -> None:
+        """Draw them.
+
+        Args:
+            maps (Mapping[str, np.ndarray]): the percentages (float64 [rows, columns], NaN for none), by title.
+            x_label (str): what the columns are.
+            y_label (str): what the rows are.
+            x_names (Sequence[str]): the name of each column.
+            y_names (Sequence[str]): the name of each row.
+            columns (int): maps beside each other.
+        """
+        from matplotlib.figure import Figure
+
+        columns = min(columns, len(maps))
+        rows = -(-len(maps) // columns)
+        self._figure = Figure(figsize=(WIDTH / 72, rows * _MAP_HEIGHT / 72), layout="constrained")
+        self._figure.patch.set_alpha(0)
+        grid = self._figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        most = max(float(np.nanmax(values)) for values in maps.values()) or 1.0
+        for axes in grid.flat[len(maps) :]:
+            axes.set_visible(False)
+        for axes, (title, values) in zip(grid.flat, maps.items(), strict=False):
+            axes.patch.set_alpha(0)
+            axes.spines[:].set_visible(False)
+            axes.tick_params(length=0, labelsize=8)
+            axes.set_title(title, fontsize=8.5, color=INK)
+            axes.pcolormesh(np.ma.masked_invalid(values), cmap="Blues", vmin=0, vmax=1.15 * most, edgecolors="none")
+            for (row, column), value in np.ndenumerate(values):
+                if math.isfinite(value):
+                    ink = "#fdfdfd" if value > 0.6 * most else "#101418"
+                    place = (column + 0.5, row + 0.5)
+                    axes.annotate(f"{value:.0f}", place, ha="center", va="center", fontsize=7.5, color=ink)
+            axes.set_xticks(np.arange(len(x_names)) + 0.5, x_names)
+            axes.set_yticks(np.arange(len(y_names)) + 0.5, y_names)
+        grid[0, 0].set_ylim(len(y_names), 0)
+        self._figure.supxlabel(x_label, fontsize=9.5, color=INK)
+        self._figure.supylabel(y_label, fontsize=9.5, color=INK)
+
+    def drawing(self, name: str, *, caption: str, text: str) -> Drawing:
+        """Finish the figure, as Plot.drawing does."""
+        return Drawing(caption=caption, svg=svg_of(self._figure, name, text))
 
 
 def svg_of(figure: Figure, name: str, description: str) -> Markup:

@@ -7,6 +7,7 @@ from tinyexperts.study.demo import DEMO
 from tinyexperts.study.studies.active_experts import ACTIVE_EXPERTS, GRANULARITY
 from tinyexperts.study.studies.facts import FACTS
 from tinyexperts.study.studies.isoflop import ISOFLOP
+from tinyexperts.study.studies.lifelong import LIFELONG
 from tinyexperts.study.studies.num_experts import NUM_EXPERTS
 from tinyexperts.study.studies.optimizer import OPTIMIZER
 from tinyexperts.study.studies.placement import PLACEMENT
@@ -16,7 +17,7 @@ from tinyexperts.study.study import Study
 
 STUDIES = (
     *(ISOFLOP, NUM_EXPERTS, ACTIVE_EXPERTS, QUERY_NORM, USAGE),
-    *(PLACEMENT, OPTIMIZER, GRANULARITY, VARIANTS, FACTS),
+    *(PLACEMENT, OPTIMIZER, GRANULARITY, VARIANTS, FACTS, LIFELONG),
 )
 
 

@@ -29,6 +29,8 @@ class GridRun:
     """Its configuration, of which the study's folder replaces the run's folder."""
     is_alone: bool = False
     """It is run with no other beside it, so that its speed can be compared."""
+    keeps_checkpoint: bool = False
+    """Its last checkpoint stays when it is evaluated, for runs that begin with its weights."""
 
 
 # Losses (nats) of the finished runs by name -> the runs of a stage, which is planned when the one before has ended.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from rich.console import Console
@@ -24,7 +25,8 @@ from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Command, 
 from tinyexperts.study.runner.status import print_status
 from tinyexperts.study.runner.study_folder import StudyFolder
 from tinyexperts.study.runner.study_record import StudySettings
-from tinyexperts.study.scales import ScaleName, on_facts, scale_named
+from tinyexperts.study.scales import Scale, ScaleName, on_facts, scale_named
+from tinyexperts.study.studies.lifelong.rounds import prepare_rounds
 from tinyexperts.study.study import Study
 from tinyexperts.study.study_report import write_study_report
 from tinyexperts.training import Interrupted
@@ -44,7 +46,9 @@ class StudyConfig:
     data: Path | None = None
     """Data set of all runs, made by `tinyexperts data prepare`; default: data/stdlib, or data/airports for facts."""
     more_data: tuple[Path, ...] = ()
-    """Further data sets of facts, of other numbers of entities, for num-experts: experts by facts."""
+    """Further data sets of facts. For num-experts: of other numbers of entities, experts by facts. For lifelong: those
+    that are taught, one after the other, made with --every-fact and the same tokenizer; learning rates are tuned on the
+    first. Without them lifelong takes airports that the data set lacks."""
     output: Path | None = None
     """Folder of the study; default: runs/, its name and its scale."""
     evaluation_corpora: tuple[Path, ...] = ()
@@ -104,6 +108,11 @@ def run_study(study: Study, config: StudyConfig) -> None:
         InputError: bad input; another process in the same folder; runs that failed, after all others have ended.
         Interrupted: on Ctrl-C and after the minutes that were given, when the runs are saved.
     """
+    with TemporaryDirectory() as spare:
+        _run_study(study, config, Path(spare))
+
+
+def _run_study(study: Study, config: StudyConfig, spare: Path) -> None:
     data = config.data or Path("data/airports" if study.is_about_facts else "data/stdlib")
     may_lack_data = config.dry_run and not config.more_data
     dataset = None if may_lack_data and not data.exists() else TokenDataset.open(data)
@@ -115,10 +124,16 @@ def run_study(study: Study, config: StudyConfig) -> None:
         )
     vocab_size = _VOCAB_SIZE_UNTIL_THERE_IS_DATA if dataset is None else dataset.index.vocab_size
     scale = scale_named(config.scale, data=data, vocab_size=vocab_size)
+    scale = on_facts(scale) if has_facts else scale
     more = [TokenDataset.open(path) for path in config.more_data]
-    if more and dataset is not None:
+    folder = StudyFolder(config.output or Path("runs", f"{study.name}-{config.scale}"))
+    if dataset is not None and study.teaches:
+        # A dry run leaves nothing behind.
+        path = spare if config.dry_run and not folder.path.exists() else folder.path
+        scale = replace(scale, rounds=_rounds(scale, path / "rounds", dataset, more), runs=folder.path / "runs")
+    elif dataset is not None and more:
         scale = replace(scale, num_entities=_num_entities(study, [dataset, *more]))
-    stages = study.stages(on_facts(scale) if has_facts else scale)
+    stages = study.stages(scale)
     if config.dry_run or dataset is None:
         print_plan(study.name, config.scale, study.question, expected_runs(stages), is_tuned=len(stages) > 1)
         if dataset is None:
@@ -128,7 +143,6 @@ def run_study(study: Study, config: StudyConfig) -> None:
     # Later stages, too: a grid that can't be run is refused before hours are spent.
     check_grid(expected_runs(stages), num_train_tokens)
     corpora_sha256 = {path.stem: _sha256_of_text(path) for path in config.evaluation_corpora}
-    folder = StudyFolder(config.output or Path("runs", f"{study.name}-{config.scale}"))
     with folder.exclusive_lock():
         folder.begin(
             StudySettings(
@@ -149,6 +163,27 @@ def run_study(study: Study, config: StudyConfig) -> None:
             raise InputError(f"{len(failed)} runs failed, {failed[0]} among them; the same command tries them again")
 
 
+def _rounds(scale: Scale, folder: Path, dataset: TokenDataset, more: Sequence[TokenDataset]) -> tuple[Path, ...]:
+    """Return the data sets of the rounds that a study teaches, and make them where none are given.
+
+    Raises:
+        InputError: a single one, one without facts or of another tokenizer.
+    """
+    if not more:
+        return prepare_rounds(folder, dataset, scale.teaching)
+    if len(more) < 2:
+        raise InputError(f"more_data must be two data sets at least, to tune on and to teach, got {len(more)}")
+    for other in more:
+        if other.split("validation").facts is None:
+            raise InputError(f"data sets that are taught must be of facts, and {printable(other.folder)} is none")
+        if other.tokenizer.hash != dataset.tokenizer.hash:
+            raise InputError(
+                f"data sets that are taught must have the tokenizer of {printable(dataset.folder)}, and "
+                f"{printable(other.folder)} has another"
+            )
+    return tuple(other.folder for other in more)
+
+
 def _num_entities(study: Study, datasets: Sequence[TokenDataset]) -> dict[Path, int]:
     """Return the number of entities of each data set that a study compares.
 
@@ -156,7 +191,9 @@ def _num_entities(study: Study, datasets: Sequence[TokenDataset]) -> dict[Path, 
         InputError: the study compares none; no facts, as many entities or another vocabulary than in the first.
     """
     if not study.compares_data:
-        raise InputError(f"more_data are for num-experts, got {printable(datasets[1].folder)} for {study.name}")
+        raise InputError(
+            f"more_data are for num-experts and lifelong, got {printable(datasets[1].folder)} for {study.name}"
+        )
     numbers: dict[Path, int] = {}
     for dataset in datasets:
         facts, shown = dataset.split("train").facts, printable(dataset.folder)

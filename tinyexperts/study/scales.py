@@ -15,12 +15,29 @@ from tinyexperts.ops.activation import Activation
 from tinyexperts.training.config import (
     CheckpointConfig,
     OptimizerConfig,
+    Remember,
     ScheduleConfig,
     TrainConfig,
     with_settings,
 )
 
 ScaleName = Literal["minute", "laptop", "gpu", "paper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachingSizes:
+    """The sizes of the rounds in which new facts are taught."""
+
+    num_entities: int = 150
+    """Entities of a round."""
+    passes: int = 16
+    """Times to go over them, at most."""
+    sample_tokens: int = 131072
+    """Tokens of own samples of the base model; later models write a quarter of them."""
+    num_rounds: int = 5
+    """Rounds that are taught one after the other."""
+    remember: tuple[Remember, ...] = get_args(Remember)
+    """What is remembered by, each compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +70,17 @@ class Scale:
     """The model width D of the ablations; None: the middle one."""
     num_entities: Mapping[Path, int] = field(default_factory=dict)
     """Of data sets of facts that are compared, the number of entities; empty: one data set, that of `base`."""
+
+    method_widths: Mapping[str, int] = field(default_factory=dict)
+    """The model width D of a method where none is searched; those that are missing take the middle one."""
+    method_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The settings that a tuning chose for a method, by dotted names."""
+    teaching: TeachingSizes = field(default_factory=TeachingSizes)
+    """The sizes of the rounds in which new facts are taught."""
+    rounds: tuple[Path, ...] = ()
+    """Data sets of new facts that are taught one after the other; the first is to tune on."""
+    runs: Path = field(default_factory=Path)
+    """The folder of a study's runs, for those that begin with another."""
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -118,6 +146,7 @@ def on_facts(scale: Scale) -> Scale:
         telling_budget=1e13,  # with fewer FLOPs no method knows the facts of 4,000 airports
         peer_settings={},
         peer_width=32,
+        method_widths={"dense": 64, "moe": 64, "pkm": 32, "peer": 32},
     )
 
 
@@ -156,6 +185,9 @@ def _minute(data: Path, vocab_size: int) -> Scale:
         base=base,
         experts=(16**2, 32**2),
         active=((1, 8), (1, 16)),
+        teaching=TeachingSizes(
+            num_entities=8, passes=2, sample_tokens=2048, num_rounds=2, remember=("own-samples", "data")
+        ),
     )
 
 

@@ -25,5 +25,7 @@ class Study:
     """True if the study needs a data set of facts; the others take one too."""
     compares_data: bool = False
     """True if the study can be run on several data sets of facts, to compare them."""
+    teaches: bool = False
+    """True if the study teaches new facts, round by round."""
     findings: Callable[[StudyRuns], Findings]
     """The findings from its runs, of which some may still be to come."""

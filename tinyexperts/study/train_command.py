@@ -9,6 +9,7 @@ from typing import Any
 
 from tinyexperts.comparison.methods import method_named
 from tinyexperts.training import TrainConfig
+from tinyexperts.training.config import TeachingConfig
 
 
 def train_command(method: str, config: TrainConfig) -> str:
@@ -18,8 +19,30 @@ def train_command(method: str, config: TrainConfig) -> str:
         method (str): the name of the method.
         config (TrainConfig): the configuration of the run.
     """
+    if config.teaching is not None:
+        return _teach_command(config, config.teaching)
     row = method_named(method)
     return shlex.join(["tinyexperts", "train", row.recipe_name, *_options("--", config, row.recipe())])
+
+
+def _teach_command(config: TrainConfig, teaching: TeachingConfig) -> str:
+    remembered = {memory.teacher is None for memory in teaching.remember}
+    remember = "nothing" if not remembered else "data" if remembered == {True} else "own-samples"
+    options: dict[str, object] = {
+        "data": config.data,
+        "train": teaching.train,
+        "remember": remember,
+        "table-learning-rate": config.optimizer.table_learning_rate,
+        "learning-rate": config.optimizer.matrix_learning_rate,
+        "passes": (config.num_steps or 0) // config.validation_every,
+        "seed": config.seed,
+        "threads": config.threads,
+        "output": config.run,
+    }
+    if remember == "own-samples":
+        options["sample-tokens"] = teaching.remember[-1].sample_tokens
+    given = (part for name, value in options.items() if value is not None for part in (f"--{name}", str(value)))
+    return shlex.join(["tinyexperts", "teach", str(teaching.base), *given])
 
 
 def _options(prefix: str, config: Any, default: Any) -> Iterator[str]:

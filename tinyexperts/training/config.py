@@ -129,6 +129,11 @@ class DistributedConfig:
             raise InputError(f"distributed.timeout_seconds must be positive, got {self.timeout_seconds}")
 
 
+# What is trained of a model that is taught, and what it remembers by.
+Train = Literal["tables", "low-rank", "everything"]
+Remember = Literal["nothing", "own-samples", "data"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """Old texts that a run that teaches goes over again, so that the model keeps what it knows."""
@@ -158,7 +163,7 @@ class TeachingConfig:
 
     base: Path
     """Folder of the run whose last weights it begins with."""
-    train: Literal["tables", "low-rank", "everything"] = "tables"
+    train: Train = "tables"
     """tables trains the experts alone; the router then chooses as before, and query norms keep their statistics.
     low-rank adds to each matrix of attention and of feed-forward layers a product of two narrow ones (LoRA)."""
     rank: int = 8

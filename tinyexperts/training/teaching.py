@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -24,8 +24,10 @@ from tinyexperts.training.config import (
     CheckpointConfig,
     MemoryConfig,
     OptimizerConfig,
+    Remember,
     ScheduleConfig,
     TeachingConfig,
+    Train,
     TrainConfig,
     path_of,
 )
@@ -58,12 +60,12 @@ class TeachConfig:
     """Files and folders of new texts, in place of facts."""
     data: Path | None = None
     """Data set of what is new, in place of both, made with the run's tokenizer, and of facts with --every-fact."""
-    train: Literal["tables", "low-rank", "everything"] = "tables"
+    train: Train = "tables"
     """tables trains the experts alone; low-rank adds narrow products to the matrices (LoRA); everything trains all
     weights. The last two are for models without a table, too."""
     rank: int = 8
     """Width of these products, for low-rank."""
-    remember: Literal["own-samples", "data", "nothing"] = "own-samples"
+    remember: Remember = "own-samples"
     """own-samples keeps the model's predictions on texts that it writes itself before it starts, and on those of
     earlier teachings; data goes over the run's data set again, where that is still there, and over those of earlier
     teachings."""

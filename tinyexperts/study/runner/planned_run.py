@@ -33,7 +33,7 @@ def finish_run(folder: str | os.PathLike[str], name: str) -> None:
             shutil.rmtree(run.config.run / "checkpoints", ignore_errors=True)
             raise
         study.forget_failure(name)
-        if not study.settings().keeps_checkpoints:
+        if not (study.settings().keeps_checkpoints or run.keeps_checkpoint):
             shutil.rmtree(run.config.run / "checkpoints", ignore_errors=True)
 
 

@@ -3,6 +3,7 @@
 study.json    name, scale, data set, evaluation corpora: a folder holds one study
 planned/      a file a run: its method, its place in the grid, its configuration
 stages.json   the runs of each stage that was planned, and the earlier runs that had failed by then
+rounds/       the data sets of facts that a study teaches, where none were given
 runs/         a folder a run, as `tinyexperts train` makes it, with evaluation-<corpus>.json for each evaluation corpus;
               <run>.lock is held by the process that works on it, <run>.failed.json says why it failed
 logs/         the output of the runs
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -29,9 +32,12 @@ from tinyexperts.study.runner.study_record import (
     StudySettings,
     read_object,
 )
-from tinyexperts.training import config_file
+from tinyexperts.training import TrainConfig, config_file
+from tinyexperts.training.last_metrics import last_metrics
 
 _PLANNED = TypeAdapter(GridRun)
+# What a folder may hold before study.json.
+_BEFORE = {"lock", "rounds"}
 
 
 class StudyFolder(StudyRecord):
@@ -57,7 +63,7 @@ class StudyFolder(StudyRecord):
             if differing:
                 raise InputError(f"{self.path} holds another study ({'; '.join(differing)}): choose another --output")
             return
-        if self.path.exists() and any(entry.name != "lock" for entry in self.path.iterdir()):
+        if self.path.exists() and any(entry.name not in _BEFORE for entry in self.path.iterdir()):
             raise InputError(f"{self.path} exists and is not the folder of a study: choose another --output")
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(settings), indent=2))
@@ -137,7 +143,8 @@ class StudyFolder(StudyRecord):
             axes = {RENAMED.get(axis, axis): value for axis, value in content.get("axes", {}).items()}
             run = _PLANNED.validate_python({**content, "axes": axes, "config": config})
             # The folder may have been moved since.
-            return replace(run, config=replace(run.config, run=self.run_path(name)))
+            moved = _moved(run.config, run.config.run.parent.parent, self.path)
+            return replace(run, config=replace(moved, run=self.run_path(name)))
         except OSError as error:
             raise InputError(f"{self.path} plans no run {name}: {path} can't be read ({error.strerror})") from None
         except ValidationError as error:
@@ -154,10 +161,39 @@ class StudyFolder(StudyRecord):
         return self.status_of(run.name).state == "done" or self.has_diverged(run.name)
 
     def losses(self) -> dict[str, float]:
-        """Return the held-out losses (nats a token) of the runs that are done, by name."""
+        """Return the losses of the runs that are done, by name: held-out ones in nats a token.
+
+        Those of a run that taught are nats a fact, the mean of the new facts' and of each data set's that it was asked.
+        """
         found = {}
         for name in self.planned_names():
             if self.status_of(name).state == "done":
-                loss = (read_object(self.run_path(name) / "evaluation.json") or {}).get("loss", math.nan)
-                found[name] = float(loss)
+                found[name] = self._loss(self.run_path(name))
         return found
+
+    def _loss(self, run: Path) -> float:
+        measured = last_metrics(run / "metrics.jsonl").get("validation", {})
+        of_facts = [value for key, value in measured.items() if key.endswith("nats_per_fact")]
+        if len(of_facts) > 1:
+            return statistics.fmean(of_facts)
+        return float((read_object(run / "evaluation.json") or {}).get("loss", math.nan))
+
+
+def _moved(config: TrainConfig, before: Path, after: Path) -> TrainConfig:
+    """Return a configuration whose paths in one folder are in another."""
+
+    def moved(path: Path) -> Path:
+        return after / path.relative_to(before) if path.is_relative_to(before) else path
+
+    teaching = config.teaching
+    if teaching is not None:
+        teaching = replace(
+            teaching,
+            base=moved(teaching.base),
+            remember=tuple(
+                replace(memory, data=moved(memory.data), teacher=memory.teacher and moved(memory.teacher))
+                for memory in teaching.remember
+            ),
+            asked={name: moved(path) for name, path in teaching.asked.items()},
+        )
+    return replace(config, data=moved(config.data), teaching=teaching)
