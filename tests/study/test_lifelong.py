@@ -55,8 +55,8 @@ def kept(run, number, wobble) -> float:
     return 1 - number * (lost + wobble) / 100
 
 
-def write_run(folder, run) -> float:
-    """Write the folder of a made-up run, and return its loss."""
+def write_run(folder, run) -> None:
+    """Write the folder of a made-up run."""
     where, seed = folder.run_path(run.name), run.config.seed
     where.mkdir(parents=True)
     wobble = 0.1 * (seed % 3)
@@ -87,7 +87,6 @@ def write_run(folder, run) -> float:
     (where / "run.json").write_text(json.dumps(described))
     facts = {"validation": {"all": {"recall": recall, "nats": 6.0}, "bits_per_parameter": 0.1}}
     (where / "evaluation.json").write_text(json.dumps({"loss": 1.0, "facts": facts}))
-    return folder.losses()[run.name]
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +129,9 @@ def test_each_way_is_tuned_and_then_taught_round_after_round(folder, data) -> No
     stages = Counter(run.axes["stage"] for run in runs)
     ways = 2 * 6 + 2 * 9  # without and with a table: what is trained by what is remembered
     assert stages["base"] == 3 * 5  # and PEER with fewer experts
-    assert stages["round"] == (ways + 2) * 3 * 3
+    assert stages["round"] == (ways + 2 + 1) * 3 * 3  # other numbers of experts, and rows by TF-IDF
     # Low-rank is best at an end of what is tried first, so that the next one is tried too.
-    assert stages["tuning"] == 3 * ways + 4 * 3
+    assert stages["tuning"] == 3 * (ways + 1) + 4 * 3 + 1
     losses = folder.losses()
     assert best_learning_rate(Way(method="dense", train="low-rank", remember="data"), losses) == pytest.approx(9e-2)
     assert best_learning_rate(Way(method="peer", train="everything", remember="nothing"), losses) == 1e-3
@@ -151,6 +150,9 @@ def test_each_way_is_tuned_and_then_taught_round_after_round(folder, data) -> No
     assert third.teaching.asked == {"base": data[0].folder, "round-1": rounds[1], "round-2": rounds[2]}
     assert (third.optimizer.matrix_learning_rate, third.optimizer.table_learning_rate) == (1e-3, pytest.approx(3e-3))
     assert folder.planned_run("dense-everything-nothing-round1-seed0").config.teaching.remember == ()
+    rows = folder.planned_run("peer-rows-nothing-round1-seed0").config
+    assert (rows.teaching.train, rows.teaching.rows, rows.teaching.remember) == ("tables", SIZES.rows, ())
+    assert rows.teaching.old_texts == data[0].folder
     few = folder.planned_run("peer-n4096-tables-data-round1-seed0").config
     assert few.model.expert_layer.num_experts == 64**2
     assert few.optimizer.table_learning_rate == 1e-2
@@ -207,6 +209,7 @@ def test_verdicts(folder, page) -> None:
     assert "**holds** (\N{MINUS SIGN}2.0 points" in verdict(
         "PEER (tables) forgets less than PEER (LoRA)", "own samples"
     )
+    assert "**can't tell** (+0.0 points" in verdict("PEER (rows by TF-IDF) forgets less than PEER (tables)")
     # After three rounds: PEER's tables 3 x 4, dense 3 x (8 + 1).
     assert "**holds** (\N{MINUS SIGN}15.0 points" in verdict("less than dense (everything), remembering own samples")
     assert "**can't tell** (+0.0 points" in verdict(
@@ -265,8 +268,8 @@ def test_ways_without_what_they_need_are_left_out(data, tmp_path, missing) -> No
     losses = {run.name: 1.0 for run in stages[0]({})}
     if missing == "base":
         losses = {name: loss for name, loss in losses.items() if "-peer-seed" not in name}
-    tuning = stages[1](losses)
-    losses |= {run.name: 1.0 for run in tuning if missing == "base" or not run.name.startswith("tune-peer-tables")}
+    tuning, no_tables = stages[1](losses), ("tune-peer-tables", "tune-peer-rows")
+    losses |= {run.name: 1.0 for run in tuning if missing == "base" or not run.name.startswith(no_tables)}
     first = stages[3](losses)
     models = {(run.axes["model"], run.axes["train"]) for run in first}
     assert ("dense", "everything") in models

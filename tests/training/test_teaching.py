@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinyexperts.data import PrepareConfig, TokenDataset, prepare
+from tinyexperts.data import PrepareConfig, TokenDataset, TokenLoader, prepare
+from tinyexperts.errors import InputError
 from tinyexperts.files import sha256_of_file
 from tinyexperts.training import Interrupted, TeachConfig, load_model, loop, teach, train
 from tinyexperts.training.config import MemoryConfig, TeachingConfig, with_settings
 from tinyexperts.training.memory import Memory
 from tinyexperts.training.own_samples import write_texts
+from tinyexperts.training.row_choice import RowChoice
 from tinyexperts.training.run import make_run
 from tinyexperts.training.run_folder import read_config
 from tinyexperts.training.step import optimizer_step
@@ -456,3 +458,60 @@ def test_own_samples_of_earlier_teachings_are_kept_with_their_writers(make_base,
     assert set(taught.after) == {"new", "first"}
     assert [memory.teacher for memory in read_config(tmp_path / "taught").teaching.remember] == [tmp_path / "first"]
     assert f"{base.run}, from which {tmp_path / 'first'} was taught, is gone" in capsys.readouterr().err
+
+
+def test_a_step_trains_the_rows_of_highest_tf_idf_alone(make_base, old_facts, new_table, tmp_path) -> None:
+    base = make_base()
+    teach(base.run, options(tmp_path, new_table, rows=3, remember="nothing", passes=1), progress=False)
+    config = read_config(tmp_path / "taught")
+    assert config.teaching.old_texts == old_facts
+    run = make_run(config)
+    model = load_model(base.run)
+    layer, split = model.blocks[1].feed_forward, TokenDataset.open(old_facts).split("train")
+
+    def counts(inputs):
+        with torch.no_grad():
+            hidden = {}
+            handle = layer.router.register_forward_hook(
+                lambda _module, _inputs, routing: hidden.update(ids=routing.ids)
+            )
+            model(inputs)
+            handle.remove()
+        return hidden["ids"].flatten().bincount(minlength=len(layer.experts)).double()
+
+    loader = TokenLoader(split, batch_size=config.batch_size, context_length=48, seed=config.seed)
+    batches = [counts(loader.batch(number).inputs) for number in range(-(-loader.num_windows // config.batch_size))]
+    assert len(batches) > 3
+    idf = torch.log((len(batches) + 1) / (sum((batch > 0).double() for batch in batches) + 1))
+    new = counts(run.loader.batch(0).inputs)
+    expected = set((new / new.sum() * idf).topk(3).indices.tolist())
+    before = run.model.blocks[1].feed_forward.experts.detach().clone()
+    optimizer_step(run, 0)
+    changed = (run.model.blocks[1].feed_forward.experts != before).flatten(1).any(1).nonzero().flatten()
+    assert set(changed.tolist()) <= expected
+    assert len(changed) > 0
+
+
+def test_rows_that_no_new_text_retrieves_are_not_chosen(make_base, old_facts) -> None:
+    model = load_model(make_base().run)
+    split = TokenDataset.open(old_facts).split("train")
+    inputs = TokenLoader(split, batch_size=1, context_length=4, seed=0).batch(0).inputs
+    choice = RowChoice(model, 10**6, [])
+    with choice.counted(), torch.no_grad():
+        model(inputs)
+    (name,) = choice.idf
+    retrieved = choice.chosen(name)
+    assert 0 < len(retrieved) <= 4 * model.config.expert_layer.num_heads * model.config.expert_layer.experts_per_head
+    assert (retrieved[1:] > retrieved[:-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"rows": 0}, "rows must be at least 1, got 0"),
+        ({"rows": 5, "train": "everything"}, "rows are for train tables, got 5 with everything"),
+    ],
+)
+def test_rows_that_make_no_sense_are_refused(new_table, tmp_path, changes, refusal) -> None:
+    with pytest.raises(InputError, match=refusal):
+        options(tmp_path, new_table, **changes)

@@ -34,6 +34,8 @@ class TeachingSizes:
     """Times to go over them, at most."""
     sample_tokens: int = 131072
     """Tokens of own samples of the base model; later models write a quarter of them."""
+    rows: int = 1000
+    """Rows that a step trains where they are chosen by TF-IDF."""
     num_rounds: int = 5
     """Rounds that are taught one after the other."""
     remember: tuple[Remember, ...] = get_args(Remember)
@@ -186,7 +188,7 @@ def _minute(data: Path, vocab_size: int) -> Scale:
         experts=(16**2, 32**2),
         active=((1, 8), (1, 16)),
         teaching=TeachingSizes(
-            num_entities=8, passes=2, sample_tokens=2048, num_rounds=2, remember=("own-samples", "data")
+            num_entities=8, passes=2, sample_tokens=2048, rows=50, num_rounds=2, remember=("own-samples", "data")
         ),
     )
 

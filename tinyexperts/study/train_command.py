@@ -31,6 +31,7 @@ def _teach_command(config: TrainConfig, teaching: TeachingConfig) -> str:
     options: dict[str, object] = {
         "data": config.data,
         "train": teaching.train,
+        "rows": teaching.rows,
         "remember": remember,
         "table-learning-rate": config.optimizer.table_learning_rate,
         "learning-rate": config.optimizer.matrix_learning_rate,

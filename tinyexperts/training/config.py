@@ -168,6 +168,10 @@ class TeachingConfig:
     low-rank adds to each matrix of attention and of feed-forward layers a product of two narrow ones (LoRA)."""
     rank: int = 8
     """The width of these, for low-rank."""
+    rows: int | None = None
+    """For tables: rows that a step trains, those that it retrieves most and `old_texts` least (TF-IDF); None: all."""
+    old_texts: Path | None = None
+    """Data set of which the rows are counted, for `rows`."""
     remember: tuple[MemoryConfig, ...] = ()
     """Old texts, of which each step has as many windows as of the new ones, all from one of these."""
     remember_weight: float = 1.0
@@ -182,6 +186,12 @@ class TeachingConfig:
         if not 0 <= self.remember_weight < float("inf"):
             raise InputError(f"teaching.remember_weight must be at least 0 and finite, got {self.remember_weight}")
         require_at_least(1, "teaching.rank", self.rank)
+        require_at_least(1, "teaching.rows", self.rows)
+        if self.rows is not None and (self.train != "tables" or self.old_texts is None):
+            raise InputError(
+                f"teaching.rows must go with train tables and with old_texts, got {self.rows} with {self.train} and "
+                f"{self.old_texts}"
+            )
         require_at_least(1, "teaching.patience", self.patience)
 
 

@@ -22,11 +22,14 @@ from tinyexperts.training.distributed.ranks import ALONE, Ranks
 from tinyexperts.training.distributed.sharding import shard_dense_part
 from tinyexperts.training.memory import Memory
 from tinyexperts.training.own_samples import open_texts
+from tinyexperts.training.row_choice import RowChoice
 from tinyexperts.training.run_folder import check_tokenizer
 
 # On devices without a fused step of their own: sparse table gradients where a step is expected to touch a smaller share
 # of the rows; above it the dense gradient with a fused AdamW wins. On the CPU the fused step wins at any share.
 SPARSE_BELOW_SHARE = 0.25
+# Batches of old texts by which rows are counted, at most.
+_COUNTED_BATCHES = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,8 @@ class Run:
     compilation_choice: str
     memory: Memory | None = None
     """What a run that teaches goes over again, if anything."""
+    row_choice: RowChoice | None = None
+    """Which rows a step trains, where those are not all that it retrieves."""
     asked: Mapping[str, TokenSplit] = field(default_factory=dict)
     """Held-out splits that a run that teaches is measured on besides its own, by their names in metrics."""
 
@@ -93,12 +98,13 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
         model.to(device)
         if ranks.mesh is not None:
             shard_dense_part(model, ranks)
-    memory, num_passes, asked = None, 3.0, {}
+    memory, num_passes, row_choice, asked = None, 3.0, None, {}
     if config.teaching is not None:
         memory = _begin_teaching(config, config.teaching, model, device, ranks)
         if memory is not None:
             passes = [3 if teacher is None else 4 for teacher in memory.teachers]
             num_passes += float(memory.shares @ passes)
+        row_choice = _row_choice(config, config.teaching, model, sparse_tables=sparse_tables)
         asked = {name: _asked(config.teaching, data) for name, data in config.teaching.asked.items()}
     flops_per_step = round(num_passes * model.flops_per_token(config.model.context_length) * config.tokens_per_step)
     num_steps = config.num_steps or int((config.training_flops or 0) // flops_per_step)
@@ -107,7 +113,10 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
             f"training_flops must pay for one step at least, {flops_per_step:.3g}, got {config.training_flops}"
         )
     is_compiled, compilation_choice = choose_compilation(
-        config.compile, device, training_flops=num_steps * flops_per_step, is_alone=ranks.size == 1
+        "off" if row_choice else config.compile,  # it counts by hooks
+        device,
+        training_flops=num_steps * flops_per_step,
+        is_alone=ranks.size == 1,
     )
     if is_compiled:
         compile_blocks(model)
@@ -126,6 +135,7 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
         is_compiled=is_compiled,
         compilation_choice=compilation_choice,
         memory=memory,
+        row_choice=row_choice,
         asked=asked,
     )
 
@@ -167,6 +177,31 @@ def _remembered(
     dataset = open_texts(memory, teacher, seed=seed)
     check_tokenizer(teaching.base, dataset)
     return dataset.split("train"), teacher
+
+
+def _row_choice(
+    config: TrainConfig, teaching: TeachingConfig, model: Transformer, *, sparse_tables: bool
+) -> RowChoice | None:
+    """Count the rows that old texts retrieve, where a step is to train some of its rows alone.
+
+    Raises:
+        InputError: dense table gradients.
+    """
+    if teaching.rows is None or teaching.old_texts is None:
+        return None
+    if not sparse_tables:
+        raise InputError("teaching.rows must go with sparse table gradients (optimizer.table_gradients), got dense")
+    dataset = TokenDataset.open(teaching.old_texts)
+    check_tokenizer(teaching.base, dataset)
+    split, context = dataset.split("train"), config.model.context_length
+    loader = TokenLoader(
+        split,
+        batch_size=config.batch_size,
+        context_length=min(context, max(1, split.num_tokens - 1)),
+        seed=config.seed,
+    )
+    num_batches = min(_COUNTED_BATCHES, -(-loader.num_windows // config.batch_size))
+    return RowChoice(model, teaching.rows, (loader.batch(number).inputs for number in range(num_batches)))
 
 
 def _asked(teaching: TeachingConfig, data: Path) -> TokenSplit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from contextlib import nullcontext
 
 import torch
 
@@ -40,7 +41,8 @@ def optimizer_step(run: Run, step: int) -> tuple[float, float]:
     for micro_batch in range(config.gradient_accumulation):
         number = step * config.gradient_accumulation + micro_batch
         batch = run.loader.batch(number)
-        with autocast(run.precision, run.device):
+        counted = nullcontext() if run.row_choice is None else run.row_choice.counted()
+        with autocast(run.precision, run.device), counted:
             loss = run.model.loss(batch.inputs.to(run.device), batch.targets.to(run.device))
         # Gradients are summed over micro-batches and ranks, so that those of the mean loss come out.
         with deferred_gradients(run.optimizers):
@@ -52,6 +54,8 @@ def optimizer_step(run: Run, step: int) -> tuple[float, float]:
                 torch.autograd.backward(kept / config.gradient_accumulation)
         losses.append(loss.detach())
         sequence_ids += batch.sequence_ids.tolist()
+    if run.row_choice is not None:
+        run.row_choice.restrict_gradients()
     mean_loss = statistics.fmean(ranks.all_gather_scalar(torch.stack(losses).mean().item()))
     gradient_norm = clip_gradient_norm_(run.model.parameters(), config.optimizer.gradient_clip, ranks.groups).item()
     if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):

@@ -65,6 +65,9 @@ class TeachConfig:
     weights. The last two are for models without a table, too."""
     rank: int = 8
     """Width of these products, for low-rank."""
+    rows: int | None = None
+    """For tables: rows that a step trains, those that it retrieves most and old texts least (TF-IDF); without it all.
+    The old texts are the data or own samples that are remembered by, or else the run's data."""
     remember: Remember = "own-samples"
     """own-samples keeps the model's predictions on texts that it writes itself before it starts, and on those of
     earlier teachings; data goes over the run's data set again, where that is still there, and over those of earlier
@@ -95,7 +98,9 @@ class TeachConfig:
         for name in ("key", "attributes", "phrasings"):
             if self.facts is None and (value := getattr(self, name)):
                 raise InputError(f"{name} is for a table of facts, and none was given: {value}")
-        for name in ("passes", "rank", "sample_tokens", "threads"):
+        if self.rows is not None and self.train != "tables":
+            raise InputError(f"rows are for train tables, got {self.rows} with {self.train}")
+        for name in ("passes", "rank", "rows", "sample_tokens", "threads"):
             require_at_least(1, name, getattr(self, name))
         for name in ("table_learning_rate", "learning_rate", "remember_weight"):
             if (value := getattr(self, name)) is not None and not 0 <= value < float("inf"):
@@ -176,7 +181,10 @@ def teach(
         told = (*_remarks_on(past), *remarks(new_data, old_data.values()))
         for sentence in told:
             print(sentence, file=sys.stderr)
-        training = _training_config(config, base, new_data, memories, asked)
+        old_texts = [memory.data for memory in memories] or [dataset.folder for dataset in old_data.values()]
+        if config.rows is not None and not old_texts:
+            raise InputError(f"rows need old texts to count, and the data of {base} is gone, got {config.rows}")
+        training = _training_config(config, base, new_data, memories, asked, old_texts)
         before = _remembered(config.folder / "before.json", lambda: _ask(model, asked))
     train(training, resume=is_run(config.output), progress=progress, command=command)
     after = _ask(load_model(config.output, device=choose_device(config.device)), asked)
@@ -285,6 +293,7 @@ def _training_config(
     new_data: TokenDataset,
     memories: tuple[MemoryConfig, ...],
     asked: Mapping[str, TokenDataset],
+    old_texts: Sequence[Path],
 ) -> TrainConfig:
     return teaching_run(
         read_config(base),
@@ -292,6 +301,8 @@ def _training_config(
             base=base,
             train=config.train,
             rank=config.rank,
+            rows=config.rows,
+            old_texts=None if config.rows is None else old_texts[0],
             remember=memories,
             remember_weight=config.remember_weight,
             asked={name: dataset.folder for name, dataset in asked.items() if name != "new"},

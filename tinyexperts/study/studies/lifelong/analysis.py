@@ -27,16 +27,16 @@ class LifelongAnalysis:
     def __init__(self, runs: StudyRuns) -> None:
         self.runs = runs
         planned = [run for run in runs.planned.values() if run.axes["stage"] == "round"]
-        self.ways = sorted({_way_of(run.axes, run.method) for run in planned}, key=_order)
+        self.ways = sorted({way_of(run.axes, run.method) for run in planned}, key=_order)
         self.num_rounds = max((int(run.axes["round"]) for run in planned), default=0)
         self.seeds = sorted({int(run.axes["seed"]) for run in planned})
         self.num_experts = {
-            _way_of(run.axes, run.method): layer.num_experts
+            way_of(run.axes, run.method): layer.num_experts
             for run in planned
-            if isinstance(layer := run.config.model.expert_layer, PEERConfig)
+            if isinstance(layer := run.config.model.expert_layer, PEERConfig) and not run.axes["chooses_rows"]
         }
-        """The experts of the ways that teach PEER."""
-        self.learning_rates = {_way_of(run.axes, run.method): float(run.axes["learning_rate"]) for run in planned}
+        """The experts of the ways that teach PEER, all rows that a step retrieves."""
+        self.learning_rates = {way_of(run.axes, run.method): float(run.axes["learning_rate"]) for run in planned}
 
     def result(self, way: Way, number: int, seed: int) -> Results | None:
         """Return the folder of a round's run, 0 for the base's; None where it is not done."""
@@ -122,13 +122,20 @@ class LifelongAnalysis:
         return means
 
 
-def _way_of(axes: Mapping[str, Any], method: str) -> Way:
+def way_of(axes: Mapping[str, Any], method: str) -> Way:
+    """Return the way in which a run was taught.
+
+    Args:
+        axes (Mapping[str, Any]): the run's place in the grid.
+        method (str): its method.
+    """
     _, is_other, number = str(axes["model"]).partition("-n")
     return Way(
         method=method,
         train=axes["train"],
         remember=axes["remember"],
         num_experts=int(number) if is_other else None,
+        chooses_rows=bool(axes["chooses_rows"]),
     )
 
 
@@ -138,6 +145,7 @@ def _order(way: Way) -> tuple[int, ...]:
         methods.index(way.method),
         way.num_experts or 0,
         get_args(Train).index(way.train),
+        way.chooses_rows,
         get_args(Remember).index(way.remember),
     )
 

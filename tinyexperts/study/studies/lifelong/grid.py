@@ -25,6 +25,7 @@ LEARNING_RATES: Mapping[Train, tuple[float, ...]] = {
     "everything": (3e-4, 1e-3, 3e-3),
 }
 _TABLE_FACTOR = 3
+_RATES_OF_ROWS = (1e-2, 3e-2, 1e-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Way:
     remember: Remember
     num_experts: int | None = None
     """Experts of PEER; None: as many as the scale has."""
+    chooses_rows: bool = False
+    """A step trains the rows of highest TF-IDF alone, with larger learning rates."""
 
     @property
     def model(self) -> str:
@@ -45,7 +48,12 @@ class Way:
     @property
     def name(self) -> str:
         """The name of the way in those of its runs."""
-        return f"{self.model}-{self.train}-{self.remember}"
+        return f"{self.model}-{'rows' if self.chooses_rows else self.train}-{self.remember}"
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """Those that are tried."""
+        return _RATES_OF_ROWS if self.chooses_rows else LEARNING_RATES[self.train]
 
 
 def ways(scale: Scale) -> list[Way]:
@@ -63,7 +71,9 @@ def ways(scale: Scale) -> list[Way]:
         if number != scale.layers["peer"].num_experts  # type: ignore[union-attr]
         for remember in ("own-samples", "data")
     ]
-    return every + other_numbers
+    # As in the paper of this choice, where nothing is remembered but which rows old texts use.
+    rows = Way(method="peer", train="tables", remember="nothing", chooses_rows=True)
+    return [*every, *other_numbers, rows]
 
 
 def stages(scale: Scale) -> tuple[Stage, ...]:
@@ -91,7 +101,7 @@ def _base_runs(scale: Scale, losses: Mapping[str, float]) -> list[GridRun]:
     for seed in scale.seeds:
         for way in models:
             config = _base_config(scale, way, seed)
-            axes = {"stage": "base", "model": way.model, "seed": seed}
+            axes: dict[str, Any] = {"stage": "base", "model": way.model, "seed": seed}
             axes |= {"budget": scale.tuning_budget, "width": config.model.d_model}
             runs.append(
                 GridRun(name=base_name(way, seed), method=way.method, axes=axes, config=config, keeps_checkpoint=True)
@@ -115,13 +125,13 @@ def _base_config(scale: Scale, way: Way, seed: int) -> TrainConfig:
 
 
 def _tuning(scale: Scale, losses: Mapping[str, float]) -> list[GridRun]:
-    return [_tuning_run(scale, way, rate) for way in _tuned(scale, losses) for rate in LEARNING_RATES[way.train]]
+    return [_tuning_run(scale, way, rate) for way in _tuned(scale, losses) for rate in way.learning_rates]
 
 
 def _further_tuning(scale: Scale, losses: Mapping[str, float]) -> list[GridRun]:
     runs = []
     for way in _tuned(scale, losses):
-        rates, best = LEARNING_RATES[way.train], best_learning_rate(way, losses)
+        rates, best = way.learning_rates, best_learning_rate(way, losses)
         if best in (rates[0], rates[-1]):
             runs.append(_tuning_run(scale, way, _beyond(rates, best)))
     return runs
@@ -141,7 +151,7 @@ def _beyond(rates: Sequence[float], end: float) -> float:
 
 def best_learning_rate(way: Way, losses: Mapping[str, float]) -> float | None:
     """Return the learning rate after which the tuning round's facts and the base's cost least; None without a run."""
-    tuned, rates = replace(way, num_experts=None), LEARNING_RATES[way.train]
+    tuned, rates = replace(way, num_experts=None), way.learning_rates
     tried = (_beyond(rates, rates[0]), *rates, _beyond(rates, rates[-1]))
     found = {rate: losses.get(_tuning_name(tuned, rate), math.inf) for rate in tried}
     best = min(found, key=lambda rate: found[rate])
@@ -174,10 +184,13 @@ def _taught(scale: Scale, way: Way, *, name: str, number: int, seed: int, rate: 
     """Return the run that teaches a round to the model of the round before; round 0, for tuning, to the base."""
     before = [scale.runs / round_name(way, earlier, seed) for earlier in range(max(1, number))]
     axes: dict[str, Any] = {"stage": "round", "model": way.model, "train": way.train, "remember": way.remember}
+    axes["chooses_rows"] = way.chooses_rows
     base_config = _base_config(scale, way, seed)
     teaching = TeachingConfig(
         base=before[-1],
         train=way.train,
+        rows=scale.teaching.rows if way.chooses_rows else None,
+        old_texts=base_config.data if way.chooses_rows else None,
         remember=_memories(scale, way, before, scale.runs / name, base_config.data),
         asked={"base": base_config.data, **{path.name: path for path in scale.rounds[1:number]}},
     )

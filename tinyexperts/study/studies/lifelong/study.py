@@ -16,7 +16,7 @@ from tinyexperts.report.table import Table
 from tinyexperts.statistics.seed_interval import SeedInterval, paired_difference
 from tinyexperts.study.analysis.frame import StudyRuns
 from tinyexperts.study.analysis.tables import number
-from tinyexperts.study.studies.lifelong.analysis import BASE, LifelongAnalysis
+from tinyexperts.study.studies.lifelong.analysis import BASE, LifelongAnalysis, way_of
 from tinyexperts.study.studies.lifelong.grid import Way, stages
 from tinyexperts.study.study import Study
 from tinyexperts.training.config import Remember, Train
@@ -31,7 +31,11 @@ _UNIT = "points of the old recall"
 
 
 def _words(way: Way) -> str:
-    return f"{_model(way)} ({_TRAINED[way.train]})"
+    return f"{_model(way)} ({_trained(way)})"
+
+
+def _trained(way: Way) -> str:
+    return "rows by TF-IDF" if way.chooses_rows else _TRAINED[way.train]
 
 
 def _model(way: Way) -> str:
@@ -50,7 +54,9 @@ class _Verdicts:
         found: list[Finding] = []
         of_peer = [way for way in self.analysis.ways if way.method == "peer" and way.num_experts is None]
         for way in of_peer:
-            if way.train == "tables":
+            if way.chooses_rows:
+                found += self._at_equal_learning(way, replace(way, chooses_rows=False))
+            elif way.train == "tables":
                 found += self._at_equal_learning(way, replace(way, train="everything"))
                 found += self._at_equal_learning(way, replace(way, train="low-rank"))
         for remember in _REMEMBERED:
@@ -60,7 +66,7 @@ class _Verdicts:
                 claim = f"{_words(ours)} forgets less than {_words(theirs)}, remembering {_REMEMBERED[remember]}"
                 found += self._after_all_rounds(claim, ours, theirs)
         for way in of_peer:
-            if way.remember == "own-samples":
+            if way.remember == "own-samples" and not way.chooses_rows:
                 claim = f"{_words(way)} forgets less remembering own samples than remembering data"
                 found += self._after_all_rounds(claim, way, replace(way, remember="data"))
         for remember in ("own-samples", "data"):
@@ -103,7 +109,7 @@ def _rounds_table(analysis: LifelongAnalysis) -> Table:
         interval = difference_cells(SeedInterval(values=tuple(lost.values())), 1) if lost else (MISSING, MISSING)
         rows.append(
             (
-                *(_model(way), _TRAINED[way.train], _REMEMBERED[way.remember], f"{analysis.learning_rates[way]:.2g}"),
+                *(_model(way), _trained(way), _REMEMBERED[way.remember], f"{analysis.learning_rates[way]:.2g}"),
                 number(_percent(before, BASE), ".1f"),
                 number(_percent(after, BASE), ".1f"),
                 *(number(_percent(after, str(each)), ".1f") for each in range(1, analysis.num_rounds + 1)),
@@ -133,7 +139,7 @@ def _equal_learning_table(analysis: LifelongAnalysis) -> Table:
         if way == reference or reference not in analysis.ways:
             continue
         cells = difference_cells(analysis.forgotten_at_equal_learning(way, reference), 1)
-        rows.append((_model(way), _TRAINED[way.train], _REMEMBERED[way.remember], *cells))
+        rows.append((_model(way), _trained(way), _REMEMBERED[way.remember], *cells))
     return Table(
         name="equal-learning",
         title="Forgotten at equal learning, against PEER's tables",
@@ -151,7 +157,7 @@ def _cost_table(analysis: LifelongAnalysis) -> Table:
         cost = analysis.cost(way)
         rows.append(
             (
-                *(_model(way), _TRAINED[way.train], _REMEMBERED[way.remember]),
+                *(_model(way), _trained(way), _REMEMBERED[way.remember]),
                 number(cost["passes"], ".1f"),
                 number(cost["seconds"], ",.0f"),
                 number(cost["flops"], ".2e"),
@@ -181,7 +187,7 @@ def _triangles_table(analysis: LifelongAnalysis) -> Table:
         for after in range(analysis.num_rounds + 1):
             recalls = analysis.mean_recalls(way, after)
             cells = (number(_percent(recalls, name), ".1f") for name in names)
-            rows.append((_model(way), _TRAINED[way.train], _REMEMBERED[way.remember], str(after), *cells))
+            rows.append((_model(way), _trained(way), _REMEMBERED[way.remember], str(after), *cells))
     return Table(
         name="triangles",
         title="Recall after each round, %",
@@ -206,7 +212,7 @@ def _triangles(analysis: LifelongAnalysis, model: Sequence[Way]) -> Drawing | No
             for name, recall in analysis.mean_recalls(way, after).items():
                 values[after, names.index(name)] = 100 * recall
         if np.isfinite(values).any():
-            maps[f"{_TRAINED[way.train]}, {_REMEMBERED[way.remember]}"] = values
+            maps[f"{_trained(way)}, {_REMEMBERED[way.remember]}"] = values
     if not maps:
         return None
     drawn = HeatMaps(
@@ -242,7 +248,7 @@ def _kept_against_learned(analysis: LifelongAnalysis, model: Sequence[Way]) -> D
             *mean.T, color=colors[way.train], linestyle=styles[way.remember], linewidth=1.8, marker="o", markersize=2.5
         )
         learned, share = mean[-1]
-        plot.label_end(learned, share, f"{way.train}, {_REMEMBERED[way.remember]}", colors[way.train])
+        plot.label_end(learned, share, f"{_trained(way)}, {_REMEMBERED[way.remember]}", colors[way.train])
         drawn.append(mean)
     if not drawn:
         return None
@@ -284,14 +290,14 @@ def _tuning_table(runs: StudyRuns) -> Table:
     """Return the table of the tuning: the mean loss of new and of old facts, by learning rate."""
     tuned = runs.done[runs.done.stage == "tuning"]
     rows = []
-    for row in tuned.itertuples():
-        found = runs.results[row.name]
-        last = found.validation[-1]
+    for name, rate in zip(tuned.name, tuned.learning_rate, strict=True):
+        planned, last = runs.planned[name], runs.results[name].validation[-1]
+        way, nats = way_of(planned.axes, planned.method), (last["nats_per_fact"], last[f"{BASE}_nats_per_fact"])
         rows.append(
             (
-                *(label_of(row.method), _TRAINED[row.train], _REMEMBERED[row.remember], f"{row.learning_rate:.2g}"),
-                *(f"{last['nats_per_fact']:.2f}", f"{last[f'{BASE}_nats_per_fact']:.2f}"),
-                f"{(last['nats_per_fact'] + last[f'{BASE}_nats_per_fact']) / 2:.3f}",
+                *(_model(way), _trained(way), _REMEMBERED[way.remember], f"{rate:.2g}"),
+                *(f"{value:.2f}" for value in nats),
+                f"{sum(nats) / 2:.3f}",
             )
         )
     return Table(
