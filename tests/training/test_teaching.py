@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from tinyexperts.data import PrepareConfig, TokenDataset, TokenLoader, prepare
+from tinyexperts.data.tokenizer import train_tokenizer
 from tinyexperts.errors import InputError
 from tinyexperts.files import sha256_of_file
-from tinyexperts.training import Interrupted, TeachConfig, load_model, loop, teach, train
+from tinyexperts.training import Interrupted, TeachConfig, TeachOptions, load_model, loop, teach, teach_run, train
 from tinyexperts.training.config import MemoryConfig, TeachingConfig, with_settings
 from tinyexperts.training.memory import Memory
 from tinyexperts.training.own_samples import write_texts
@@ -82,7 +83,7 @@ def digests(folder):
 def test_the_table_alone_is_trained_and_the_base_stays(make_base, new_table, tmp_path, kind, remember) -> None:
     base = make_base(kind)
     before = digests(base.run)
-    taught = teach(base.run, options(tmp_path, new_table, remember=remember), progress=False)
+    taught = teach_run(base.run, options(tmp_path, new_table, remember=remember), progress=False)
     assert digests(base.run) == before
     old, new = weights(base.run), weights(tmp_path / "taught")
     assert [name for name in old if not torch.equal(old[name], new[name])] == ["blocks.1.feed_forward.experts"]
@@ -99,7 +100,7 @@ def test_the_table_alone_is_trained_and_the_base_stays(make_base, new_table, tmp
 @pytest.mark.parametrize("kind", ["dense", "moe", "peer"])
 def test_everything_is_trained_where_that_is_asked_for(make_base, new_table, tmp_path, kind) -> None:
     base = make_base(kind)
-    taught = teach(base.run, options(tmp_path, new_table, train="everything", remember="data"), progress=False)
+    taught = teach_run(base.run, options(tmp_path, new_table, train="everything", remember="data"), progress=False)
     old, new = weights(base.run), weights(tmp_path / "taught")
     still = {name for name in old if torch.equal(old[name], new[name])}
     assert not {name for name in still if name.endswith("weight")}
@@ -109,7 +110,9 @@ def test_everything_is_trained_where_that_is_asked_for(make_base, new_table, tmp
 @pytest.mark.parametrize("kind", ["dense", "moe", "peer"])
 def test_narrow_products_change_matrices_but_no_router(make_base, new_table, tmp_path, kind) -> None:
     base = make_base(kind)
-    taught = teach(base.run, options(tmp_path, new_table, train="low-rank", rank=2, remember="data"), progress=False)
+    taught = teach_run(
+        base.run, options(tmp_path, new_table, train="low-rank", rank=2, remember="data"), progress=False
+    )
     old, new = weights(base.run), weights(tmp_path / "taught")
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     layers = ("attention.", "feed_forward.up", "feed_forward.down")
@@ -125,12 +128,12 @@ def test_a_model_without_a_table_is_refused(make_base, new_table, tmp_path, run_
     code, _, err = run_cli(*command)
     assert code == 2
     assert not (tmp_path / "taught").exists()
-    assert "train must be everything for a model without a table of experts" in " ".join(err.split())
+    assert "train must be low-rank or everything for a model without a table of experts" in " ".join(err.split())
 
 
 def test_every_new_fact_is_trained_in_all_wordings_but_one_that_is_asked(make_base, new_table, tmp_path) -> None:
     base = make_base()
-    teach(base.run, options(tmp_path, new_table, remember="nothing"), progress=False)
+    teach_run(base.run, options(tmp_path, new_table, remember="nothing"), progress=False)
     data = TokenDataset.open(tmp_path / "taught/teaching/data")
     asked, stated = (data.split(name).facts for name in ("validation", "train"))
     phrasings = asked.fact_set.phrasings
@@ -230,9 +233,9 @@ def test_it_ends_when_held_out_wordings_are_learned_no_better(make_base, new_tab
         return {"loss": 9.0, "nats_per_fact": 7.0 if split in run.asked.values() else next(nats)}
 
     monkeypatch.setattr(loop, "_measure", measure)
-    taught = teach(base.run, options(tmp_path, new_table, remember="nothing", passes=20), progress=False)
+    taught = teach_run(base.run, options(tmp_path, new_table, remember="nothing", passes=20), progress=False)
     assert taught.num_passes == 6
-    again = teach(base.run, options(tmp_path, new_table, remember="nothing", passes=20), progress=False)
+    again = teach_run(base.run, options(tmp_path, new_table, remember="nothing", passes=20), progress=False)
     assert again.after == taught.after
 
 
@@ -240,7 +243,7 @@ def test_it_ends_when_held_out_wordings_are_learned_no_better(make_base, new_tab
 def test_a_run_that_was_cut_off_continues_to_the_bit(make_base, new_table, tmp_path, monkeypatch, train) -> None:
     base = make_base()
     whole = options(tmp_path, new_table, passes=4, output=tmp_path / "whole", train=train)
-    teach(base.run, whole, progress=False)
+    teach_run(base.run, whole, progress=False)
     steps_of_a_pass = read_config(tmp_path / "whole").validation_every
     real, made = loop.optimizer_step, []
 
@@ -252,13 +255,13 @@ def test_a_run_that_was_cut_off_continues_to_the_bit(make_base, new_table, tmp_p
 
     monkeypatch.setattr(loop, "optimizer_step", cut_off)
     with pytest.raises((KeyboardInterrupt, Interrupted)):
-        teach(base.run, options(tmp_path, new_table, passes=4, train=train), progress=False)
+        teach_run(base.run, options(tmp_path, new_table, passes=4, train=train), progress=False)
     monkeypatch.setattr(loop, "optimizer_step", real)
-    taught = teach(base.run, options(tmp_path, new_table, passes=4, train=train), progress=False)
+    taught = teach_run(base.run, options(tmp_path, new_table, passes=4, train=train), progress=False)
     expected = weights(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "taught").items():
         assert torch.equal(tensor, expected[name]), name
-    assert taught.after == teach(base.run, whole, progress=False).after
+    assert taught.after == teach_run(base.run, whole, progress=False).after
 
 
 def test_another_way_to_teach_is_not_mixed_in(make_base, new_table, tmp_path, run_cli) -> None:
@@ -282,7 +285,7 @@ def test_what_repeats_contradicts_or_falls_apart_is_told(make_base, tmp_path) ->
     base = make_base()
     table = tmp_path / "changed.csv"
     table.write_text("name,color,floor\nk1,red,4\nk2,mauve,2\nn1,Łódź,3\n")
-    taught = teach(base.run, options(tmp_path, table, remember="nothing"), progress=False)
+    taught = teach_run(base.run, options(tmp_path, table, remember="nothing"), progress=False)
     told = " / ".join(taught.remarks)
     assert "2 of the new facts are among the old ones" in told  # the color of k1 and the floor of k2
     assert "2 of the new facts contradict old ones" in told
@@ -294,11 +297,11 @@ def test_without_the_old_data_own_samples_are_measured(make_base, old_facts, new
     base = make_base()
     config = json.loads((base.run / "config.json").read_text())
     (base.run / "config.json").write_text(json.dumps(config | {"data": str(tmp_path / "gone")}))
-    taught = teach(base.run, options(tmp_path, new_table), progress=False)
+    taught = teach_run(base.run, options(tmp_path, new_table), progress=False)
     assert set(taught.after) == {"new", "own-samples"}
     assert taught.after["own-samples"].recall is None
     with pytest.raises(Exception, match="is gone or was made by another tokenizer: remember own-samples or nothing"):
-        teach(base.run, options(tmp_path, new_table, remember="data", output=tmp_path / "other"), progress=False)
+        teach_run(base.run, options(tmp_path, new_table, remember="data", output=tmp_path / "other"), progress=False)
     assert not (tmp_path / "other").exists()
 
 
@@ -328,7 +331,7 @@ def test_own_samples_that_are_of_no_use_are_told(make_base, new_table, tmp_path,
         "tinyexperts.training.own_samples.write_texts", lambda *arguments, **options: iter(["x", "x", " "])
     )
     with pytest.raises(Exception, match=r"writes itself are of no use \(.*\): remember data or nothing"):
-        teach(base.run, options(tmp_path, new_table), progress=False)
+        teach_run(base.run, options(tmp_path, new_table), progress=False)
 
 
 def test_texts_are_taught_too(make_base, tmp_path) -> None:
@@ -337,7 +340,7 @@ def test_texts_are_taught_too(make_base, tmp_path) -> None:
         (tmp_path / f"text{number}.txt").write_text(f"green trees and {number} houses " * 8)
     files = tuple(tmp_path.glob("text*.txt"))
     settings = {"facts": None, "key": None, "files": files, "remember": "data", "passes": 3}
-    taught = teach(base.run, options(tmp_path, None, **settings), progress=False)
+    taught = teach_run(base.run, options(tmp_path, None, **settings), progress=False)
     assert taught.after["new"].loss < taught.before["new"].loss
     assert taught.after["new"].recall is None
     assert taught.after["old"].recall is not None
@@ -346,7 +349,7 @@ def test_texts_are_taught_too(make_base, tmp_path) -> None:
 def test_a_single_fact_is_enough(make_base, tmp_path) -> None:
     base = make_base()
     (tmp_path / "one.csv").write_text("name,floor\nn1,9\n")
-    taught = teach(base.run, options(tmp_path, tmp_path / "one.csv", remember="nothing", passes=12), progress=False)
+    taught = teach_run(base.run, options(tmp_path, tmp_path / "one.csv", remember="nothing", passes=12), progress=False)
     assert taught.after["new"].nats_per_fact < taught.before["new"].nats_per_fact
 
 
@@ -410,13 +413,13 @@ def test_excluding_everything_or_of_texts_is_refused(old_facts, tmp_path, run_cl
 def test_data_of_another_tokenizer_are_refused(make_base, tiny_data, tmp_path) -> None:
     base = make_base()
     with pytest.raises(Exception, match="was made by another tokenizer"):
-        teach(base.run, options(tmp_path, None, facts=None, key=None, data=tiny_data), progress=False)
+        teach_run(base.run, options(tmp_path, None, facts=None, key=None, data=tiny_data), progress=False)
     assert not (tmp_path / "taught").exists()
 
 
 def teach_twice(base, new_table, tmp_path, **changes):
     first = options(tmp_path, new_table, output=tmp_path / "first", **changes)
-    teach(base.run, first, progress=False)
+    teach_run(base.run, first, progress=False)
     table = tmp_path / "more.csv"
     table.write_text("name,color,floor\n" + "".join(f"m{n},blue,{n % 3}\n" for n in range(9)))
     return options(tmp_path, table, output=tmp_path / "second", **changes)
@@ -424,7 +427,7 @@ def teach_twice(base, new_table, tmp_path, **changes):
 
 def test_a_model_that_was_taught_remembers_the_data_of_each_teaching(make_base, new_table, tmp_path) -> None:
     base = make_base()
-    taught = teach(tmp_path / "first", teach_twice(base, new_table, tmp_path, remember="data"), progress=False)
+    taught = teach_run(tmp_path / "first", teach_twice(base, new_table, tmp_path, remember="data"), progress=False)
     assert list(taught.before) == ["new", "old", "first"]
     remembered = read_config(tmp_path / "second").teaching.remember
     assert [memory.data for memory in remembered] == [tmp_path / "first/teaching/data", base.data]
@@ -433,13 +436,13 @@ def test_a_model_that_was_taught_remembers_the_data_of_each_teaching(make_base, 
     assert last["first_recall"] == pytest.approx(taught.after["first"].recall)
     shutil.rmtree(tmp_path / "first/teaching/data")
     with pytest.raises(Exception, match="is gone or was made by another tokenizer: remember own-samples or nothing"):
-        teach(tmp_path / "first", options(tmp_path, new_table, remember="data"), progress=False)
+        teach_run(tmp_path / "first", options(tmp_path, new_table, remember="data"), progress=False)
 
 
 def test_own_samples_of_earlier_teachings_are_kept_with_their_writers(make_base, new_table, tmp_path, capsys) -> None:
     base = make_base()
     second = teach_twice(base, new_table, tmp_path, sample_tokens=None)
-    taught = teach(tmp_path / "first", second, progress=False)
+    taught = teach_run(tmp_path / "first", second, progress=False)
     remembered = read_config(tmp_path / "second").teaching.remember
     assert [(memory.data, memory.teacher, memory.sample_tokens) for memory in remembered] == [
         (tmp_path / "first/teaching/own-samples", base.run, 131072),
@@ -454,7 +457,7 @@ def test_own_samples_of_earlier_teachings_are_kept_with_their_writers(make_base,
     assert set(taught.after) == {"new", "old", "first"}
     capsys.readouterr()
     shutil.rmtree(base.run)  # its samples can be kept no more, and what it knew is not asked
-    taught = teach(tmp_path / "first", options(tmp_path, new_table), progress=False)
+    taught = teach_run(tmp_path / "first", options(tmp_path, new_table), progress=False)
     assert set(taught.after) == {"new", "first"}
     assert [memory.teacher for memory in read_config(tmp_path / "taught").teaching.remember] == [tmp_path / "first"]
     assert f"{base.run}, from which {tmp_path / 'first'} was taught, is gone" in capsys.readouterr().err
@@ -462,7 +465,7 @@ def test_own_samples_of_earlier_teachings_are_kept_with_their_writers(make_base,
 
 def test_a_step_trains_the_rows_of_highest_tf_idf_alone(make_base, old_facts, new_table, tmp_path) -> None:
     base = make_base()
-    teach(base.run, options(tmp_path, new_table, rows=3, remember="nothing", passes=1), progress=False)
+    teach_run(base.run, options(tmp_path, new_table, rows=3, remember="nothing", passes=1), progress=False)
     config = read_config(tmp_path / "taught")
     assert config.teaching.old_texts == old_facts
     run = make_run(config)
@@ -515,3 +518,32 @@ def test_rows_that_no_new_text_retrieves_are_not_chosen(make_base, old_facts) ->
 def test_rows_that_make_no_sense_are_refused(new_table, tmp_path, changes, refusal) -> None:
     with pytest.raises(InputError, match=refusal):
         options(tmp_path, new_table, **changes)
+
+
+@pytest.mark.parametrize(("kind", "remember"), [("peer", "own-samples"), ("dense", "data")])
+def test_a_model_in_memory_is_taught_statements(make_base, old_facts, kind, remember) -> None:
+    base = make_base(kind)
+    model, tokenizer = load_model(base.run), TokenDataset.open(old_facts).tokenizer
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    statements = [f"The color of n{n} is {'green' if n % 2 else 'red'}." for n in range(30)]
+    old = [f"k{n} is {'red' if n % 3 else 'blue'}." for n in range(30)] if remember == "data" else []
+    options = TeachOptions(
+        train="tables" if kind == "peer" else "everything", remember=remember, passes=3, sample_tokens=4000, threads=1
+    )
+    taught = teach(model, statements, tokenizer, old_statements=old, options=options, progress=False)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert (changed == {"blocks.1.feed_forward.experts"}) == (kind == "peer")
+    assert taught.after["new"].loss < taught.before["new"].loss
+    assert set(taught.after) == {"new", "old" if old else "own-samples"}
+
+
+def test_a_model_stays_as_it_was_if_it_cannot_be_taught(make_base, old_facts) -> None:
+    model, tokenizer = load_model(make_base("dense").run), TokenDataset.open(old_facts).tokenizer
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match="train must be low-rank or everything for a model without a table"):
+        teach(model, ["a b", "c d", "e f"], tokenizer, progress=False)
+    with pytest.raises(InputError, match="old_statements must be given to remember data, got none"):
+        teach(model, ["a b", "c d"], tokenizer, options=TeachOptions(remember="data"), progress=False)
+    with pytest.raises(InputError, match="the tokenizer must be the model's, of 310 tokens, got one of"):
+        teach(model, ["a b", "c d"], train_tokenizer(["a b c d"], 257), progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

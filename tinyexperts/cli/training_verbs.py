@@ -82,7 +82,7 @@ def teach() -> Callable[..., None]:
             run: Folder of the run whose model is taught; it stays as it is.
             progress: Show progress bars.
         """
-        print_taught(training.teach(run, config, progress=progress, command=sys.argv[1:]))
+        print_taught(training.teach_run(run, config, progress=progress, command=sys.argv[1:]))
 
     return teach
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from tinyexperts.training.distributed.ranks import LostRank
     from tinyexperts.training.loop import Interrupted, train
     from tinyexperts.training.step import Diverged
-    from tinyexperts.training.teaching import Knowledge, Taught, TeachConfig, teach
+    from tinyexperts.training.teach_model import teach
+    from tinyexperts.training.teaching import Knowledge, Taught, TeachConfig, TeachOptions, teach_run
     from tinyexperts.training.trained_run import ask_run, evaluate_run, generate_text
 else:
     __getattr__, __dir__ = lazy_exports(__name__, __file__)
@@ -26,6 +27,7 @@ __all__ = [
     "LostRank",
     "Taught",
     "TeachConfig",
+    "TeachOptions",
     "TrainConfig",
     "ask_run",
     "choose_device",
@@ -33,5 +35,6 @@ __all__ = [
     "generate_text",
     "load_model",
     "teach",
+    "teach_run",
     "train",
 ]

@@ -151,7 +151,7 @@ def _begin_teaching(
         raise InputError(f"the model must be that of {teaching.base}, whose sizes are others")
     model.load_state_dict(base.state_dict())
     if teaching.train != "everything":
-        trained = tables_to_teach(model, teaching.base) if teaching.train == "tables" else low_rank_matrices(model)
+        trained = tables_to_teach(model) if teaching.train == "tables" else low_rank_matrices(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
     if not teaching.remember:
@@ -210,15 +210,15 @@ def _asked(teaching: TeachingConfig, data: Path) -> TokenSplit:
     return dataset.split("validation")
 
 
-def tables_to_teach(model: Transformer, run: Path) -> set[str]:
-    """Return the names of the tables of a run's model.
+def tables_to_teach(model: Transformer) -> set[str]:
+    """Return the names of the tables of a model.
 
     Raises:
         InputError: it has none.
     """
     tables = set(split_parameters(model).tables)
     if not tables:
-        raise InputError(f"train must be everything for a model without a table of experts, as that of {run} is")
+        raise InputError("train must be low-rank or everything for a model without a table of experts, got tables")
     return tables
 
 

@@ -42,24 +42,9 @@ from tinyexperts.training.trained_run import set_threads
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeachConfig:
-    """The new facts or texts for a model, and the way to teach them."""
+class TeachOptions:
+    """The way to teach: what is trained, and what is remembered by."""
 
-    output: Path
-    """Folder of the new run; the same command continues one that was cut off."""
-    facts: Path | None = None
-    """Table of new facts, a .csv or .tsv with an entity in each row."""
-    key: str | None = None
-    """Column of the table that names the entities."""
-    attributes: tuple[str, ...] = ()
-    """Columns of the table that are facts; without it all but the key."""
-    phrasings: Path | None = None
-    """TOML file with phrasings, or a data set of facts, as for `data prepare`; without it those of the run's own data
-    set, for the attributes that it has."""
-    files: tuple[Path, ...] = ()
-    """Files and folders of new texts, in place of facts."""
-    data: Path | None = None
-    """Data set of what is new, in place of both, made with the run's tokenizer, and of facts with --every-fact."""
     train: Train = "tables"
     """tables trains the experts alone; low-rank adds narrow products to the matrices (LoRA); everything trains all
     weights. The last two are for models without a table, too."""
@@ -90,6 +75,37 @@ class TeachConfig:
     """CPU threads; default: as torch chooses."""
 
     def __post_init__(self) -> None:
+        if self.rows is not None and self.train != "tables":
+            raise InputError(f"rows are for train tables, got {self.rows} with {self.train}")
+        for name in ("passes", "rank", "rows", "sample_tokens", "threads"):
+            require_at_least(1, name, getattr(self, name))
+        for name in ("table_learning_rate", "learning_rate", "remember_weight"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < float("inf"):
+                raise InputError(f"{name} must be at least 0 and finite, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachConfig(TeachOptions):
+    """The new facts or texts for the model of a run, and the way to teach them."""
+
+    output: Path
+    """Folder of the new run; the same command continues one that was cut off."""
+    facts: Path | None = None
+    """Table of new facts, a .csv or .tsv with an entity in each row."""
+    key: str | None = None
+    """Column of the table that names the entities."""
+    attributes: tuple[str, ...] = ()
+    """Columns of the table that are facts; without it all but the key."""
+    phrasings: Path | None = None
+    """TOML file with phrasings, or a data set of facts, as for `data prepare`; without it those of the run's own data
+    set, for the attributes that it has."""
+    files: tuple[Path, ...] = ()
+    """Files and folders of new texts, in place of facts."""
+    data: Path | None = None
+    """Data set of what is new, in place of both, made with the run's tokenizer, and of facts with --every-fact."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "output", path_of("output", self.output))
         given = {"facts": self.facts, "files": self.files, "data": self.data}
         named = [name for name, value in given.items() if value]
@@ -98,13 +114,6 @@ class TeachConfig:
         for name in ("key", "attributes", "phrasings"):
             if self.facts is None and (value := getattr(self, name)):
                 raise InputError(f"{name} is for a table of facts, and none was given: {value}")
-        if self.rows is not None and self.train != "tables":
-            raise InputError(f"rows are for train tables, got {self.rows} with {self.train}")
-        for name in ("passes", "rank", "rows", "sample_tokens", "threads"):
-            require_at_least(1, name, getattr(self, name))
-        for name in ("table_learning_rate", "learning_rate", "remember_weight"):
-            if (value := getattr(self, name)) is not None and not 0 <= value < float("inf"):
-                raise InputError(f"{name} must be at least 0 and finite, got {value}")
 
     @property
     def folder(self) -> Path:
@@ -144,7 +153,7 @@ class Taught:
     """Sentences about the new facts: which repeat or contradict old ones, which words are split into letters."""
 
 
-def teach(
+def teach_run(
     run: str | Path, config: TeachConfig, *, progress: bool = True, command: Sequence[str] | None = None
 ) -> Taught:
     """Teach a run's model something new; the run stays as it is, and a new one holds the model that was taught.
@@ -167,7 +176,7 @@ def teach(
         raise InputError(f"the run that is taught stays as it is: output must be another folder than {base}")
     model = load_model(base, device=choose_device(config.device))
     if config.train == "tables":
-        tables_to_teach(model, base)
+        tables_to_teach(model)
     memories = _memories(config, past)
     with _folder_of(config):
         _check_options(config, base)
