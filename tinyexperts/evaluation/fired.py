@@ -65,6 +65,34 @@ def recorded_firing(model: nn.Module) -> Iterator[dict[str, Firing]]:
             handle.remove()
 
 
+@contextmanager
+def counted_retrievals(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Count how often the tokens of forward passes retrieve each expert while open.
+
+    Args:
+        model (nn.Module): the model; its product-key layers are found by their class.
+
+    Yields:
+        The counts (fp64 [N]) by the layer's name.
+    """
+    counts: dict[str, Tensor] = {}
+    handles = []
+    try:
+        for name, layer in model.named_modules():
+            if isinstance(layer, ProductKeyLayer):
+                total = torch.zeros(len(layer.experts), dtype=torch.float64, device=layer.experts.device)
+                counts[name] = total
+
+                def count(_router: nn.Module, _inputs: object, routing: Routing, total: Tensor = total) -> None:
+                    total += routing.ids.flatten().bincount(minlength=len(total))
+
+                handles.append(layer.router.register_forward_hook(count))
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _activations(layer: ProductKeyLayer, x: Tensor, ids: Tensor) -> Tensor:
     """Return the factor that each retrieved expert computes from its token."""
     if layer.activation is None:

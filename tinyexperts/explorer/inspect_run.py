@@ -15,6 +15,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.explorer.knock_out import knock_out
 from tinyexperts.explorer.page import EXPERTS_PER_HEAD, Explored, findings_of
 from tinyexperts.explorer.questions import ask, best_questions
+from tinyexperts.explorer.taught_rows import taught_rows
 from tinyexperts.explorer.text_sample import draw_texts, use_of_experts
 from tinyexperts.files import write_atomically
 from tinyexperts.layers import PEERConfig, ProductKeyMemoryConfig
@@ -86,6 +87,7 @@ def inspect_run(
         texts=texts,
         use=use_of_experts(model, texts, wanted),
         knock_out=None if facts is None else knock_out(model, held_out),
+        taught=taught_rows(run, model),
     )
     page = Page(
         found=replace(findings_of(explored), title=f"The experts of {printable(run.absolute().name)}"),

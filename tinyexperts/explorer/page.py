@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from tinyexperts.evaluation import FiredExpert
 from tinyexperts.explorer.figures import experts_per_pixel, knock_out_curves, use_grid
 from tinyexperts.explorer.knock_out import KnockOut
 from tinyexperts.explorer.questions import Question, promoted_tokens
+from tinyexperts.explorer.taught_rows import TaughtRows
 from tinyexperts.explorer.text_sample import SampleUse, passage
 from tinyexperts.model import Transformer
 from tinyexperts.report.numbers import MISSING, percent, signed
@@ -40,6 +41,8 @@ class Explored:
     use: SampleUse
     knock_out: KnockOut | None
     """None: the data set has no facts."""
+    taught: Mapping[str, TaughtRows] | None = None
+    """What teaching did to the tables, by the layer's name; None: the run was not taught."""
 
     @property
     def sample(self) -> str:
@@ -59,9 +62,19 @@ def findings_of(explored: Explored) -> Findings:
     if questions:
         questions.insert(0, Section(title="How to read the questions", notes=_reading(explored)))
     return Findings(
-        findings=[*_about_questions(explored), *_about_use(explored.use), *_about_knock_out(found)],
+        findings=[
+            *_about_questions(explored),
+            *_about_use(explored.use),
+            *_about_teaching(explored.taught or {}),
+            *_about_knock_out(found),
+        ],
         doubts=doubts,
-        sections=[_use_section(explored), *questions, *_knock_out_section(explored)],
+        sections=[
+            _use_section(explored),
+            *_teaching_section(explored.taught or {}),
+            *questions,
+            *_knock_out_section(explored),
+        ],
     )
 
 
@@ -83,6 +96,49 @@ def _about_use(use: SampleUse) -> list[Finding]:
         )
         for name, usage in use.usage.items()
     ]
+
+
+def _about_teaching(taught: Mapping[str, TaughtRows]) -> list[Finding]:
+    return [
+        Finding(
+            text=f"Teaching changed {rows.changed.sum():,} of the {len(rows.change):,} experts of {name}. Of what old "
+            f"texts retrieve, {percent(rows.share(rows.old, rows.changed))} are among them."
+        )
+        for name, rows in taught.items()
+    ]
+
+
+def _teaching_section(taught: Mapping[str, TaughtRows]) -> list[Section]:
+    if not taught:
+        return []
+    cells = []
+    for name, rows in taught.items():
+        free = rows.is_free
+        squared = rows.change**2
+        cells.append(
+            (
+                *(name, f"{len(rows.change):,}", f"{rows.changed.sum():,}"),
+                percent(rows.share(rows.new, rows.changed)),
+                percent(rows.share(rows.old, rows.changed)),
+                f"{free.sum():,}",
+                f"{(free & rows.changed).sum():,}",
+                percent(rows.share(rows.new, free)),
+                percent(rows.share(squared, free)),
+            )
+        )
+    table = Table(
+        name="taught-rows",
+        title="Experts that teaching changed",
+        columns=(
+            *("Layer", "Experts", "Changed", "New texts: retrievals of changed", "Old texts: retrievals of changed"),
+            *("Retrieved by no old text", "Of these changed", "New texts: retrievals of these"),
+            "Share of the change in these",
+        ),
+        rows=tuple(cells),
+        note="Counted over samples of the new texts and of those of the first run. The change is the sum over experts "
+        "of the square of its length, each relative to that of the expert before.",
+    )
+    return [Section(title="What teaching changed", tables=(table,))]
 
 
 def _about_knock_out(found: KnockOut | None) -> list[Finding]:
@@ -164,6 +220,7 @@ def _question_section(explored: Explored, number: int) -> Section:
                     "Factor of v",
                     "Promotes (approximately)",
                 ),
+                *(("Changed by", "Retrievals by old texts") if explored.taught else ()),
                 "Texts that fire it most",
             ),
             rows=rows,
@@ -189,8 +246,16 @@ def _row(explored: Explored, question: Question, expert: FiredExpert) -> tuple[s
         signed(expert.activation),
         signed(expert.factor),
         _promoted(explored, expert),
+        *_taught_cells(explored, expert),
         "\n".join(passages[:_PASSAGES]) or MISSING,
     )
+
+
+def _taught_cells(explored: Explored, expert: FiredExpert) -> tuple[str, ...]:
+    if not explored.taught:
+        return ()
+    rows = explored.taught[expert.layer]
+    return percent(rows.change[expert.id]), f"{rows.old[expert.id]:,.0f}"
 
 
 def _promoted(explored: Explored, expert: FiredExpert) -> str:

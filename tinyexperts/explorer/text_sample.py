@@ -91,7 +91,7 @@ def use_of_experts(model: Transformer, texts: Sequence[np.ndarray], wanted: Mapp
         recorded_expert_usage(model) as sums,
         recorded_firing(model) as firing,
     ):
-        for numbers in _equally_long(texts):
+        for numbers in equally_long(texts):
             model(torch.from_numpy(np.stack([texts[number] for number in numbers])).to(device))
             for name, ids in ids_of.items():
                 found = firing[name]
@@ -122,7 +122,7 @@ def passage(tokenizer: Tokenizer, text: np.ndarray, place: int) -> str:
     return f"{'... ' if start else ''}{' '.join(line.split())}{' ...' if end < len(text) else ''}"
 
 
-def _equally_long(texts: Sequence[np.ndarray]) -> list[list[int]]:
+def equally_long(texts: Sequence[np.ndarray]) -> list[list[int]]:
     """Gather the numbers of texts of one length into batches, so that none is padded."""
 
     def length(number: int) -> int:

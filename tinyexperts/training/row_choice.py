@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tinyexperts.evaluation.fired import counted_retrievals
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
-from tinyexperts.layers.product_key_router import Routing
-from tinyexperts.model import Transformer
+from tinyexperts.model import Transformer, evaluation_mode
 from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.optim import rows_and_values
 
@@ -32,40 +32,25 @@ class RowChoice:
             old_batches (Iterable[Tensor]): the token ids (int64 [B, T]) of batches of old texts.
         """
         self.num_rows = num_rows
+        self._model = model
         self._counts: dict[str, Tensor] = {}
-        self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, ProductKeyLayer)}
-        with_row = {name: torch.zeros_like(counts) for name, counts in self._zeros().items()}
+        with_row = {name: layer.experts.new_zeros(len(layer.experts)).double() for name, layer in self._layers()}
         num_batches = 0
-        is_training = model.training
-        model.eval()
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             for inputs in old_batches:
                 num_batches += 1
                 with self.counted():
                     model(inputs.to(model.embedding.weight.device))
                 for name, counts in self._counts.items():
-                    with_row[name] += counts > 0
-        model.train(is_training)
+                    with_row[name] += (counts > 0).double()
         self.idf = {name: torch.log((num_batches + 1) / (count + 1)) for name, count in with_row.items()}
         """log((batches + 1) / (batches with the row + 1)) by the layer's name (fp64 [N])."""
 
     @contextmanager
     def counted(self) -> Iterator[None]:
         """Count the rows that forward passes retrieve while open, in place of those that were counted before."""
-        self._counts = self._zeros()
-        handles = []
-        try:
-            for name, layer in self._layers.items():
-
-                def count(_router: nn.Module, _inputs: object, routing: Routing, name: str = name) -> None:
-                    counts = self._counts[name]
-                    counts += routing.ids.flatten().bincount(minlength=len(counts))
-
-                handles.append(layer.router.register_forward_hook(count))
+        with counted_retrievals(self._model) as self._counts:
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def chosen(self, name: str) -> Tensor:
         """Return the rows (int64, ascending) of highest TF-IDF of what was counted in a layer.
@@ -80,7 +65,7 @@ class RowChoice:
 
     def restrict_gradients(self) -> None:
         """Keep of each table's gradient the chosen rows."""
-        for name, layer in self._layers.items():
+        for name, layer in self._layers():
             table = layer.experts
             if table.grad is None:
                 continue
@@ -88,8 +73,5 @@ class RowChoice:
             is_kept = torch.isin(rows, self.chosen(name), assume_unique=True)
             table.grad = sparse_gradient(rows[is_kept], values[is_kept], table.shape)
 
-    def _zeros(self) -> dict[str, Tensor]:
-        return {
-            name: torch.zeros(len(layer.experts), dtype=torch.float64, device=layer.experts.device)
-            for name, layer in self._layers.items()
-        }
+    def _layers(self) -> list[tuple[str, ProductKeyLayer]]:
+        return [(name, layer) for name, layer in self._model.named_modules() if isinstance(layer, ProductKeyLayer)]
