@@ -317,3 +317,36 @@ def test_a_dry_run_leaves_nothing(data, tmp_path, run_cli) -> None:
     assert code == 0
     assert "peer-tables-own-samples-round2-seed1" in "".join(out.split())
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.slow
+def test_a_small_study_from_its_first_run_to_its_report(data, tmp_path, monkeypatch, run_cli) -> None:
+    sizes = TeachingSizes(
+        num_entities=4, passes=2, sample_tokens=2048, rows=20, num_rounds=2, remember=("own-samples",)
+    )
+
+    def tiny(name, *, data, vocab_size):
+        scale = scale_named(name, data=data, vocab_size=vocab_size)
+        layers = {method: scale.layers[method] for method in ("dense", "peer")}
+        return replace(scale, layers=layers, seeds=(0,), teaching=sizes)
+
+    monkeypatch.setattr("tinyexperts.study.run_study.scale_named", tiny)
+    given = ("study", "lifelong", "--scale", "minute", "--output", tmp_path / "study", "--data", data[0].folder)
+    code, _, err = run_cli(*given)
+    assert code == 0, err
+    folder = StudyFolder(tmp_path / "study")
+    assert all(folder.status_of(name).state == "done" for name in folder.planned_names())
+    ways = {row["model"] + row["trained"] for row in table(folder, "rounds")}
+    assert ways == {
+        *("denseLoRA", "denseeverything", "PEERtables", "PEERLoRA", "PEEReverything", "PEERrows by TF-IDF"),
+        "PEER with 256 expertstables",
+    }
+    second = folder.run_path("peer-tables-own-samples-round2-seed0")
+    lines = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["split"] == "validation"][-1]
+    assert {"recall", "base_recall", "round-1_recall"} <= last.keys()
+    assert (folder.run_path("peer-tables-own-samples-round1-seed0") / "teaching/own-samples").is_dir()
+    assert not (second / "checkpoints").exists()
+    before = {path: path.stat().st_mtime_ns for path in (folder.path / "runs").rglob("*.json")}
+    assert run_cli(*given)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in (folder.path / "runs").rglob("*.json")} == before
