@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class Queries:
 
 
 def layer_of(model: Transformer) -> PEER:
+    """Return the only layer of experts of a model."""
     (layer,) = (module for module in model.modules() if isinstance(module, PEER))
     return layer
 
@@ -67,6 +69,7 @@ def windows(split: TokenSplit, context: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def queries_of(model: Transformer, split: TokenSplit) -> Queries:
+    """Return the queries of a sample of texts, with what they retrieve."""
     layer = layer_of(model)
     router = layer.router
     found: list[tuple[Tensor, Routing]] = []
@@ -130,6 +133,8 @@ def redrawn(model: Transformer, old: Queries, new: Queries, *, with_margin: bool
     grid, is_free = old.retrievals.reshape(side, side), np.zeros((side, side), dtype=bool)
     for half in (0, 1):
         unused = np.flatnonzero(grid.sum(1 - half) == 0)
+        if not len(unused):
+            continue
         length = layer.router.sub_keys[half].norm(dim=-1).mean().item()
         keys = margin_keys(old, new, half, len(unused)) if with_margin else keys_at(new, half, len(unused), length)
         layer.router.sub_keys[half, unused] = keys
@@ -169,7 +174,10 @@ def _draw_rows(layer: PEER, rows: Tensor) -> None:
 @torch.no_grad()
 def changed_tokens(model: Transformer, other: Transformer, split: TokenSplit) -> float:
     """Return the share of held-out old tokens whose logits are others."""
-    differ = [(model(inputs) != other(inputs)).any(-1).float().mean() for inputs in windows(split, 128)]
+    differ = [
+        (model(inputs) != other(inputs)).any(-1).float().mean()
+        for inputs in windows(split, model.config.context_length)
+    ]
     return torch.stack(differ).mean().item()
 
 
@@ -189,7 +197,7 @@ def main() -> None:
     parser.add_argument("--new", type=Path, required=True, help="data set of new facts")
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs, which must not exist")
     parser.add_argument("--more-sub-keys", type=int, default=48)
-    parser.add_argument("--remember", nargs="+", default=["nothing", "data"])
+    parser.add_argument("--remember", nargs="+", choices=get_args(Remember), default=["nothing", "data"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -218,6 +226,7 @@ def main() -> None:
 
 
 def taught_by(base: Path, new: Path, remember: Remember) -> Taught:
+    """Teach a run the new facts, and return what it knows."""
     output = base.with_name(f"{base.name}-{remember}")
     return teach_run(base, TeachConfig(data=new, output=output, remember=remember, threads=1), progress=False)
 

@@ -61,6 +61,7 @@ def test_shares() -> None:
     assert rows.share(rows.new, rows.is_free) == 0.75
     assert rows.share(rows.old, rows.changed) == 0.5
     assert rows.share(np.zeros(4), rows.changed) == 0
+    assert rows.share(rows.change**2, rows.is_free) == pytest.approx(0.25 / 0.26), "sums below 1 are no counts"
 
 
 def test_the_page_says_what_teaching_changed(taught_run) -> None:
@@ -76,7 +77,7 @@ def test_the_page_says_what_teaching_changed(taught_run) -> None:
 
 
 def test_without_the_base_nothing_is_said(taught_run) -> None:
-    shutil.rmtree(read_config(taught_run).teaching.base)
+    shutil.rmtree(read_config(taught_run).teaching.base / "checkpoints")
     assert taught_rows(taught_run, load_model(taught_run)) is None
     page = inspect_run(taught_run, questions=["The floor of n1 is"], threads=1).read_text(encoding="utf-8")
     assert "Teaching changed" not in page

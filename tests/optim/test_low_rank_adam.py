@@ -52,6 +52,7 @@ def test_the_seed_draws_a_and_parameters_differ() -> None:
     assert not torch.equal(first, second)
     assert torch.equal(drawn(1)[0], first)
     assert not torch.equal(drawn(2)[0], first)
+    assert not torch.equal(drawn(2)[0], second), "the first of the next seed is no second of this one"
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def test_run_demo_trains_and_evaluates_each_run_and_reports(output: Path, capsys
     assert [(run.method, run.config.seed) for run in runs] == [(m, s) for s in (0, 1, 2) for m in ("dense", "peer")]
     assert {run.config.training_flops for run in runs} == {DemoConfig().training_flops}
     assert [run.config.run for run in runs] == [output / name for name in names]
+    assert {run.config.data for run in runs} == {output / "data"}
     assert {(run.method, run.config.model.d_model, run.config.model.num_heads) for run in runs} == {
         ("dense", demo.WIDTHS["dense"], demo.WIDTHS["dense"] // 16),
         ("peer", demo.WIDTHS["peer"], demo.WIDTHS["peer"] // 16),

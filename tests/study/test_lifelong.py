@@ -26,7 +26,7 @@ from tinyexperts.study.studies.lifelong.rounds import prepare_rounds
 from tinyexperts.study.study_report import write_study_report
 from tinyexperts.study.train_command import train_command
 
-SIZES = TeachingSizes(num_entities=3, num_rounds=3)
+SIZES = TeachingSizes(num_entities=3, num_rounds=3, experts=(64**2,))
 # Of the base's recall, lost in each round, in points of it.
 LOST = {"tables": 4.0, "low-rank": 6.0, "everything": 8.0}
 FACTOR = {"nothing": 3.0, "own-samples": 1.0, "data": 0.5}
@@ -45,7 +45,7 @@ def data(tmp_path_factory):
 def scale_of(data, folder):
     base, rounds = data
     scale = on_facts(scale_named("laptop", data=base.folder, vocab_size=300))
-    return replace(scale, rounds=rounds, runs=folder / "runs", teaching=SIZES, experts=(64**2, 256**2))
+    return replace(scale, rounds=rounds, runs=folder / "runs", teaching=SIZES)
 
 
 def kept(run, number, wobble) -> float:
@@ -68,7 +68,7 @@ def write_run(folder, run) -> None:
         number = run.axes["round"]
         best = {"tables": 1e-2, "low-rank": 9e-2, "everything": 1e-3}[run.axes["train"]]
         beside = abs(math.log10(run.axes["learning_rate"] / best))
-        for step in (1, 2):  # passes: half of the learning and of the loss, then all of it
+        for step in (0, 1, 2):  # passes: nothing, half of the learning and of the loss, then all of it
             before, after = kept(run, max(0, number - 1), wobble), kept(run, number or 1, wobble)
             line = {"step": step, "seconds": 10.0 * step, "training_flops": 1e11 * step, "loss": 1.0}
             line |= {"recall": 0.2 * step, "nats_per_fact": 4.0 + beside, "base_nats_per_fact": 6.0}
@@ -141,7 +141,7 @@ def test_each_way_is_tuned_and_then_taught_round_after_round(folder, data) -> No
     base = folder.run_path("base-peer-seed1")
     assert second.teaching.base == first
     assert [(memory.data, memory.teacher, memory.sample_tokens) for memory in second.teaching.remember] == [
-        (first / "teaching/own-samples", base, 131072),
+        (first / "teaching/own-samples", base, None),
         (folder.run_path("peer-tables-own-samples-round2-seed1") / "teaching/own-samples", first, 32768),
     ]
     rounds = data[1]
@@ -152,7 +152,7 @@ def test_each_way_is_tuned_and_then_taught_round_after_round(folder, data) -> No
     assert folder.planned_run("dense-everything-nothing-round1-seed0").config.teaching.remember == ()
     rows = folder.planned_run("peer-rows-nothing-round1-seed0").config
     assert (rows.teaching.train, rows.teaching.rows, rows.teaching.remember) == ("tables", SIZES.rows, ())
-    assert rows.teaching.old_texts == data[0].folder
+    assert rows.teaching.old_texts == (data[0].folder,)
     few = folder.planned_run("peer-n4096-tables-data-round1-seed0").config
     assert few.model.expert_layer.num_experts == 64**2
     assert few.optimizer.table_learning_rate == 1e-2
@@ -175,6 +175,7 @@ def test_a_moved_study_finds_its_own_runs(folder, data, tmp_path) -> None:
     assert config.teaching.remember[0].data.is_relative_to(moved.path)
     assert config.teaching.asked["base"] == data[0].folder
     assert config.run == moved.run_path("peer-tables-own-samples-round2-seed1")
+    assert moved.planned_run("peer-rows-nothing-round1-seed0").config.teaching.old_texts == (data[0].folder,)
 
 
 def test_recall_after_the_last_round(folder, page) -> None:
@@ -223,6 +224,39 @@ def test_verdicts(folder, page) -> None:
     assert len([line for line in verdicts if "unfinished" in line]) == 1
 
 
+def test_a_run_that_failed_for_good_is_not_waited_for(folder, data) -> None:
+    name = "moe-everything-data-round3-seed2"
+    (folder.path / "runs").joinpath(f"{name}.failed.json").write_text(json.dumps({"reason": "x", "diverged": True}))
+    found = {finding.text: finding for finding in LIFELONG.findings(read_runs(folder)).findings}
+    (folder.path / "runs" / f"{name}.failed.json").unlink()
+    (text,) = (text for text in found if "less than MoE (everything), remembering data" in text)
+    assert found[text].verdict == "holds"
+
+
+def test_before_the_last_round_is_planned_nothing_after_it_is_said(folder, data, tmp_path) -> None:
+    early = StudyFolder(shutil.copytree(folder.path, tmp_path / "early"))
+    stages = early.path / "stages.json"
+    stages.write_text(json.dumps(json.loads(stages.read_text())[:-2]))  # rounds 2 and 3 are not planned yet
+    found = LIFELONG.findings(read_runs(early)).findings
+    assert {finding.verdict for finding in found if finding.text.startswith("After 3 rounds")} == {"unfinished"}
+    at_once = [finding.verdict for finding in found if finding.text.startswith("At equal learning")]
+    assert set(at_once) == {"holds", "can't tell"}
+
+
+def test_the_figures_show_each_way(folder, page) -> None:
+    drawings = [drawing for section in LIFELONG.findings(read_runs(folder)).sections for drawing in section.drawings]
+    peer = {drawing.caption: drawing.svg for drawing in drawings if drawing.caption.startswith("PEER:")}
+    (maps,) = (svg for caption, svg in peer.items() if "after each round" in caption)
+    titles = [f"{trained}, {remembered}" for trained in ("tables", "LoRA", "everything") for remembered in ("data",)]
+    assert all(title in maps for title in (*titles, "rows by TF-IDF, nothing"))
+    # The recall of the base before, and of the last round's facts after it.
+    assert maps.count(">50<") == 10
+    assert maps.count(">40<") >= 3 * 10
+    (curves,) = (svg for caption, svg in peer.items() if "learned" in caption)
+    assert "LoRA, own samples" in curves
+    assert "rows by TF-IDF, nothing" in curves
+
+
 def test_equal_learning_is_read_off_the_curves(folder, data) -> None:
     analysis = LifelongAnalysis(read_runs(folder))
     way = Way(method="peer", train="tables", remember="nothing")
@@ -233,7 +267,7 @@ def test_equal_learning_is_read_off_the_curves(folder, data) -> None:
     metrics = folder.run_path(name) / "metrics.jsonl"
     before = metrics.read_text()
     lines = [json.loads(line) for line in before.splitlines()]
-    lines[1]["recall"] = 0.3  # it learns less: the other is read half way between its passes
+    lines[2]["recall"] = 0.3  # it learns less: the other is read half way between its passes
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = LifelongAnalysis(read_runs(folder)).forgotten_at_equal_learning(way, other)
     metrics.write_text(before)
@@ -246,6 +280,7 @@ def test_costs_count_own_samples(folder, page) -> None:
     assert rows[("PEER", "tables", "data")]["seconds"] == "20"
     row = rows[("PEER", "tables", "own samples")]
     assert row["seconds"] == "25"
+    assert row["passes"] == "2.0"
     assert row["FLOPs"] == f"{2e11 + 1000 * 1000:.2e}"
     assert row["FLOPs of a round, % of the base's"] == "2.0"
 
@@ -259,6 +294,7 @@ def test_the_command_of_a_run_teaches_its_base(folder) -> None:
     assert options["--sample-tokens"] == "32768"
     assert options["--passes"] == "16"
     assert options["--table-learning-rate"] == "0.01"
+    assert "--learning-rate" not in options
     assert options["--data"] == str(run.config.data)
 
 
@@ -298,11 +334,17 @@ def test_bad_input(data, tmp_path, run_cli) -> None:
         assert code == 2
         assert refusal in " ".join(err.split())
         assert not (tmp_path / "study").exists()
+    wide = tmp_path / "wide"
+    prepare(PrepareConfig(corpus="airports", attributes=("city",), vocab_size=300, output=wide))
+    code, _, err = run_cli(*given[:-1], wide)
+    assert code == 2
+    assert "3 rounds need 24 airports that" in " ".join(err.split())
     few = tmp_path / "few"
     prepare(PrepareConfig(facts=_colors(tmp_path), key="name", output=few, vocab_size=300))
     code, _, err = run_cli(*given[:-1], few)
     assert code == 2
     assert "color" in err
+    assert not (tmp_path / "study").exists()
 
 
 def _colors(tmp_path) -> Path:

@@ -15,6 +15,7 @@ from tinyexperts.data.tokenizer import train_tokenizer
 from tinyexperts.errors import InputError
 from tinyexperts.files import sha256_of_file
 from tinyexperts.training import Interrupted, TeachConfig, TeachOptions, load_model, loop, teach, teach_run, train
+from tinyexperts.training.checkpoint import checkpoints, keep_weights
 from tinyexperts.training.config import MemoryConfig, TeachingConfig, with_settings
 from tinyexperts.training.memory import Memory
 from tinyexperts.training.own_samples import write_texts
@@ -22,6 +23,7 @@ from tinyexperts.training.row_choice import RowChoice
 from tinyexperts.training.run import make_run
 from tinyexperts.training.run_folder import read_config
 from tinyexperts.training.step import optimizer_step
+from tinyexperts.training.teaching_history import history, kept_memories
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +67,10 @@ def new_table(tmp_path):
 
 
 def options(tmp_path, table, **changes):
-    given = {"facts": table, "key": "name", "output": tmp_path / "taught", "passes": 2, "sample_tokens": 6000}
-    return TeachConfig(**(given | {"threads": 1} | changes))
+    given = {"facts": table, "key": "name", "output": tmp_path / "taught", "passes": 2, "threads": 1}
+    if changes.get("remember", "own-samples") == "own-samples":
+        given["sample_tokens"] = 6000
+    return TeachConfig(**(given | changes))
 
 
 def weights(run):
@@ -172,7 +176,7 @@ def test_a_step_descends_the_sum_of_both_losses(make_base, make_config, old_fact
     model.load_state_dict(run.model.state_dict())
     model.train()
     new = run.loader.batch(3)
-    old = run.memory.loaders[0].batch(3)
+    old = run.teaching.memory.loaders[0].batch(3)
     loss = F.cross_entropy(model(new.inputs).flatten(0, 1), new.targets.flatten())
     logits = model(old.inputs).flatten(0, 1)
     if losses == "texts":
@@ -227,10 +231,10 @@ def test_each_step_goes_over_one_of_several_memories(make_base, old_facts, new_t
 
 def test_it_ends_when_held_out_wordings_are_learned_no_better(make_base, new_table, tmp_path, monkeypatch) -> None:
     base = make_base()
-    nats = iter([5.0, 4.0, 4.5, 3.9, 3.95, 3.9, 1.0])
+    nats = iter([9.0, 5.0, 4.0, 4.5, 3.9, 3.95, 3.9, 1.0])
 
     def measure(run, split):
-        return {"loss": 9.0, "nats_per_fact": 7.0 if split in run.asked.values() else next(nats)}
+        return {"loss": 9.0, "nats_per_fact": 7.0 if split in run.teaching.asked.values() else next(nats)}
 
     monkeypatch.setattr(loop, "_measure", measure)
     taught = teach_run(base.run, options(tmp_path, new_table, remember="nothing", passes=20), progress=False)
@@ -358,7 +362,6 @@ def test_a_single_fact_is_enough(make_base, tmp_path) -> None:
     [
         (("--key", "code"), "has no column 'code'"),
         (("--key", "name", "--passes", 0), "passes must be at least 1, got 0"),
-        (("--key", "name", "--remember-weight", -1), "remember_weight must be at least 0 and finite, got -1.0"),
         (("--key", "name", "--files", "x.txt"), "give one of facts, files and data, got facts and files"),
         (("--key", "name", "--output", "BASE"), "output must be another folder than"),
         (("--key", "name", "--table-learning-rate", -1), "table_learning_rate must be at least 0 and finite, got -1.0"),
@@ -445,13 +448,14 @@ def test_own_samples_of_earlier_teachings_are_kept_with_their_writers(make_base,
     taught = teach_run(tmp_path / "first", second, progress=False)
     remembered = read_config(tmp_path / "second").teaching.remember
     assert [(memory.data, memory.teacher, memory.sample_tokens) for memory in remembered] == [
-        (tmp_path / "first/teaching/own-samples", base.run, 131072),
+        (tmp_path / "first/teaching/own-samples", base.run, None),
         (tmp_path / "second/teaching/own-samples", tmp_path / "first", 32768),
     ]
     drawn = [json.loads(memory.data.with_suffix(".json").read_text()) for memory in remembered]
-    assert [each["sample_tokens"] for each in drawn] == [131072, 32768]
+    batch = 64 * 47  # whole batches of sequences are drawn
+    assert [each["sample_tokens"] for each in drawn] == [-(-tokens // batch) * batch for tokens in (131072, 32768)]
     run = make_run(read_config(tmp_path / "second"))
-    for teacher, folder in zip(run.memory.teachers, (base.run, tmp_path / "first"), strict=True):
+    for teacher, folder in zip(run.teaching.memory.teachers, (base.run, tmp_path / "first"), strict=True):
         expected = weights(folder)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in teacher.state_dict().items())
     assert set(taught.after) == {"new", "old", "first"}
@@ -463,11 +467,59 @@ def test_own_samples_of_earlier_teachings_are_kept_with_their_writers(make_base,
     assert f"{base.run}, from which {tmp_path / 'first'} was taught, is gone" in capsys.readouterr().err
 
 
+def test_what_earlier_teachings_are_called_is_unique(make_base, new_table, tmp_path) -> None:
+    base = make_base()
+    for number, folder in enumerate(("a/new", "b/new", "b/x")):
+        before = base.run if not number else tmp_path / ("a/new", "b/new")[number - 1]
+        taught = teach_run(
+            before, options(tmp_path, new_table, output=tmp_path / folder, remember="nothing", passes=1), progress=False
+        )
+    assert list(taught.before) == ["new", "old", "taught-1", "taught-2"]
+    assert [each.name for each in history(tmp_path / "b/x")] == ["x", "taught-2", "taught-1", "old"]
+
+
+def test_a_base_that_is_another_run_by_now_is_gone(make_base, new_table, tmp_path) -> None:
+    base = make_base()
+    teach_run(base.run, options(tmp_path, new_table, output=tmp_path / "a", passes=1), progress=False)
+    teach_run(base.run, options(tmp_path, new_table, output=tmp_path / "b", remember="nothing"), progress=False)
+    shutil.rmtree(base.run)
+    shutil.copytree(tmp_path / "b", base.run)
+    past = history(tmp_path / "a")
+    assert [each.run for each in past] == [tmp_path / "a"]
+    memories, told = kept_memories(past)
+    assert memories == ()
+    assert "is gone or another run by now" in told[0]
+    config = read_config(tmp_path / "a")
+    with pytest.raises(InputError, match="can't be resumed: the base, or what is remembered by or asked, is not what"):
+        train(config, resume=True, progress=False)
+
+
+def test_what_was_known_before_is_the_first_validation(make_base, new_table, tmp_path) -> None:
+    taught = teach_run(make_base().run, options(tmp_path, new_table, remember="nothing"), progress=False)
+    lines = map(json.loads, (tmp_path / "taught/metrics.jsonl").read_text().splitlines())
+    first = next(line for line in lines if line["split"] == "validation")
+    assert first["step"] == first["training_flops"] == 0
+    assert first["recall"] == pytest.approx(taught.before["new"].recall)
+    assert first["old_nats_per_fact"] == pytest.approx(taught.before["old"].nats_per_fact, rel=1e-5)
+
+
+def test_weights_alone_can_be_kept(make_base, new_table, tmp_path) -> None:
+    base = make_base()
+    expected = weights(base.run)
+    keep_weights(base.run)
+    (checkpoint,) = checkpoints(base.run)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(base.run).items())
+    assert not [path for path in checkpoint.iterdir() if "optimizer" in path.read_text(errors="replace")[:100_000]]
+    train(base, resume=True, progress=False)  # it is finished
+    taught = teach_run(base.run, options(tmp_path, new_table, remember="nothing"), progress=False)
+    assert taught.num_passes == 2
+
+
 def test_a_step_trains_the_rows_of_highest_tf_idf_alone(make_base, old_facts, new_table, tmp_path) -> None:
     base = make_base()
     teach_run(base.run, options(tmp_path, new_table, rows=3, remember="nothing", passes=1), progress=False)
     config = read_config(tmp_path / "taught")
-    assert config.teaching.old_texts == old_facts
+    assert config.teaching.old_texts == (old_facts,)
     run = make_run(config)
     model = load_model(base.run)
     layer, split = model.blocks[1].feed_forward, TokenDataset.open(old_facts).split("train")
@@ -513,9 +565,15 @@ def test_rows_that_no_new_text_retrieves_are_not_chosen(make_base, old_facts) ->
     [
         ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"rows": 5, "train": "everything"}, "rows are for train tables, got 5 with everything"),
+        ({"remember_weight": -1}, "remember_weight must be at least 0 and finite, got -1"),
+        ({"rank": 4}, "rank is for train low-rank, got 4 with tables"),
+        ({"learning_rate": 1e-3}, "learning_rate is for what is no table, got 0.001 with train tables"),
+        ({"table_learning_rate": 1e-3, "train": "low-rank"}, "table_learning_rate is for tables, got 0.001 with train"),
+        ({"remember": "data", "sample_tokens": 60}, "sample_tokens are for own samples, got 60 with data"),
+        ({"remember": "nothing", "sample_tokens": None, "remember_weight": 2}, "remember_weight is for what is remem"),
     ],
 )
-def test_rows_that_make_no_sense_are_refused(new_table, tmp_path, changes, refusal) -> None:
+def test_options_that_would_have_no_effect_are_refused(new_table, tmp_path, changes, refusal) -> None:
     with pytest.raises(InputError, match=refusal):
         options(tmp_path, new_table, **changes)
 
@@ -528,7 +586,11 @@ def test_a_model_in_memory_is_taught_statements(make_base, old_facts, kind, reme
     statements = [f"The color of n{n} is {'green' if n % 2 else 'red'}." for n in range(30)]
     old = [f"k{n} is {'red' if n % 3 else 'blue'}." for n in range(30)] if remember == "data" else []
     options = TeachOptions(
-        train="tables" if kind == "peer" else "everything", remember=remember, passes=3, sample_tokens=4000, threads=1
+        train="tables" if kind == "peer" else "everything",
+        remember=remember,
+        passes=3,
+        sample_tokens=4000 if remember == "own-samples" else None,
+        threads=1,
     )
     taught = teach(model, statements, tokenizer, old_statements=old, options=options, progress=False)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}

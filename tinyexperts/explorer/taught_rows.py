@@ -14,6 +14,7 @@ from tinyexperts.explorer.text_sample import draw_texts, equally_long
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.model import Transformer, evaluation_mode
 from tinyexperts.training import load_model
+from tinyexperts.training.checkpoint import checkpoints
 from tinyexperts.training.teaching_history import history
 
 
@@ -41,13 +42,14 @@ class TaughtRows:
         return result
 
     def share(self, counts: np.ndarray, rows: np.ndarray) -> float:
-        """Return the share of retrievals that go to some rows.
+        """Return the share of some rows in a sum over all; 0 where that is 0.
 
         Args:
-            counts (fp64 [N]): the retrievals, `new` or `old`.
+            counts (fp64 [N]): what is summed, for example the retrievals `new` or `old`.
             rows (bool [N]): the rows.
         """
-        return float(counts[rows].sum() / max(1.0, counts.sum()))
+        total = float(counts.sum())
+        return float(counts[rows].sum()) / total if total else 0.0
 
 
 def taught_rows(run: Path, model: Transformer) -> dict[str, TaughtRows] | None:
@@ -58,11 +60,14 @@ def taught_rows(run: Path, model: Transformer) -> dict[str, TaughtRows] | None:
         model (Transformer): its model.
 
     Returns:
-        None for a run that was not taught, or of which the base, the data set or the first run's data set is gone.
+        None for a run that was not taught, or of which the base's weights, the data set or the first run's data set is
+        gone.
     """
     past = history(run)
     new_data, old_data = past[0].data(), past[-1].data()
     if len(past) < 2 or past[-1].config.teaching is not None or new_data is None or old_data is None:
+        return None
+    if not checkpoints(past[1].run) or past[1].config.model != model.config:
         return None
     base = load_model(past[1].run)
     texts = [draw_texts(data.split("train"), model.config.context_length) for data in (new_data, old_data)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,7 +76,7 @@ class LowRankAdam(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state.update(_first_state(parameter, group["rank"], seed=group["seed"] + number))
+                    state.update(_first_state(parameter, group["rank"], (group["seed"], number)))
                 state["step"] += 1
                 down, up = state["down"], state["up"]
                 # d(W + B A) = dB A + B dA
@@ -86,9 +87,11 @@ class LowRankAdam(torch.optim.Optimizer):
         return loss
 
 
-def _first_state(parameter: Tensor, rank: int, *, seed: int) -> dict[str, Tensor]:
+def _first_state(parameter: Tensor, rank: int, seeds: tuple[int, int]) -> dict[str, Tensor]:
     *several, out, width = parameter.shape
-    generator = torch.Generator().manual_seed(seed)
+    # Of a sequence of both, so that no parameter of one seed draws as another of the next.
+    (seed,) = np.random.SeedSequence(seeds).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
     bound = width**-0.5
     down = torch.empty((*several, rank, width)).uniform_(-bound, bound, generator=generator).to(parameter)
     state = {

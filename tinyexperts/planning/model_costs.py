@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -173,11 +174,14 @@ class Account:
     share of the other weights, which are read once a micro-batch."""
     tokens_per_step: int
     num_steps: int
+    passes_per_step: float = 3.0
+    """The cost of a step's tokens in forward passes: three to train on them, and of a run that teaches as many again to
+    go over old texts, or four where a teacher's predictions on them are kept."""
 
     @property
     def training_flops_per_step(self) -> int:
         """The FLOPs of one optimizer step."""
-        return 3 * self.forward_flops.total * self.tokens_per_step
+        return round(self.passes_per_step * self.forward_flops.total * self.tokens_per_step)
 
     @property
     def training_flops(self) -> int:
@@ -207,7 +211,11 @@ def account(config: TrainConfig) -> Account:
     model = count_costs(config.model)
     rows = config.model.d_model + sum(table.retrieved * table.num_vectors * table.width for table in model.tables)
     matrices = model.num_matmul * config.gradient_accumulation / config.tokens_per_step
-    step_flops = 3 * model.forward_flops.total * config.tokens_per_step
+    remembered = [
+        3 if memory.teacher is None else 4 for memory in (config.teaching.remember if config.teaching else ())
+    ]
+    passes = 3.0 + (statistics.fmean(remembered) if remembered else 0.0)
+    step_flops = passes * model.forward_flops.total * config.tokens_per_step
     return Account(
         forward_flops=model.forward_flops,
         parameters_total=model.parameters.total,
@@ -216,4 +224,5 @@ def account(config: TrainConfig) -> Account:
         forward_bytes=_FP32_BYTES * (rows + matrices),
         tokens_per_step=config.tokens_per_step,
         num_steps=config.num_steps or int((config.training_flops or 0) // step_flops),
+        passes_per_step=passes,
     )

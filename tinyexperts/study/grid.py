@@ -30,7 +30,7 @@ class GridRun:
     is_alone: bool = False
     """It is run with no other beside it, so that its speed can be compared."""
     keeps_checkpoint: bool = False
-    """Its last checkpoint stays when it is evaluated, for runs that begin with its weights."""
+    """Its weights stay when it is evaluated, for runs that begin with them."""
 
 
 # Losses (nats) of the finished runs by name -> the runs of a stage, which is planned when the one before has ended.

@@ -25,8 +25,8 @@ from tinyexperts.study.runner.local_queue import ENVIRONMENT, PROGRAM, Command, 
 from tinyexperts.study.runner.status import print_status
 from tinyexperts.study.runner.study_folder import StudyFolder
 from tinyexperts.study.runner.study_record import StudySettings
-from tinyexperts.study.scales import Scale, ScaleName, on_facts, scale_named
-from tinyexperts.study.studies.lifelong.rounds import prepare_rounds
+from tinyexperts.study.scales import ScaleName, on_facts, scale_named
+from tinyexperts.study.studies.lifelong.rounds import check_rounds, prepare_rounds
 from tinyexperts.study.study import Study
 from tinyexperts.study.study_report import write_study_report
 from tinyexperts.training import Interrupted
@@ -127,21 +127,32 @@ def _run_study(study: Study, config: StudyConfig, spare: Path) -> None:
     scale = on_facts(scale) if has_facts else scale
     more = [TokenDataset.open(path) for path in config.more_data]
     folder = StudyFolder(config.output or Path("runs", f"{study.name}-{config.scale}"))
-    if dataset is not None and study.teaches:
-        # A dry run leaves nothing behind.
-        path = spare if config.dry_run and not folder.path.exists() else folder.path
-        scale = replace(scale, rounds=_rounds(scale, path / "rounds", dataset, more), runs=folder.path / "runs")
+    if study.teaches and dataset is not None:
+        if more:
+            _check_given_rounds(dataset, more)
+        else:
+            check_rounds(dataset, scale.teaching)
     elif dataset is not None and more:
         scale = replace(scale, num_entities=_num_entities(study, [dataset, *more]))
-    stages = study.stages(scale)
+
+    def stages_with(rounds: Path) -> Sequence[Stage]:
+        """Return the stages; a study that teaches has its rounds in this folder, where none were given."""
+        if not study.teaches or dataset is None:
+            return study.stages(scale)
+        taught = tuple(other.folder for other in more) or prepare_rounds(rounds, dataset, scale.teaching)
+        return study.stages(replace(scale, rounds=taught, runs=folder.path / "runs"))
+
     if config.dry_run or dataset is None:
+        existing = folder.path / "rounds"
+        stages = stages_with(existing if existing.exists() else spare)  # a dry run leaves nothing behind
         print_plan(study.name, config.scale, study.question, expected_runs(stages), is_tuned=len(stages) > 1)
         if dataset is None:
             print(f"There is no data set in {data}: a vocabulary of {vocab_size:,} is assumed.")
         return
     num_train_tokens = math.inf if has_facts else dataset.split("train").num_tokens
-    # Later stages, too: a grid that can't be run is refused before hours are spent.
-    check_grid(expected_runs(stages), num_train_tokens)
+    if not study.teaches:  # whose rounds are made in its folder
+        # Later stages, too: a grid that can't be run is refused before hours are spent.
+        check_grid(expected_runs(study.stages(scale)), num_train_tokens)
     corpora_sha256 = {path.stem: _sha256_of_text(path) for path in config.evaluation_corpora}
     with folder.exclusive_lock():
         folder.begin(
@@ -157,21 +168,17 @@ def _run_study(study: Study, config: StudyConfig, spare: Path) -> None:
                 evaluation_tokens=config.evaluation_tokens,
             )
         )
-        run_stages(folder, stages, config, num_train_tokens, show=partial(_show, study, folder))
+        run_stages(
+            folder, stages_with(folder.path / "rounds"), config, num_train_tokens, show=partial(_show, study, folder)
+        )
         failed = [run.name for run in folder.planned_runs() if not folder.has_ended(run)]
         if failed:
             raise InputError(f"{len(failed)} runs failed, {failed[0]} among them; the same command tries them again")
 
 
-def _rounds(scale: Scale, folder: Path, dataset: TokenDataset, more: Sequence[TokenDataset]) -> tuple[Path, ...]:
-    """Return the data sets of the rounds that a study teaches, and make them where none are given.
-
-    Raises:
-        InputError: a single one, one without facts or of another tokenizer.
-    """
-    if not more:
-        return prepare_rounds(folder, dataset, scale.teaching)
-    if len(more) < 2:
+def _check_given_rounds(dataset: TokenDataset, more: Sequence[TokenDataset]) -> None:
+    """Refuse data sets that can't be taught: a single one, one without facts or of another tokenizer."""
+    if len(more) == 1:
         raise InputError(f"more_data must be two data sets at least, to tune on and to teach, got {len(more)}")
     for other in more:
         if other.split("validation").facts is None:
@@ -181,7 +188,6 @@ def _rounds(scale: Scale, folder: Path, dataset: TokenDataset, more: Sequence[To
                 f"data sets that are taught must have the tokenizer of {printable(dataset.folder)}, and "
                 f"{printable(other.folder)} has another"
             )
-    return tuple(other.folder for other in more)
 
 
 def _num_entities(study: Study, datasets: Sequence[TokenDataset]) -> dict[Path, int]:

@@ -40,6 +40,8 @@ class TeachingSizes:
     """Rounds that are taught one after the other."""
     remember: tuple[Remember, ...] = get_args(Remember)
     """What is remembered by, each compared."""
+    experts: tuple[int, ...] = (64**2, 512**2)
+    """Further numbers of experts of PEER, whose tables are taught."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,6 @@ class Scale:
 
     method_widths: Mapping[str, int] = field(default_factory=dict)
     """The model width D of a method where none is searched; those that are missing take the middle one."""
-    method_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The settings that a tuning chose for a method, by dotted names."""
     teaching: TeachingSizes = field(default_factory=TeachingSizes)
     """The sizes of the rounds in which new facts are taught."""
     rounds: tuple[Path, ...] = ()
@@ -188,7 +188,13 @@ def _minute(data: Path, vocab_size: int) -> Scale:
         experts=(16**2, 32**2),
         active=((1, 8), (1, 16)),
         teaching=TeachingSizes(
-            num_entities=8, passes=2, sample_tokens=2048, rows=50, num_rounds=2, remember=("own-samples", "data")
+            num_entities=8,
+            passes=2,
+            sample_tokens=2048,
+            rows=50,
+            num_rounds=2,
+            remember=("own-samples", "data"),
+            experts=(16**2,),
         ),
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinyexperts.comparison.methods import method_named
+from tinyexperts.layers import PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.training import TrainConfig
 from tinyexperts.training.config import TeachingConfig
 
@@ -31,10 +32,12 @@ def _teach_command(config: TrainConfig, teaching: TeachingConfig) -> str:
     options: dict[str, object] = {
         "data": config.data,
         "train": teaching.train,
+        "rank": teaching.rank,
         "rows": teaching.rows,
         "remember": remember,
-        "table-learning-rate": config.optimizer.table_learning_rate,
-        "learning-rate": config.optimizer.matrix_learning_rate,
+        "remember-weight": teaching.remember_weight if teaching.remember_weight != 1 else None,
+        "table-learning-rate": config.optimizer.table_learning_rate if _has_taught_table(config) else None,
+        "learning-rate": None if teaching.train == "tables" else config.optimizer.matrix_learning_rate,
         "passes": (config.num_steps or 0) // config.validation_every,
         "seed": config.seed,
         "threads": config.threads,
@@ -44,6 +47,11 @@ def _teach_command(config: TrainConfig, teaching: TeachingConfig) -> str:
         options["sample-tokens"] = teaching.remember[-1].sample_tokens
     given = (part for name, value in options.items() if value is not None for part in (f"--{name}", str(value)))
     return shlex.join(["tinyexperts", "teach", str(teaching.base), *given])
+
+
+def _has_taught_table(config: TrainConfig) -> bool:
+    has_table = isinstance(config.model.expert_layer, PEERConfig | ProductKeyMemoryConfig)
+    return has_table and config.teaching is not None and config.teaching.train != "low-rank"
 
 
 def _options(prefix: str, config: Any, default: Any) -> Iterator[str]:

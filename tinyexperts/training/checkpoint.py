@@ -280,6 +280,21 @@ def load_model(run: str | os.PathLike[str], *, device: torch.device | str = "cpu
         return model.to(device).eval()
 
 
+def keep_weights(run: str | os.PathLike[str]) -> None:
+    """Replace the checkpoints of a run that has ended by one of its weights, without the optimizers' states.
+
+    Args:
+        run (str | os.PathLike[str]): the folder of the run.
+
+    Raises:
+        InputError: no checkpoint, or a damaged one.
+    """
+    run = path_of("run", run)
+    model = load_model(run)
+    manifest = json.loads((checkpoints(run)[-1] / "manifest.json").read_text(encoding="utf-8"))
+    save_checkpoint(run, manifest["step"], model, [], manifest["state"], keep=1)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return True if all elements on this rank are finite; unlike torch.isfinite, without a mask of their size."""
     tensor = local(tensor)

@@ -129,6 +129,8 @@ class DistributedConfig:
             raise InputError(f"distributed.timeout_seconds must be positive, got {self.timeout_seconds}")
 
 
+# The width of low-rank changes.
+DEFAULT_RANK = 8
 # What is trained of a model that is taught, and what it remembers by.
 Train = Literal["tables", "low-rank", "everything"]
 Remember = Literal["nothing", "own-samples", "data"]
@@ -166,12 +168,12 @@ class TeachingConfig:
     train: Train = "tables"
     """tables trains the experts alone; the router then chooses as before, and query norms keep their statistics.
     low-rank adds to each matrix of attention and of feed-forward layers a product of two narrow ones (LoRA)."""
-    rank: int = 8
-    """The width of these, for low-rank."""
+    rank: int | None = None
+    """The width of these, for low-rank; None: 8."""
     rows: int | None = None
     """For tables: rows that a step trains, those that it retrieves most and `old_texts` least (TF-IDF); None: all."""
-    old_texts: Path | None = None
-    """Data set of which the rows are counted, for `rows`."""
+    old_texts: tuple[Path, ...] = ()
+    """Data sets of which the rows are counted, for `rows`."""
     remember: tuple[MemoryConfig, ...] = ()
     """Old texts, of which each step has as many windows as of the new ones, all from one of these."""
     remember_weight: float = 1.0
@@ -187,10 +189,13 @@ class TeachingConfig:
             raise InputError(f"teaching.remember_weight must be at least 0 and finite, got {self.remember_weight}")
         require_at_least(1, "teaching.rank", self.rank)
         require_at_least(1, "teaching.rows", self.rows)
-        if self.rows is not None and (self.train != "tables" or self.old_texts is None):
+        if self.rank is not None and self.train != "low-rank":
+            raise InputError(f"teaching.rank is for low-rank, got {self.rank} with {self.train}")
+        if self.rows is not None and self.train != "tables":
+            raise InputError(f"teaching.rows are for tables, got {self.rows} with {self.train}")
+        if (self.rows is None) == bool(self.old_texts):
             raise InputError(
-                f"teaching.rows must go with train tables and with old_texts, got {self.rows} with {self.train} and "
-                f"{self.old_texts}"
+                f"teaching.rows and old_texts go together, got {self.rows} rows and {len(self.old_texts)} data sets"
             )
         require_at_least(1, "teaching.patience", self.patience)
 

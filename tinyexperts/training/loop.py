@@ -137,6 +137,8 @@ def _steps(
     with CheckpointWriter(
         config.run, keep=config.checkpoint.keep, ranks=run.ranks, asynchronous=config.checkpoint.asynchronous
     ) as writer:
+        if run.teaching is not None and not state["step"]:  # what was known before
+            _record(run, metrics, "validation", 0, **_validate(run), num_tokens=0, training_flops=0, seconds=0.0)
         while state["step"] < run.num_steps and not state.get("ended"):
             started = time.perf_counter()
             scale_learning_rates(run.optimizers, _schedule(config.schedule, state["step"], run.num_steps))
@@ -189,7 +191,7 @@ def _validate(run: Run) -> dict[str, float]:
     A run that teaches is measured on what it is asked besides, too: `old_loss` and so on.
     """
     found = _measure(run, run.dataset.split("validation"))
-    for name, split in run.asked.items():
+    for name, split in (run.teaching.asked if run.teaching else {}).items():
         found |= {f"{name}_{measure}": value for measure, value in _measure(run, split).items()}
     reshard_after_eval(run.model)
     return found
@@ -219,7 +221,7 @@ def _measure(run: Run, split: TokenSplit) -> dict[str, float]:
 
 def _in_words(run: Run, found: Mapping[str, float]) -> str:
     """Return what a model that is taught knows of the new and of what else it is asked, for the bar."""
-    prefixes = {"new": "", **{name: f"{name}_" for name in run.asked}}
+    prefixes = {"new": "", **{name: f"{name}_" for name in (run.teaching.asked if run.teaching else ())}}
     return ", ".join(
         f"{name} {100 * found[f'{prefix}recall']:.1f} %"
         if f"{prefix}recall" in found

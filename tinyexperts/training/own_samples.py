@@ -60,7 +60,7 @@ def open_texts(memory: MemoryConfig, teacher: Transformer | None, *, seed: int, 
 
     Args:
         memory (MemoryConfig): the memory.
-        teacher (Transformer | None): the model of its teacher, if it has one.
+        teacher (Transformer | None): the model of its teacher, which writes; None: it has none.
         seed (int): the seed of the draws.
         progress (bool): show a progress bar.
 
@@ -72,19 +72,25 @@ def open_texts(memory: MemoryConfig, teacher: Transformer | None, *, seed: int, 
         return TokenDataset.open(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
+    drawn: list[int] = []
     tokenizer_path = run / "tokenizer.json"
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("own samples", total=tokens)
+
+        def advance(number: int) -> None:
+            drawn.append(number)
+            bar.advance(task, number)
+
         written = write_texts(
             *(teacher, Tokenizer.load(tokenizer_path)),
             num_tokens=tokens,
             seed=seed,
-            advance=lambda number: bar.advance(task, number),
+            advance=advance,
         )
         lines = "".join(json.dumps({"text": text}) + "\n" for text in written if text.strip())
     texts = folder.with_suffix(".jsonl")
     texts.write_text(lines, encoding="utf-8")
-    took = {"sample_tokens": tokens, "seconds": time.perf_counter() - started}
+    took = {"sample_tokens": sum(drawn), "seconds": time.perf_counter() - started}
     write_atomically(folder.with_suffix(".json"), json.dumps(took))
     try:
         prepare(PrepareConfig(files=(texts,), tokenizer=str(tokenizer_path), output=folder))

@@ -2,7 +2,8 @@
 
 Sparse memory fine-tuning (arXiv 2510.15103, section 3): of the rows that a batch retrieves, the step trains the few
 with the highest tf x idf, where tf is a row's share of the batch's retrievals, and idf falls with the number of
-batches of old texts that retrieve it.
+batches of old texts that retrieve it. Here the rows are updated by Adam as everywhere in this package, and the batches
+of old texts have the run's own size. Rows that only what is remembered by retrieves are not trained.
 """
 
 from __future__ import annotations

@@ -28,9 +28,11 @@ from tinyexperts.files import exclusive_lock, write_atomically
 from tinyexperts.training import config_file
 from tinyexperts.training.config import TrainConfig
 
-# The fields that may differ on resume: location and execution, not the experiment.
+# The fields that may differ on resume: location and execution, not the experiment. Digests tell whether the content at
+# another location is the same.
 _MAY_CHANGE = {
-    *("run", "data", "distributed.mesh", "distributed.backend", "distributed.timeout_seconds"),
+    *("run", "data", "teaching.base", "teaching.remember", "teaching.asked", "teaching.old_texts"),
+    *("distributed.mesh", "distributed.backend", "distributed.timeout_seconds"),
     "checkpoint.asynchronous",
 }
 
@@ -122,23 +124,41 @@ def check_unchanged(config: TrainConfig) -> None:
         raise InputError(f"{config.run} can't be resumed with another configuration: {'; '.join(changes)}")
 
 
-def check_data(run: Path, dataset: TokenDataset) -> None:
+def check_data(run: Path, dataset: TokenDataset, teaching_digest: str | None = None) -> None:
     """Check that a resumed run has the tokens that it was begun with, in whatever folder.
 
+    Args:
+        run (Path): the folder of the run.
+        dataset (TokenDataset): its data set.
+        teaching_digest (str | None): the digest of all that a run that teaches depends on besides.
+
     Raises:
-        InputError: the data set was made by another tokenizer, or holds other tokens; or run.json can't be read.
+        InputError: the data set was made by another tokenizer, or holds other tokens; a run that teaches has another
+            base, other old texts or teachers; or run.json can't be read.
     """
     check_tokenizer(run, dataset)
     path = run / "run.json"
     try:
-        digest = json.loads(path.read_text(encoding="utf-8"))["data_sha256"]
+        described = json.loads(path.read_text(encoding="utf-8"))
+        digest = described["data_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} can't be read: {type(error).__name__}: {error}") from None
+    if described.get("teaching_sha256") != teaching_digest:
+        raise InputError(
+            f"{run} can't be resumed: the base, or what is remembered by or asked, is not what it was begun with"
+        )
     if digest != dataset.sha256:
         raise InputError(
             f"{run} can't be resumed with other data: {dataset.folder} holds other tokens than those it was begun with "
             f"(sha256 {dataset.sha256[:12]}, not {digest[:12]})"
         )
+
+
+def described(run: Path) -> dict[str, Any]:
+    """Return a run's description, run.json; empty where there is none."""
+    path = run / "run.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -201,7 +221,8 @@ class Metrics:
         """
         path = run / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= after_step]
+            # What was measured before the first step is measured again by a run that starts there.
+            kept = [line for line in path.read_text().splitlines(True) if after_step and _step_of(line) <= after_step]
             write_atomically(path, "".join(kept))
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
         try:

@@ -76,7 +76,7 @@ def claim_folder(
     is_new = not folder.exists()
     stack.enter_context(run_folder.lock(folder))
     if resume:
-        run_folder.check_data(folder, run.dataset)
+        run_folder.check_data(folder, run.dataset, None if run.teaching is None else run.teaching.digest)
     run.ranks.note_begun()  # a death from here on leaves a folder of ours
     if not resume:
         run_folder.check_free(folder)  # again: what another process has begun meanwhile is not ours to forget
@@ -111,6 +111,11 @@ def _describe(run: Run, command: Sequence[str] | None) -> dict[str, Any]:
             "total": 3 * model.flops_per_token(run.config.model.context_length),
         },
         "data_sha256": run.dataset.sha256,
+        **(
+            {}
+            if run.teaching is None
+            else {"base_sha256": run.teaching.base_digest, "teaching_sha256": run.teaching.digest}
+        ),
         "tokens_per_step": run.config.tokens_per_step,
         "num_steps": run.num_steps,
     }

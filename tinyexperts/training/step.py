@@ -34,6 +34,7 @@ def optimizer_step(run: Run, step: int) -> tuple[float, float]:
         Diverged: a loss or a gradient is not finite; no weight has changed.
     """
     config, ranks = run.config, run.ranks
+    memory, row_choice = (run.teaching.memory, run.teaching.row_choice) if run.teaching else (None, None)
     run.model.train()
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -41,21 +42,21 @@ def optimizer_step(run: Run, step: int) -> tuple[float, float]:
     for micro_batch in range(config.gradient_accumulation):
         number = step * config.gradient_accumulation + micro_batch
         batch = run.loader.batch(number)
-        counted = nullcontext() if run.row_choice is None else run.row_choice.counted()
+        counted = nullcontext() if row_choice is None else row_choice.counted()
         with autocast(run.precision, run.device), counted:
             loss = run.model.loss(batch.inputs.to(run.device), batch.targets.to(run.device))
         # Gradients are summed over micro-batches and ranks, so that those of the mean loss come out.
         with deferred_gradients(run.optimizers):
             torch.autograd.backward(loss / (config.gradient_accumulation * ranks.size))
-        if run.memory is not None:
+        if memory is not None:
             with autocast(run.precision, run.device):
-                kept = run.memory.loss(run.model, number)
+                kept = memory.loss(run.model, number)
             with deferred_gradients(run.optimizers):
                 torch.autograd.backward(kept / config.gradient_accumulation)
         losses.append(loss.detach())
         sequence_ids += batch.sequence_ids.tolist()
-    if run.row_choice is not None:
-        run.row_choice.restrict_gradients()
+    if row_choice is not None:
+        row_choice.restrict_gradients()
     mean_loss = statistics.fmean(ranks.all_gather_scalar(torch.stack(losses).mean().item()))
     gradient_norm = clip_gradient_norm_(run.model.parameters(), config.optimizer.gradient_clip, ranks.groups).item()
     if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):

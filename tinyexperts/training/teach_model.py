@@ -15,6 +15,7 @@ from tinyexperts.model import Transformer
 from tinyexperts.training.checkpoint import load_model, save_checkpoint
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.config_file import to_json
+from tinyexperts.training.loop import Interrupted
 from tinyexperts.training.teaching import Taught, TeachConfig, TeachOptions, teach_run
 
 
@@ -50,6 +51,8 @@ def teach(
         Interrupted: after Ctrl-C and the like.
     """
     options = options or TeachOptions()
+    if options.rows is not None and options.remember == "nothing" and not old_statements:
+        raise InputError(f"old_statements must be given for rows where nothing is remembered, got rows {options.rows}")
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
             f"the tokenizer must be the model's, of {model.config.vocab_size:,} tokens, got one of "
@@ -72,7 +75,10 @@ def teach(
         new = TeachConfig(
             files=(_written(folder / "new.jsonl", statements),), output=folder / "taught", **asdict(options)
         )
-        taught = teach_run(base, new, progress=progress)
+        try:
+            taught = teach_run(base, new, progress=progress)
+        except Interrupted as interrupted:
+            raise Interrupted("stopped; the model is as it was", signal=interrupted.signal) from None
         model.load_state_dict(load_model(new.output).state_dict())
     return taught
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from tinyexperts.data import PrepareConfig, TokenDataset, TokenSplit, prepare
+from tinyexperts.data.facts.table import read_fact_table
 from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.evaluation import measure_facts, measure_perplexity
 from tinyexperts.evaluation.facts import AnsweredQuestion, answer_some
 from tinyexperts.files import exclusive_lock, sha256_of_file, write_atomically
 from tinyexperts.model import Transformer
+from tinyexperts.optim import split_parameters
 from tinyexperts.training.checkpoint import load_model
 from tinyexperts.training.config import (
     CheckpointConfig,
@@ -35,9 +37,9 @@ from tinyexperts.training.device import choose_device
 from tinyexperts.training.loop import train
 from tinyexperts.training.new_facts import remarks
 from tinyexperts.training.own_samples import open_texts
-from tinyexperts.training.run import tables_to_teach
 from tinyexperts.training.run_folder import check_tokenizer, is_run, read_config
-from tinyexperts.training.teaching_history import PastRun, history, kept_memories, missing_ancestor
+from tinyexperts.training.teaching_history import PastRun, history, kept_memories
+from tinyexperts.training.teaching_start import tables_to_teach
 from tinyexperts.training.trained_run import set_threads
 
 
@@ -48,17 +50,17 @@ class TeachOptions:
     train: Train = "tables"
     """tables trains the experts alone; low-rank adds narrow products to the matrices (LoRA); everything trains all
     weights. The last two are for models without a table, too."""
-    rank: int = 8
-    """Width of these products, for low-rank."""
+    rank: int | None = None
+    """Width of these products, for low-rank; without it 8."""
     rows: int | None = None
     """For tables: rows that a step trains, those that it retrieves most and old texts least (TF-IDF); without it all.
-    The old texts are the data or own samples that are remembered by, or else the run's data."""
+    The old texts are all that is remembered by, or else the data of the run and of those that it comes from."""
     remember: Remember = "own-samples"
     """own-samples keeps the model's predictions on texts that it writes itself before it starts, and on those of
     earlier teachings; data goes over the run's data set again, where that is still there, and over those of earlier
     teachings."""
-    remember_weight: float = 1.0
-    """Factor of the loss on what is remembered, beside that of what is new."""
+    remember_weight: float | None = None
+    """Factor of the loss on what is remembered, beside that of what is new; without it 1."""
     sample_tokens: int | None = None
     """Tokens of own samples to draw; without it 131072, and a quarter of them beside those of earlier teachings."""
     passes: int = 16
@@ -77,6 +79,22 @@ class TeachOptions:
     def __post_init__(self) -> None:
         if self.rows is not None and self.train != "tables":
             raise InputError(f"rows are for train tables, got {self.rows} with {self.train}")
+        if self.rank is not None and self.train != "low-rank":
+            raise InputError(f"rank is for train low-rank, got {self.rank} with {self.train}")
+        if self.learning_rate is not None and self.train == "tables":
+            raise InputError(
+                f"learning_rate is for what is no table, got {self.learning_rate} with train tables: give "
+                "table_learning_rate"
+            )
+        if self.table_learning_rate is not None and self.train == "low-rank":
+            raise InputError(
+                f"table_learning_rate is for tables, got {self.table_learning_rate} with train low-rank: give "
+                "learning_rate"
+            )
+        if self.sample_tokens is not None and self.remember != "own-samples":
+            raise InputError(f"sample_tokens are for own samples, got {self.sample_tokens} with {self.remember}")
+        if self.remember_weight is not None and self.remember == "nothing":
+            raise InputError(f"remember_weight is for what is remembered, got {self.remember_weight} with nothing")
         for name in ("passes", "rank", "rows", "sample_tokens", "threads"):
             require_at_least(1, name, getattr(self, name))
         for name in ("table_learning_rate", "learning_rate", "remember_weight"):
@@ -97,8 +115,8 @@ class TeachConfig(TeachOptions):
     attributes: tuple[str, ...] = ()
     """Columns of the table that are facts; without it all but the key."""
     phrasings: Path | None = None
-    """TOML file with phrasings, or a data set of facts, as for `data prepare`; without it those of the run's own data
-    set, for the attributes that it has."""
+    """TOML file with phrasings, or a data set of facts, as for `data prepare`; without it those in which the run, or
+    one that it comes from, was taught these attributes."""
     files: tuple[Path, ...] = ()
     """Files and folders of new texts, in place of facts."""
     data: Path | None = None
@@ -135,7 +153,7 @@ class Knowledge:
     """Some questions with the truth and the model's answers, of facts."""
 
 
-_SAMPLE_TOKENS = 131072
+SAMPLE_TOKENS = 131072
 _KNOWLEDGE = TypeAdapter(dict[str, Knowledge])
 
 
@@ -177,22 +195,24 @@ def teach_run(
     model = load_model(base, device=choose_device(config.device))
     if config.train == "tables":
         tables_to_teach(model)
-    memories = _memories(config, past)
+    if config.table_learning_rate is not None and not split_parameters(model).tables:
+        raise InputError(f"table_learning_rate is for models with a table, got {config.table_learning_rate}")
+    memories, told = _memories(config, past)
+    old_data = {each.name: dataset for each in reversed(past) if (dataset := each.data()) is not None}
+    old_texts = [memory.data for memory in memories] or [dataset.folder for dataset in old_data.values()]
+    if config.rows is not None and not old_texts:
+        raise InputError(f"rows need old texts to count, and there are none, got {config.rows}")
     with _folder_of(config):
         _check_options(config, base)
-        old_data = {each.name: dataset for each in reversed(past) if (dataset := each.data()) is not None}
-        new_data = _prepared(config, base, old_data.values())
+        new_data = _prepared(config, base, list(old_data.values()))
         asked = {"new": new_data} | old_data
-        for memory in memories:
-            texts = open_texts(memory, model, seed=config.seed, progress=progress)
+        if config.remember == "own-samples":
+            texts = open_texts(memories[-1], model, seed=config.seed, progress=progress)
             if not old_data:
                 asked["own-samples"] = texts
-        told = (*_remarks_on(past), *remarks(new_data, old_data.values()))
+        told = (*told, *remarks(new_data, old_data.values()))
         for sentence in told:
             print(sentence, file=sys.stderr)
-        old_texts = [memory.data for memory in memories] or [dataset.folder for dataset in old_data.values()]
-        if config.rows is not None and not old_texts:
-            raise InputError(f"rows need old texts to count, and the data of {base} is gone, got {config.rows}")
         training = _training_config(config, base, new_data, memories, asked, old_texts)
         before = _remembered(config.folder / "before.json", lambda: _ask(model, asked))
     train(training, resume=is_run(config.output), progress=progress, command=command)
@@ -203,14 +223,6 @@ def teach_run(
     )
     write_atomically(config.output / "taught.json", json.dumps(asdict(taught), indent=2))
     return taught
-
-
-def _remarks_on(past: list[PastRun]) -> tuple[str, ...]:
-    """Return a sentence about a run that a model comes from and that is gone, or none."""
-    missing = missing_ancestor(past)
-    if missing is None:
-        return ()
-    return (f"{missing}, from which {past[-1].run} was taught, is gone: what it knew is neither asked nor gone over",)
 
 
 @contextmanager
@@ -247,20 +259,22 @@ def _check_options(config: TeachConfig, base: Path) -> None:
         raise InputError(f"{config.output} was begun with other options: {'; '.join(changes)}")
 
 
-def _prepared(config: TeachConfig, base: Path, old_data: Iterable[TokenDataset]) -> TokenDataset:
-    """Return the data set of what is new, and make it where it is missing, in the phrasings of the first old facts."""
+def _prepared(config: TeachConfig, base: Path, old_data: Sequence[TokenDataset]) -> TokenDataset:
+    """Return the data set of what is new, and make it where it is missing, in the phrasings of old facts.
+
+    They are those of the last data set that has all of its attributes, or else of the first of facts.
+    """
     if config.data is not None:
         dataset = TokenDataset.open(config.data)
         check_tokenizer(base, dataset)
         return dataset
     folder = config.folder / "data"
     if not folder.exists():
-        old_facts = next((dataset.folder for dataset in old_data if dataset.index.facts), None)
         of_facts = {
             "facts": config.facts,
             "key": config.key,
             "attributes": config.attributes,
-            "phrasings": config.phrasings or old_facts,
+            "phrasings": config.phrasings or _phrasings(config, old_data),
             "every_fact": True,
         }
         prepare(
@@ -274,15 +288,24 @@ def _prepared(config: TeachConfig, base: Path, old_data: Iterable[TokenDataset])
     return TokenDataset.open(folder)
 
 
-def _memories(config: TeachConfig, past: list[PastRun]) -> tuple[MemoryConfig, ...]:
-    """Return what is remembered by.
+def _phrasings(config: TeachConfig, old_data: Sequence[TokenDataset]) -> Path | None:
+    if config.facts is None or config.key is None:
+        return None
+    attributes = set(read_fact_table(config.facts, key=config.key, attributes=config.attributes).attributes)
+    of_facts = [(dataset.folder, facts.fact_set) for dataset in old_data if (facts := dataset.split("train").facts)]
+    with_all = [folder for folder, fact_set in of_facts if attributes <= set(fact_set.attributes)]
+    return with_all[-1] if with_all else of_facts[0][0] if of_facts else None
+
+
+def _memories(config: TeachConfig, past: list[PastRun]) -> tuple[tuple[MemoryConfig, ...], tuple[str, ...]]:
+    """Return what is remembered by, and sentences about what can be remembered no more.
 
     Raises:
         InputError: data that are to be gone over again are gone.
     """
-    base = past[0]
+    kept, told = kept_memories(past)
     if config.remember == "nothing":
-        return ()
+        return (), told
     if config.remember == "data":
         gone = [each for each in past if each.data() is None]
         if gone:
@@ -290,10 +313,10 @@ def _memories(config: TeachConfig, past: list[PastRun]) -> tuple[MemoryConfig, .
                 f"{gone[0].config.data}, the data of {gone[0].run}, is gone or was made by another tokenizer: "
                 "remember own-samples or nothing"
             )
-        return tuple(MemoryConfig(data=each.config.data) for each in past)
-    kept = kept_memories(base)
-    tokens = config.sample_tokens or (_SAMPLE_TOKENS // 4 if kept else _SAMPLE_TOKENS)
-    return *kept, MemoryConfig(data=config.folder / "own-samples", teacher=base.run, sample_tokens=tokens)
+        return tuple(MemoryConfig(data=each.config.data) for each in past), told
+    tokens = config.sample_tokens or (SAMPLE_TOKENS // 4 if kept else SAMPLE_TOKENS)
+    own = MemoryConfig(data=config.folder / "own-samples", teacher=past[0].run, sample_tokens=tokens)
+    return (*kept, own), told
 
 
 def _training_config(
@@ -311,9 +334,9 @@ def _training_config(
             train=config.train,
             rank=config.rank,
             rows=config.rows,
-            old_texts=None if config.rows is None else old_texts[0],
+            old_texts=() if config.rows is None else tuple(old_texts),
             remember=memories,
-            remember_weight=config.remember_weight,
+            remember_weight=1.0 if config.remember_weight is None else config.remember_weight,
             asked={name: dataset.folder for name, dataset in asked.items() if name != "new"},
         ),
         new_data,
@@ -369,6 +392,7 @@ def teaching_run(
             head_learning_rate=learning_rate,
             table_learning_rate=table_learning_rate,
             table_second_moment=base.optimizer.table_second_moment,
+            table_gradients="auto" if teaching.rows is None else "sparse",
         ),
         schedule=ScheduleConfig(warmup_fraction=0.0, decay_fraction=0.0),
         teaching=teaching,

@@ -14,6 +14,7 @@ from tinyexperts.statistics.power_law_fit import PowerLawFit, Term
 from tinyexperts.study.analysis.frame import texts_of
 from tinyexperts.study.grid import GridRun
 from tinyexperts.study.train_command import train_command
+from tinyexperts.training import TrainConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +79,7 @@ def runs_table(runs: pd.DataFrame) -> Table:
 
 def commands_table(runs: Sequence[GridRun], evaluation_tokens: int | None) -> Table:
     """Return the table of the commands that train runs again, one by one."""
-    rows = [(run.name, train_command(run.method, replace(run.config, run=Path("runs", run.name)))) for run in runs]
+    rows = [(run.name, train_command(run.method, _in_runs(run))) for run in runs]
     return Table(
         name="commands",
         title="To run a row again",
@@ -88,6 +89,14 @@ def commands_table(runs: Sequence[GridRun], evaluation_tokens: int | None) -> Ta
         "texts than the held-out one" + (f", and --max-tokens {evaluation_tokens}." if evaluation_tokens else "."),
         is_folded=True,
     )
+
+
+def _in_runs(run: GridRun) -> TrainConfig:
+    """Return a run's configuration with its folder, and the one of the run that it begins with, in runs/."""
+    teaching = run.config.teaching
+    if teaching is not None:
+        teaching = replace(teaching, base=Path("runs", teaching.base.name))
+    return replace(run.config, run=Path("runs", run.name), teaching=teaching)
 
 
 def law_columns(terms: Sequence[Term]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from tinyexperts import data, evaluation, training
 from tinyexperts.files import write_atomically
 from tinyexperts.study.runner.study_folder import StudyFolder
-from tinyexperts.training.checkpoint import checkpoints
+from tinyexperts.training.checkpoint import checkpoints, keep_weights
 
 
 def finish_run(folder: str | os.PathLike[str], name: str) -> None:
@@ -33,7 +33,9 @@ def finish_run(folder: str | os.PathLike[str], name: str) -> None:
             shutil.rmtree(run.config.run / "checkpoints", ignore_errors=True)
             raise
         study.forget_failure(name)
-        if not (study.settings().keeps_checkpoints or run.keeps_checkpoint):
+        if run.keeps_checkpoint:
+            keep_weights(run.config.run)
+        elif not study.settings().keeps_checkpoints:
             shutil.rmtree(run.config.run / "checkpoints", ignore_errors=True)
 
 

@@ -36,8 +36,6 @@ from tinyexperts.training import TrainConfig, config_file
 from tinyexperts.training.last_metrics import last_metrics
 
 _PLANNED = TypeAdapter(GridRun)
-# What a folder may hold before study.json.
-_BEFORE = {"lock", "rounds"}
 
 
 class StudyFolder(StudyRecord):
@@ -63,7 +61,7 @@ class StudyFolder(StudyRecord):
             if differing:
                 raise InputError(f"{self.path} holds another study ({'; '.join(differing)}): choose another --output")
             return
-        if self.path.exists() and any(entry.name not in _BEFORE for entry in self.path.iterdir()):
+        if self.path.exists() and any(entry.name != "lock" for entry in self.path.iterdir()):
             raise InputError(f"{self.path} exists and is not the folder of a study: choose another --output")
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(settings), indent=2))
@@ -143,8 +141,8 @@ class StudyFolder(StudyRecord):
             axes = {RENAMED.get(axis, axis): value for axis, value in content.get("axes", {}).items()}
             run = _PLANNED.validate_python({**content, "axes": axes, "config": config})
             # The folder may have been moved since.
-            moved = _moved(run.config, run.config.run.parent.parent, self.path)
-            return replace(run, config=replace(moved, run=self.run_path(name)))
+            before = run.config.run.parents[len(Path(self.settings().runs).parts)]
+            return replace(run, config=replace(_moved(run.config, before, self.path), run=self.run_path(name)))
         except OSError as error:
             raise InputError(f"{self.path} plans no run {name}: {path} can't be read ({error.strerror})") from None
         except ValidationError as error:
@@ -182,6 +180,9 @@ class StudyFolder(StudyRecord):
 def _moved(config: TrainConfig, before: Path, after: Path) -> TrainConfig:
     """Return a configuration whose paths in one folder are in another."""
 
+    if before == after:
+        return config
+
     def moved(path: Path) -> Path:
         return after / path.relative_to(before) if path.is_relative_to(before) else path
 
@@ -195,5 +196,6 @@ def _moved(config: TrainConfig, before: Path, after: Path) -> TrainConfig:
                 for memory in teaching.remember
             ),
             asked={name: moved(path) for name, path in teaching.asked.items()},
+            old_texts=tuple(map(moved, teaching.old_texts)),
         )
     return replace(config, data=moved(config.data), teaching=teaching)

@@ -15,7 +15,7 @@ from tinyexperts.comparison.results import Results
 from tinyexperts.layers import PEERConfig
 from tinyexperts.statistics.seed_interval import SeedInterval, paired_difference
 from tinyexperts.study.analysis.frame import StudyRuns
-from tinyexperts.study.studies.lifelong.grid import Way, base_name, round_name
+from tinyexperts.study.studies.lifelong.grid import Way, base_name, round_facts, round_name
 from tinyexperts.training.config import Remember, Train
 
 BASE = "base"
@@ -28,7 +28,8 @@ class LifelongAnalysis:
         self.runs = runs
         planned = [run for run in runs.planned.values() if run.axes["stage"] == "round"]
         self.ways = sorted({way_of(run.axes, run.method) for run in planned}, key=_order)
-        self.num_rounds = max((int(run.axes["round"]) for run in planned), default=0)
+        self.num_rounds = max((int(run.axes["rounds"]) for run in planned), default=0)
+        self._planned_up_to = max((int(run.axes["round"]) for run in planned), default=0)
         self.seeds = sorted({int(run.axes["seed"]) for run in planned})
         self.num_experts = {
             way_of(run.axes, run.method): layer.num_experts
@@ -42,9 +43,10 @@ class LifelongAnalysis:
         """Return the folder of a round's run, 0 for the base's; None where it is not done."""
         return self.runs.results.get(round_name(way, number, seed))
 
-    def is_finished(self, *ways: Way) -> bool:
-        """Return True if the last round of some ways is done with every seed."""
-        return all(self.result(way, self.num_rounds, seed) is not None for way in ways for seed in self.seeds)
+    def is_finished(self, *ways: Way, number: int) -> bool:
+        """Return True if no run of some ways is still to come up to a round; one that failed for good is not."""
+        names = [round_name(way, each, seed) for way in ways for seed in self.seeds for each in range(1, number + 1)]
+        return number <= self._planned_up_to and not set(names) & set(self.runs.to_come.name)
 
     def recalls(self, way: Way, number: int, seed: int) -> dict[str, float]:
         """Return the recall after a round of the base's facts and of each round's that was taught by then, by name.
@@ -57,7 +59,7 @@ class LifelongAnalysis:
         if not number:
             recall = found.evaluated("facts", "validation", "all", "recall")
             return {} if recall is None else {BASE: float(recall)}
-        return _recalls(found.validation[-1], found, number) if found.validation else {}
+        return _recalls(found.validation[-1], number) if found.validation else {}
 
     def mean_recalls(self, way: Way, number: int) -> dict[str, float]:
         """Return the means over seeds of the recalls after a round."""
@@ -76,29 +78,30 @@ class LifelongAnalysis:
     def forgotten_at_equal_learning(self, way: Way, other: Way) -> SeedInterval | None:
         """Return the difference of what two ways forget of the base in the first round, once they learned as much.
 
-        As much is what the one that learns less learns at most. Between two passes the curve is taken as straight.
+        As much is what the one that learns less learns at most; a seed with which one of them learns nothing is left
+        out. Between two passes the curve is taken as straight.
         """
         shares: list[dict[int, float]] = [{}, {}]
         for seed in self.seeds:
-            curves = [self.curve(each, seed) for each in (way, other)]
-            if any(curve is None for curve in curves):
+            mine, theirs = (self.curve(each, seed) for each in (way, other))
+            if mine is None or theirs is None:
                 continue
-            learned = min(float(curve[:, 0].max()) for curve in curves if curve is not None)
-            for share, curve in zip(shares, curves, strict=True):
-                if curve is not None:
+            learned = min(float(mine[:, 0].max()), float(theirs[:, 0].max()))
+            if learned > max(mine[0, 0], theirs[0, 0]):
+                for share, curve in zip(shares, (mine, theirs), strict=True):
                     share[seed] = 100 - _at(curve, learned)
         return paired_difference(*shares)
 
     def curve(self, way: Way, seed: int) -> np.ndarray | None:
         """Return the passes of the first round as rows (recall of the new facts, share of the base's kept), both in %.
 
-        The first row is the model before it is taught. None where the run is not done.
+        The first row is the model before it is taught. None where the run is not done, or the base knew nothing.
         """
-        found, base = self.result(way, 1, seed), self.recalls(way, 0, seed).get(BASE)
-        if found is None or not base:
+        found = self.result(way, 1, seed)
+        if found is None or not found.validation or not found.validation[0][f"{BASE}_recall"]:
             return None
-        rows = [(100 * line["recall"], 100 * line[f"{BASE}_recall"] / base) for line in found.validation]
-        return np.array([(0.0, 100.0), *rows])
+        base = found.validation[0][f"{BASE}_recall"]
+        return np.array([(100 * line["recall"], 100 * line[f"{BASE}_recall"] / base) for line in found.validation])
 
     def cost(self, way: Way) -> Mapping[str, float]:
         """Return the means of a round's seconds and training FLOPs, and of those of its base, over the seeds.
@@ -150,9 +153,8 @@ def _order(way: Way) -> tuple[int, ...]:
     )
 
 
-def _recalls(line: Mapping[str, Any], found: Results, number: int) -> dict[str, float]:
-    asked = list(((found.config or {}).get("teaching") or {}).get("asked") or {})
-    earlier = {str(place + 1): line[f"{name}_recall"] for place, name in enumerate(asked[1:])}
+def _recalls(line: Mapping[str, Any], number: int) -> dict[str, float]:
+    earlier = {str(each): line[f"{round_facts(each)}_recall"] for each in range(1, number)}
     return {BASE: line[f"{BASE}_recall"], **earlier, str(number): line["recall"]}
 
 
@@ -173,4 +175,4 @@ def _cost(found: Results) -> tuple[float, float, float]:
         took = json.loads(drawn.read_text(encoding="utf-8"))
         seconds += took["seconds"]
         flops += took["sample_tokens"] * (found.run or {}).get("training_flops_per_token", {}).get("total", 0) / 3
-    return float(seconds), float(flops), float(len(found.validation))
+    return float(seconds), float(flops), float(len(found.validation) - 1)

@@ -67,9 +67,9 @@ def ways(scale: Scale) -> list[Way]:
     ]
     other_numbers = [
         Way(method="peer", train="tables", remember=remember, num_experts=number)
-        for number in scale.experts
-        if number != scale.layers["peer"].num_experts  # type: ignore[union-attr]
-        for remember in ("own-samples", "data")
+        for number in scale.teaching.experts
+        for remember in scale.teaching.remember
+        if remember != "nothing"
     ]
     # As in the paper of this choice, where nothing is remembered but which rows old texts use.
     rows = Way(method="peer", train="tables", remember="nothing", chooses_rows=True)
@@ -93,6 +93,11 @@ def base_name(way: Way, seed: int) -> str:
 def round_name(way: Way, number: int, seed: int) -> str:
     """Return the name of the run of a round, from 1; round 0 is the base."""
     return f"{way.name}-round{number}-seed{seed}" if number else base_name(way, seed)
+
+
+def round_facts(number: int) -> str:
+    """Return the name of a round's facts in metrics."""
+    return f"round-{number}"
 
 
 def _base_runs(scale: Scale, losses: Mapping[str, float]) -> list[GridRun]:
@@ -120,7 +125,6 @@ def _base_config(scale: Scale, way: Way, seed: int) -> TrainConfig:
         seed=seed,
         validation_every=1000,
         validation_tokens=2**17,  # all that is held out
-        **scale.method_settings.get(way.method, {}),
     )
 
 
@@ -190,9 +194,10 @@ def _taught(scale: Scale, way: Way, *, name: str, number: int, seed: int, rate: 
         base=before[-1],
         train=way.train,
         rows=scale.teaching.rows if way.chooses_rows else None,
-        old_texts=base_config.data if way.chooses_rows else None,
+        old_texts=(base_config.data,) if way.chooses_rows else (),
         remember=_memories(scale, way, before, scale.runs / name, base_config.data),
-        asked={"base": base_config.data, **{path.name: path for path in scale.rounds[1:number]}},
+        asked={"base": base_config.data}
+        | {round_facts(earlier): path for earlier, path in enumerate(scale.rounds[1:number], start=1)},
     )
     config = teaching_run(
         base_config,
@@ -206,7 +211,7 @@ def _taught(scale: Scale, way: Way, *, name: str, number: int, seed: int, rate: 
     return GridRun(
         name=name,
         method=way.method,
-        axes={**axes, "round": number, "seed": seed, "learning_rate": rate},
+        axes={**axes, "round": number, "rounds": len(scale.rounds) - 1, "seed": seed, "learning_rate": rate},
         config=replace(config, checkpoint=replace(config.checkpoint, keep=1)),
     )
 
@@ -225,10 +230,10 @@ def _memories(scale: Scale, way: Way, before: Sequence[Path], run: Path, base_da
         return ()
     if way.remember == "data":
         return tuple(MemoryConfig(data=data) for data in (*reversed(scale.rounds[1 : len(before)]), base_data))
-    whole = scale.teaching.sample_tokens
-    return tuple(
-        MemoryConfig(
-            data=taught / "teaching" / "own-samples", teacher=teacher, sample_tokens=whole if first else whole // 4
-        )
-        for taught, teacher, first in zip((*before[1:], run), before, (True, *[False] * (len(before) - 1)), strict=True)
+    kept = tuple(
+        MemoryConfig(data=taught / "teaching" / "own-samples", teacher=teacher)
+        for taught, teacher in zip(before[1:], before[:-1], strict=True)
     )
+    tokens = scale.teaching.sample_tokens // (4 if kept else 1)
+    own = MemoryConfig(data=run / "teaching" / "own-samples", teacher=before[-1], sample_tokens=tokens)
+    return *kept, own

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -32,6 +34,12 @@ _UNIT = "points of the old recall"
 
 def _words(way: Way) -> str:
     return f"{_model(way)} ({_trained(way)})"
+
+
+def _color(way: Way) -> str:
+    """Return the color of what is trained in a figure: one of the methods' colors, which the colorblind distinguish."""
+    look = {"tables": "peer", "low-rank": "moe", "everything": "dense"}[way.train]
+    return look_of("pkm" if way.chooses_rows else look).color
 
 
 def _trained(way: Way) -> str:
@@ -83,16 +91,19 @@ class _Verdicts:
             f"At equal learning {_words(way)} forgets less than {_words(other)}, remembering "
             f"{_REMEMBERED[way.remember]}, in the first round"
         )
-        return self._verdict(claim, way, other, self.analysis.forgotten_at_equal_learning(way, other))
+        return self._verdict(claim, way, other, self.analysis.forgotten_at_equal_learning(way, other), number=1)
 
     def _after_all_rounds(self, claim: str, way: Way, other: Way) -> list[Finding]:
         difference = paired_difference(self.analysis.forgotten(way), self.analysis.forgotten(other))
-        return self._verdict(f"After {self.analysis.num_rounds} rounds {claim}", way, other, difference)
+        number = self.analysis.num_rounds
+        return self._verdict(f"After {number} rounds {claim}", way, other, difference, number=number)
 
-    def _verdict(self, claim: str, way: Way, other: Way, difference: SeedInterval | None) -> list[Finding]:
+    def _verdict(
+        self, claim: str, way: Way, other: Way, difference: SeedInterval | None, *, number: int
+    ) -> list[Finding]:
         if not {way, other} <= set(self.analysis.ways):
             return []
-        is_finished = self.analysis.is_finished(way, other)
+        is_finished = self.analysis.is_finished(way, other, number=number)
         return [
             verdict_on(
                 claim, difference, is_finished=is_finished, unit=_UNIT, digits=1, words=("holds", "does not hold")
@@ -106,14 +117,15 @@ def _rounds_table(analysis: LifelongAnalysis) -> Table:
     for way in analysis.ways:
         before, after = analysis.mean_recalls(way, 0), analysis.mean_recalls(way, analysis.num_rounds)
         lost = analysis.forgotten(way)
-        interval = difference_cells(SeedInterval(values=tuple(lost.values())), 1) if lost else (MISSING, MISSING)
+        low, high = SeedInterval(values=tuple(lost.values())).bounds if lost else (math.nan, math.nan)
         rows.append(
             (
                 *(_model(way), _trained(way), _REMEMBERED[way.remember], f"{analysis.learning_rates[way]:.2g}"),
                 number(_percent(before, BASE), ".1f"),
                 number(_percent(after, BASE), ".1f"),
                 *(number(_percent(after, str(each)), ".1f") for each in range(1, analysis.num_rounds + 1)),
-                *(cell.removeprefix("+") for cell in interval),
+                number(statistics.fmean(lost.values()) if lost else None, ".1f"),
+                f"{low:.1f} to {high:.1f}" if math.isfinite(low) else MISSING,
                 str(len(lost)),
             )
         )
@@ -175,7 +187,8 @@ def _cost_table(analysis: LifelongAnalysis) -> Table:
         ),
         rows=tuple(rows),
         note="To train anew on old and new facts takes the base's training at least. Own samples that are drawn count. "
-        "Other runs went on beside these, so that seconds are rough.",
+        "Where rows are chosen, the passes that count what old texts retrieve are not in it. Other runs went on beside "
+        "these, so that seconds are rough.",
     )
 
 
@@ -236,7 +249,6 @@ def _kept_against_learned(analysis: LifelongAnalysis, model: Sequence[Way]) -> D
     """Draw what is kept against what is learned, pass by pass, in the first round."""
     plot = Plot("recall of the new facts, %", "kept of the old recall, %")
     styles = {"nothing": ":", "own-samples": "-", "data": "--"}
-    colors = {"tables": look_of("peer").color, "low-rank": look_of("moe").color, "everything": look_of("dense").color}
     drawn = []
     for way in model:
         curves = [curve for seed in analysis.seeds if (curve := analysis.curve(way, seed)) is not None]
@@ -245,10 +257,10 @@ def _kept_against_learned(analysis: LifelongAnalysis, model: Sequence[Way]) -> D
         passes = min(map(len, curves))
         mean = np.mean([curve[:passes] for curve in curves], axis=0)
         plot.axes.plot(
-            *mean.T, color=colors[way.train], linestyle=styles[way.remember], linewidth=1.8, marker="o", markersize=2.5
+            *mean.T, color=_color(way), linestyle=styles[way.remember], linewidth=1.8, marker="o", markersize=2.5
         )
         learned, share = mean[-1]
-        plot.label_end(learned, share, f"{_trained(way)}, {_REMEMBERED[way.remember]}", colors[way.train])
+        plot.label_end(learned, share, f"{_trained(way)}, {_REMEMBERED[way.remember]}", _color(way))
         drawn.append(mean)
     if not drawn:
         return None
