@@ -64,25 +64,18 @@ def test_shares() -> None:
     assert rows.share(rows.change**2, rows.is_free) == pytest.approx(0.25 / 0.26), "sums below 1 are no counts"
 
 
-def test_the_page_says_what_teaching_changed(taught_run) -> None:
+def test_the_page_says_what_teaching_changed_while_the_base_is_there(taught_run) -> None:
+    base = read_config(taught_run).teaching.base
+    assert taught_rows(base, load_model(base)) is None, "it was not taught"
     page = inspect_run(taught_run, questions=["The floor of n1 is"], threads=1).read_text(encoding="utf-8")
     (found,) = taught_rows(taught_run, load_model(taught_run)).values()
     assert f"Teaching changed {found.changed.sum():,} of the {len(found.change):,} experts" in page
-    assert "What teaching changed" in page
     cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", page[page.index("What teaching changed") :], flags=re.S)
-    assert f"{100 * found.share(found.old, found.changed):.1f}\N{NO-BREAK SPACE}%" in [
-        cell.replace(" %", "\N{NO-BREAK SPACE}%").strip() for cell in cells
+    assert f"{100 * found.share(found.old, found.changed):.1f} %" in [
+        cell.replace("\N{NO-BREAK SPACE}", " ").strip() for cell in cells
     ]
     assert "Retrievals by old texts" in page
-
-
-def test_without_the_base_nothing_is_said(taught_run) -> None:
-    shutil.rmtree(read_config(taught_run).teaching.base / "checkpoints")
+    shutil.rmtree(base / "checkpoints")
     assert taught_rows(taught_run, load_model(taught_run)) is None
     page = inspect_run(taught_run, questions=["The floor of n1 is"], threads=1).read_text(encoding="utf-8")
     assert "Teaching changed" not in page
-
-
-def test_a_run_that_was_not_taught_has_no_such_rows(taught_run) -> None:
-    base = read_config(taught_run).teaching.base
-    assert taught_rows(base, load_model(base)) is None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tinyexperts.data import PrepareConfig, TokenDataset, TokenLoader, prepare
 from tinyexperts.data.tokenizer import train_tokenizer
 from tinyexperts.errors import InputError
+from tinyexperts.evaluation import measure_facts
 from tinyexperts.files import sha256_of_file
 from tinyexperts.training import Interrupted, TeachConfig, TeachOptions, load_model, loop, teach, teach_run, train
 from tinyexperts.training.checkpoint import checkpoints, keep_weights
@@ -294,6 +295,12 @@ def test_what_repeats_contradicts_or_falls_apart_is_told(make_base, tmp_path) ->
     assert "2 of the new facts are among the old ones" in told  # the color of k1 and the floor of k2
     assert "2 of the new facts contradict old ones" in told
     assert "floor of k1: '1' becomes '4'; color of k2: 'red' becomes 'mauve'" in told
+    split = TokenDataset.open(tmp_path / "taught/teaching/contradicted").split("validation")
+    assert split.facts.fact_set.entities == {"k1": {"floor": "1"}, "k2": {"color": "red"}}
+    assert len(split.facts.rows) == 2
+    for run, known in ((base.run, taught.before), (tmp_path / "taught", taught.after)):
+        nats = measure_facts(load_model(run), split).all.nats
+        assert known["contradicted"].nats_per_fact == pytest.approx(nats, rel=1e-5)
     assert "Łódź" in told
 
 

@@ -28,24 +28,40 @@ def remarks(new_data: TokenDataset, old_data: Iterable[TokenDataset]) -> tuple[s
     return tuple(filter(None, found))
 
 
+def contradicted_facts(new: FactSet, old: FactSet) -> dict[str, dict[str, str]]:
+    """Return the old facts of which the new ones have another value: old values by attribute, by entity.
+
+    Args:
+        new (FactSet): the new facts.
+        old (FactSet): the old ones.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for key, values in new.entities.items():
+        before = old.entities.get(key, {})
+        changed = {name: before[name] for name, value in values.items() if before.get(name, value) != value}
+        if changed:
+            found[key] = changed
+    return found
+
+
 def _known_before(new: FactSet, old: FactSet) -> list[str]:
     """Return sentences about the facts that a model was trained on before, with the same value or another one."""
-    shared = [
-        (key, attribute, old.entities[key][attribute], value)
+    repeated = sum(
+        old.entities.get(key, {}).get(attribute) == value
         for key, values in new.entities.items()
         for attribute, value in values.items()
-        if attribute in old.entities.get(key, {})
-    ]
-    repeated = sum(before == value for *_, before, value in shared)
+    )
     changed = [
-        f"{attribute} of {key}: {was!r} becomes {value!r}" for key, attribute, was, value in shared if was != value
+        f"{attribute} of {key}: {was!r} becomes {new.entities[key][attribute]!r}"
+        for key, values in contradicted_facts(new, old).items()
+        for attribute, was in values.items()
     ]
     return [
         *([f"{repeated:,} of the new facts are among the old ones"] if repeated else []),
         *(
             [
-                f"{len(changed):,} of the new facts contradict old ones, which count as forgotten when they are "
-                f"learned: {_some(changed)}"
+                f"{len(changed):,} of the new facts contradict old ones, whose values are asked as well, to be "
+                f"forgotten: {_some(changed)}"
             ]
             if changed
             else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import sys
@@ -35,7 +36,7 @@ from tinyexperts.training.config import (
 )
 from tinyexperts.training.device import choose_device
 from tinyexperts.training.loop import train
-from tinyexperts.training.new_facts import remarks
+from tinyexperts.training.new_facts import contradicted_facts, remarks
 from tinyexperts.training.own_samples import open_texts
 from tinyexperts.training.run_folder import check_tokenizer, is_run, read_config
 from tinyexperts.training.teaching_history import PastRun, history, kept_memories
@@ -154,12 +155,16 @@ class Knowledge:
 
 
 SAMPLE_TOKENS = 131072
+_KEY_COLUMN = "(key)"
 _KNOWLEDGE = TypeAdapter(dict[str, Knowledge])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taught:
-    """The result of teaching, by what is asked: `new`, `old`, earlier teachings by their runs' names, `own-samples`."""
+    """The result of teaching, by what is asked: `new`, `old`, earlier teachings by their runs' names, `own-samples`.
+
+    `contradicted` are the old values of facts that were taught another one; to know them no more is right.
+    """
 
     before: dict[str, Knowledge]
     after: dict[str, Knowledge]
@@ -210,6 +215,8 @@ def teach_run(
             texts = open_texts(memories[-1], model, seed=config.seed, progress=progress)
             if not old_data:
                 asked["own-samples"] = texts
+        if (overruled := _contradicted(config, base, new_data, list(old_data.values()))) is not None:
+            asked["contradicted"] = overruled
         told = (*told, *remarks(new_data, old_data.values()))
         for sentence in told:
             print(sentence, file=sys.stderr)
@@ -283,6 +290,38 @@ def _prepared(config: TeachConfig, base: Path, old_data: Sequence[TokenDataset])
                 tokenizer=str(base / "tokenizer.json"),
                 output=folder,
                 seed=config.seed,
+            )
+        )
+    return TokenDataset.open(folder)
+
+
+def _contradicted(
+    config: TeachConfig, base: Path, new_data: TokenDataset, old_data: Sequence[TokenDataset]
+) -> TokenDataset | None:
+    """Return the data set of the old values that new facts contradict, to be asked; None where there are none."""
+    new = new_data.split("validation").facts
+    facts: dict[str, dict[str, str]] = {}
+    for dataset in old_data:  # the last that was taught counts
+        if new is not None and (old := dataset.split("train").facts) is not None:
+            for key, values in contradicted_facts(new.fact_set, old.fact_set).items():
+                facts.setdefault(key, {}).update(values)
+    if not facts:
+        return None
+    folder, table = config.folder / "contradicted", config.folder / "contradicted.csv"
+    if not folder.exists():
+        attributes = list(dict.fromkeys(name for values in facts.values() for name in values))
+        with table.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, [_KEY_COLUMN, *attributes])
+            writer.writeheader()
+            writer.writerows({_KEY_COLUMN: key, **values} for key, values in facts.items())
+        prepare(
+            PrepareConfig(
+                facts=table,
+                key=_KEY_COLUMN,
+                phrasings=new_data.folder,
+                every_fact=True,
+                tokenizer=str(base / "tokenizer.json"),
+                output=folder,
             )
         )
     return TokenDataset.open(folder)

@@ -14,7 +14,7 @@ from tinyexperts.training.run_folder import check_data, check_tokenizer, describ
 from tinyexperts.training.teaching_start import digest_of_weights
 
 # Names of what a run is asked that no earlier teaching has.
-_RESERVED = {"new", "old", "own-samples", ""}
+_RESERVED = {"new", "old", "own-samples", "contradicted", ""}
 
 
 @dataclass(frozen=True, kw_only=True)
