@@ -36,6 +36,7 @@ def test_the_reference_shares_the_table_and_takes_the_same_step():
 
 # Torch's compiler looks at it itself, after a break of the graph.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.slow
 def test_the_compiled_reference_is_the_layer_and_shares_its_table():
     layer = make_layer(D, N)
     x, grad_y = torch.randn(M, D), torch.randn(M, D)

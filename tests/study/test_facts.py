@@ -316,7 +316,7 @@ def test_the_number_of_experts_is_crossed_with_that_of_entities(make_facts, run_
 @pytest.mark.parametrize(
     ("study", "more", "refusal"),
     [
-        ("optimizer", (60, 300), "more_data are for num-experts, got"),
+        ("optimizer", (60, 300), "more_data are for num-experts and lifelong, got"),
         ("num-experts", (40, 310), "must have vocabularies of one size"),
         ("num-experts", (40, 300), "has 40 too"),
         ("num-experts", None, "must be of facts, and"),
