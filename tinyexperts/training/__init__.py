@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from tinyexperts.training.distributed.ranks import LostRank
     from tinyexperts.training.loop import Interrupted, train
     from tinyexperts.training.step import Diverged
+    from tinyexperts.training.teach_config import TeachConfig, TeachOptions
     from tinyexperts.training.teach_model import teach
-    from tinyexperts.training.teaching import Knowledge, Taught, TeachConfig, TeachOptions, teach_run
+    from tinyexperts.training.teaching import Knowledge, Taught, teach_run
     from tinyexperts.training.trained_run import ask_run, evaluate_run, generate_text
 else:
     __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -16,7 +16,8 @@ from tinyexperts.training.checkpoint import load_model, save_checkpoint
 from tinyexperts.training.config import TrainConfig
 from tinyexperts.training.config_file import to_json
 from tinyexperts.training.loop import Interrupted
-from tinyexperts.training.teaching import Taught, TeachConfig, TeachOptions, teach_run
+from tinyexperts.training.teach_config import TeachConfig, TeachOptions
+from tinyexperts.training.teaching import Taught, teach_run
 
 
 def teach(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import sys
@@ -14,9 +13,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from tinyexperts.data import PrepareConfig, TokenDataset, TokenSplit, prepare
-from tinyexperts.data.facts.table import read_fact_table
-from tinyexperts.errors import InputError, require_at_least
+from tinyexperts.data import TokenDataset, TokenSplit
+from tinyexperts.errors import InputError
 from tinyexperts.evaluation import measure_facts, measure_perplexity
 from tinyexperts.evaluation.facts import AnsweredQuestion, answer_some
 from tinyexperts.files import exclusive_lock, sha256_of_file, write_atomically
@@ -27,117 +25,20 @@ from tinyexperts.training.config import (
     CheckpointConfig,
     MemoryConfig,
     OptimizerConfig,
-    Remember,
     ScheduleConfig,
     TeachingConfig,
-    Train,
     TrainConfig,
     path_of,
 )
 from tinyexperts.training.device import choose_device
 from tinyexperts.training.loop import train
-from tinyexperts.training.new_facts import contradicted_facts, remarks
+from tinyexperts.training.new_facts import contradicted_data, prepared_data, remarks
 from tinyexperts.training.own_samples import open_texts
-from tinyexperts.training.run_folder import check_tokenizer, is_run, read_config
+from tinyexperts.training.run_folder import is_run, read_config
+from tinyexperts.training.teach_config import TeachConfig
 from tinyexperts.training.teaching_history import PastRun, history, kept_memories
 from tinyexperts.training.teaching_start import tables_to_teach
 from tinyexperts.training.trained_run import set_threads
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeachOptions:
-    """The way to teach: what is trained, and what is remembered by."""
-
-    train: Train = "tables"
-    """tables trains the experts alone; low-rank adds narrow products to the matrices (LoRA); everything trains all
-    weights. The last two are for models without a table, too."""
-    rank: int | None = None
-    """Width of these products, for low-rank; without it 8."""
-    rows: int | None = None
-    """For tables: rows that a step trains, those that it retrieves most and old texts least (TF-IDF); without it all.
-    The old texts are all that is remembered by, or else the data of the run and of those that it comes from."""
-    remember: Remember = "own-samples"
-    """own-samples keeps the model's predictions on texts that it writes itself before it starts, and on those of
-    earlier teachings; data goes over the run's data set again, where that is still there, and over those of earlier
-    teachings."""
-    remember_weight: float | None = None
-    """Factor of the loss on what is remembered, beside that of what is new; without it 1."""
-    sample_tokens: int | None = None
-    """Tokens of own samples to draw; without it 131072, and a quarter of them beside those of earlier teachings."""
-    passes: int = 16
-    """Times to go over what is new, at most; it ends before when held-out wordings are learned no better."""
-    table_learning_rate: float | None = None
-    """Learning rate of the tables; without it 1e-2, and 3e-3 where everything is trained."""
-    learning_rate: float | None = None
-    """Learning rate of all other weights: without it 1e-3 where everything is trained, and 1e-2 of narrow products."""
-    seed: int = 0
-    """Seed of the order of what is new, and of own samples."""
-    device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
-    threads: int | None = None
-    """CPU threads; default: as torch chooses."""
-
-    def __post_init__(self) -> None:
-        if self.rows is not None and self.train != "tables":
-            raise InputError(f"rows are for train tables, got {self.rows} with {self.train}")
-        if self.rank is not None and self.train != "low-rank":
-            raise InputError(f"rank is for train low-rank, got {self.rank} with {self.train}")
-        if self.learning_rate is not None and self.train == "tables":
-            raise InputError(
-                f"learning_rate is for what is no table, got {self.learning_rate} with train tables: give "
-                "table_learning_rate"
-            )
-        if self.table_learning_rate is not None and self.train == "low-rank":
-            raise InputError(
-                f"table_learning_rate is for tables, got {self.table_learning_rate} with train low-rank: give "
-                "learning_rate"
-            )
-        if self.sample_tokens is not None and self.remember != "own-samples":
-            raise InputError(f"sample_tokens are for own samples, got {self.sample_tokens} with {self.remember}")
-        if self.remember_weight is not None and self.remember == "nothing":
-            raise InputError(f"remember_weight is for what is remembered, got {self.remember_weight} with nothing")
-        for name in ("passes", "rank", "rows", "sample_tokens", "threads"):
-            require_at_least(1, name, getattr(self, name))
-        for name in ("table_learning_rate", "learning_rate", "remember_weight"):
-            if (value := getattr(self, name)) is not None and not 0 <= value < float("inf"):
-                raise InputError(f"{name} must be at least 0 and finite, got {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeachConfig(TeachOptions):
-    """The new facts or texts for the model of a run, and the way to teach them."""
-
-    output: Path
-    """Folder of the new run; the same command continues one that was cut off."""
-    facts: Path | None = None
-    """Table of new facts, a .csv or .tsv with an entity in each row."""
-    key: str | None = None
-    """Column of the table that names the entities."""
-    attributes: tuple[str, ...] = ()
-    """Columns of the table that are facts; without it all but the key."""
-    phrasings: Path | None = None
-    """TOML file with phrasings, or a data set of facts, as for `data prepare`; without it those in which the run, or
-    one that it comes from, was taught these attributes."""
-    files: tuple[Path, ...] = ()
-    """Files and folders of new texts, in place of facts."""
-    data: Path | None = None
-    """Data set of what is new, in place of both, made with the run's tokenizer, and of facts with --every-fact."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "output", path_of("output", self.output))
-        given = {"facts": self.facts, "files": self.files, "data": self.data}
-        named = [name for name, value in given.items() if value]
-        if len(named) != 1:
-            raise InputError(f"give one of facts, files and data, got {' and '.join(named) or 'none'}")
-        for name in ("key", "attributes", "phrasings"):
-            if self.facts is None and (value := getattr(self, name)):
-                raise InputError(f"{name} is for a table of facts, and none was given: {value}")
-
-    @property
-    def folder(self) -> Path:
-        """The part of the run's folder that is made before its first step."""
-        return self.output / "teaching"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +56,6 @@ class Knowledge:
 
 
 SAMPLE_TOKENS = 131072
-_KEY_COLUMN = "(key)"
 _KNOWLEDGE = TypeAdapter(dict[str, Knowledge])
 
 
@@ -209,13 +109,13 @@ def teach_run(
         raise InputError(f"rows need old texts to count, and there are none, got {config.rows}")
     with _folder_of(config):
         _check_options(config, base)
-        new_data = _prepared(config, base, list(old_data.values()))
+        new_data = prepared_data(config, base, list(old_data.values()))
         asked = {"new": new_data} | old_data
         if config.remember == "own-samples":
             texts = open_texts(memories[-1], model, seed=config.seed, progress=progress)
             if not old_data:
                 asked["own-samples"] = texts
-        if (overruled := _contradicted(config, base, new_data, list(old_data.values()))) is not None:
+        if (overruled := contradicted_data(config, base, new_data, list(old_data.values()))) is not None:
             asked["contradicted"] = overruled
         told = (*told, *remarks(new_data, old_data.values()))
         for sentence in told:
@@ -264,76 +164,6 @@ def _check_options(config: TeachConfig, base: Path) -> None:
     changes = [f"{name} was {before.get(name)}, is {now}" for name, now in options.items() if before.get(name) != now]
     if changes:
         raise InputError(f"{config.output} was begun with other options: {'; '.join(changes)}")
-
-
-def _prepared(config: TeachConfig, base: Path, old_data: Sequence[TokenDataset]) -> TokenDataset:
-    """Return the data set of what is new, and make it where it is missing, in the phrasings of old facts.
-
-    They are those of the last data set that has all of its attributes, or else of the first of facts.
-    """
-    if config.data is not None:
-        dataset = TokenDataset.open(config.data)
-        check_tokenizer(base, dataset)
-        return dataset
-    folder = config.folder / "data"
-    if not folder.exists():
-        of_facts = {
-            "facts": config.facts,
-            "key": config.key,
-            "attributes": config.attributes,
-            "phrasings": config.phrasings or _phrasings(config, old_data),
-            "every_fact": True,
-        }
-        prepare(
-            PrepareConfig(
-                **({"files": config.files} if config.files else of_facts),
-                tokenizer=str(base / "tokenizer.json"),
-                output=folder,
-                seed=config.seed,
-            )
-        )
-    return TokenDataset.open(folder)
-
-
-def _contradicted(
-    config: TeachConfig, base: Path, new_data: TokenDataset, old_data: Sequence[TokenDataset]
-) -> TokenDataset | None:
-    """Return the data set of the old values that new facts contradict, to be asked; None where there are none."""
-    new = new_data.split("validation").facts
-    facts: dict[str, dict[str, str]] = {}
-    for dataset in old_data:  # the last that was taught counts
-        if new is not None and (old := dataset.split("train").facts) is not None:
-            for key, values in contradicted_facts(new.fact_set, old.fact_set).items():
-                facts.setdefault(key, {}).update(values)
-    if not facts:
-        return None
-    folder, table = config.folder / "contradicted", config.folder / "contradicted.csv"
-    if not folder.exists():
-        attributes = list(dict.fromkeys(name for values in facts.values() for name in values))
-        with table.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [_KEY_COLUMN, *attributes])
-            writer.writeheader()
-            writer.writerows({_KEY_COLUMN: key, **values} for key, values in facts.items())
-        prepare(
-            PrepareConfig(
-                facts=table,
-                key=_KEY_COLUMN,
-                phrasings=new_data.folder,
-                every_fact=True,
-                tokenizer=str(base / "tokenizer.json"),
-                output=folder,
-            )
-        )
-    return TokenDataset.open(folder)
-
-
-def _phrasings(config: TeachConfig, old_data: Sequence[TokenDataset]) -> Path | None:
-    if config.facts is None or config.key is None:
-        return None
-    attributes = set(read_fact_table(config.facts, key=config.key, attributes=config.attributes).attributes)
-    of_facts = [(dataset.folder, facts.fact_set) for dataset in old_data if (facts := dataset.split("train").facts)]
-    with_all = [folder for folder, fact_set in of_facts if attributes <= set(fact_set.attributes)]
-    return with_all[-1] if with_all else of_facts[0][0] if of_facts else None
 
 
 def _memories(config: TeachConfig, past: list[PastRun]) -> tuple[tuple[MemoryConfig, ...], tuple[str, ...]]:
