@@ -364,7 +364,13 @@ def test_a_dry_run_leaves_nothing(data, tmp_path, run_cli) -> None:
 @pytest.mark.slow
 def test_a_small_study_from_its_first_run_to_its_report(data, tmp_path, monkeypatch, run_cli) -> None:
     sizes = TeachingSizes(
-        num_entities=4, passes=2, sample_tokens=2048, rows=20, num_rounds=2, remember=("own-samples",)
+        num_entities=4,
+        passes=2,
+        sample_tokens=2048,
+        rows=20,
+        num_rounds=2,
+        remember=("own-samples",),
+        experts=(16**2,),
     )
 
     def tiny(name, *, data, vocab_size):
