@@ -235,7 +235,7 @@ def test_it_ends_when_held_out_wordings_are_learned_no_better(make_base, new_tab
     nats = iter([9.0, 5.0, 4.0, 4.5, 3.9, 3.95, 3.9, 1.0])
 
     def measure(run, split):
-        return {"loss": 9.0, "nats_per_fact": 7.0 if split in run.teaching.asked.values() else next(nats)}
+        return {"loss": 9.0, "nats_per_fact": 7.0 if split in run.asked.values() else next(nats)}
 
     monkeypatch.setattr(loop, "_measure", measure)
     taught = teach_run(base.run, options(tmp_path, new_table, remember="nothing", passes=20), progress=False)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tinyexperts.layers import ProductKeyLayer, Routing
+from tinyexperts.evaluation.routings import product_key_layers, told_routings
+from tinyexperts.layers import Routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +62,16 @@ def recorded_expert_usage(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     Yields:
         z' (fp64, [N]) by the layer's name.
     """
-    sums: dict[str, Tensor] = {}
-    handles = []
-    try:
-        for name, layer in model.named_modules():
-            if isinstance(layer, ProductKeyLayer):
-                total = sums[name] = torch.zeros(len(layer.experts), dtype=torch.float64, device=layer.experts.device)
+    sums = {
+        name: torch.zeros(len(layer.experts), dtype=torch.float64, device=layer.experts.device)
+        for name, layer in product_key_layers(model).items()
+    }
 
-                def add(_module: nn.Module, _inputs: object, routing: Routing, total: Tensor = total) -> None:
-                    total.index_add_(0, routing.ids.flatten(), routing.weights.detach().flatten().double())
+    def add(name: str, _x: Tensor, routing: Routing) -> None:
+        sums[name].index_add_(0, routing.ids.flatten(), routing.weights.detach().flatten().double())
 
-                handles.append(layer.router.register_forward_hook(add))
+    with told_routings(model, add):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def expert_usage(weight_sums: Tensor) -> ExpertUsage:

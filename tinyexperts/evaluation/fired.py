@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tinyexperts.evaluation.routings import product_key_layers, told_routings
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.layers.product_key_router import Routing
 from tinyexperts.ops.activation import activate
@@ -43,26 +44,14 @@ def recorded_firing(model: nn.Module) -> Iterator[dict[str, Firing]]:
         The Firing by the layer's name; the next forward pass replaces it.
     """
     found: dict[str, Firing] = {}
-    handles = []
-    try:
-        for name, layer in model.named_modules():
-            if isinstance(layer, ProductKeyLayer):
+    layers = product_key_layers(model)
 
-                def keep(
-                    _router: nn.Module,
-                    inputs: tuple[Tensor, ...],
-                    routing: Routing,
-                    name: str = name,
-                    layer: ProductKeyLayer = layer,
-                ) -> None:
-                    activations = _activations(layer, inputs[0], routing.ids)
-                    found[name] = Firing(ids=routing.ids, router_weights=routing.weights, activations=activations)
+    def keep(name: str, x: Tensor, routing: Routing) -> None:
+        activations = _activations(layers[name], x, routing.ids)
+        found[name] = Firing(ids=routing.ids, router_weights=routing.weights, activations=activations)
 
-                handles.append(layer.router.register_forward_hook(keep))
+    with told_routings(model, keep):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -75,22 +64,16 @@ def counted_retrievals(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     Yields:
         The counts (fp64 [N]) by the layer's name.
     """
-    counts: dict[str, Tensor] = {}
-    handles = []
-    try:
-        for name, layer in model.named_modules():
-            if isinstance(layer, ProductKeyLayer):
-                total = torch.zeros(len(layer.experts), dtype=torch.float64, device=layer.experts.device)
-                counts[name] = total
+    counts = {
+        name: torch.zeros(len(layer.experts), dtype=torch.float64, device=layer.experts.device)
+        for name, layer in product_key_layers(model).items()
+    }
 
-                def count(_router: nn.Module, _inputs: object, routing: Routing, total: Tensor = total) -> None:
-                    total += routing.ids.flatten().bincount(minlength=len(total))
+    def count(name: str, _x: Tensor, routing: Routing) -> None:
+        counts[name] += routing.ids.flatten().bincount(minlength=len(counts[name]))
 
-                handles.append(layer.router.register_forward_hook(count))
+    with told_routings(model, count):
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _activations(layer: ProductKeyLayer, x: Tensor, ids: Tensor) -> Tensor:

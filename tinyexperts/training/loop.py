@@ -191,7 +191,7 @@ def _validate(run: Run) -> dict[str, float]:
     A run that teaches is measured on what it is asked besides, too: `old_loss` and so on.
     """
     found = _measure(run, run.dataset.split("validation"))
-    for name, split in (run.teaching.asked if run.teaching else {}).items():
+    for name, split in run.asked.items():
         found |= {f"{name}_{measure}": value for measure, value in _measure(run, split).items()}
     reshard_after_eval(run.model)
     return found
@@ -221,7 +221,7 @@ def _measure(run: Run, split: TokenSplit) -> dict[str, float]:
 
 def _in_words(run: Run, found: Mapping[str, float]) -> str:
     """Return what a model that is taught knows of the new and of what else it is asked, for the bar."""
-    prefixes = {"new": "", **{name: f"{name}_" for name in (run.teaching.asked if run.teaching else ())}}
+    prefixes = {"new": "", **{name: f"{name}_" for name in run.asked}}
     return ", ".join(
         f"{name} {100 * found[f'{prefix}recall']:.1f} %"
         if f"{prefix}recall" in found

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.evaluation.fired import counted_retrievals
-from tinyexperts.layers.product_key_layer import ProductKeyLayer
+from tinyexperts.evaluation.routings import product_key_layers
 from tinyexperts.model import Transformer, evaluation_mode
 from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.optim import rows_and_values
@@ -35,7 +35,10 @@ class RowChoice:
         self.num_rows = num_rows
         self._model = model
         self._counts: dict[str, Tensor] = {}
-        with_row = {name: layer.experts.new_zeros(len(layer.experts)).double() for name, layer in self._layers()}
+        with_row = {
+            name: layer.experts.new_zeros(len(layer.experts)).double()
+            for name, layer in product_key_layers(self._model).items()
+        }
         num_batches = 0
         with evaluation_mode(model), torch.no_grad():
             for inputs in old_batches:
@@ -66,13 +69,10 @@ class RowChoice:
 
     def restrict_gradients(self) -> None:
         """Keep of each table's gradient the chosen rows."""
-        for name, layer in self._layers():
+        for name, layer in product_key_layers(self._model).items():
             table = layer.experts
             if table.grad is None:
                 continue
             rows, values = rows_and_values(table.grad)
             is_kept = torch.isin(rows, self.chosen(name), assume_unique=True)
             table.grad = sparse_gradient(rows[is_kept], values[is_kept], table.shape)
-
-    def _layers(self) -> list[tuple[str, ProductKeyLayer]]:
-        return [(name, layer) for name, layer in self._model.named_modules() if isinstance(layer, ProductKeyLayer)]

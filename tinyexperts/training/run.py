@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.optim import Optimizer
 
-from tinyexperts.data import TokenDataset, TokenLoader
+from tinyexperts.data import TokenDataset, TokenLoader, TokenSplit
 from tinyexperts.errors import InputError
 from tinyexperts.layers import PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import Transformer
@@ -43,6 +44,11 @@ class Run:
     compilation_choice: str
     teaching: Teaching | None = None
     """The parts of a run that teaches."""
+
+    @property
+    def asked(self) -> Mapping[str, TokenSplit]:
+        """Held-out splits that it is measured on besides its own, by their names in metrics."""
+        return {} if self.teaching is None else self.teaching.asked
 
 
 def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:

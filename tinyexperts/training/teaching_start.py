@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tinyexperts.data import TokenDataset, TokenLoader, TokenSplit
+from tinyexperts.data.shards.index import SplitName
 from tinyexperts.errors import InputError
 from tinyexperts.files import sha256_of_file
 from tinyexperts.model import Transformer
@@ -101,10 +102,10 @@ def begin_teaching(config: TrainConfig, teaching: TeachingConfig, model: Transfo
     )
 
 
-def _split_of(dataset: TokenDataset, teaching: TeachingConfig, name: str, digests: list[str]) -> TokenSplit:
+def _split_of(dataset: TokenDataset, teaching: TeachingConfig, name: SplitName, digests: list[str]) -> TokenSplit:
     check_tokenizer(teaching.base, dataset)
     digests.append(dataset.sha256)
-    return dataset.split("train" if name == "train" else "validation")
+    return dataset.split(name)
 
 
 def _memory(
