@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tinyexperts.errors import InputError
 from tinyexperts.layers import PEER, DenseConfig, DenseFFN, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import Transformer, TransformerConfig, transformer
-from tinyexperts.model.attention import Attention, positions_of, rotate
+from tinyexperts.model.attention import Attention, rotary_angles, rotate
 
 LAYERS = {
     "dense": DenseConfig(activation="relu2"),
@@ -44,7 +44,7 @@ def test_attention_equals_the_formula(key_value_heads):
     torch.manual_seed(0)
     layer = Attention(config)
     x = torch.randn(2, 5, 16)
-    got = layer(x, positions_of(config, 0, 5, x.device))
+    got = layer(x, rotary_angles(config, torch.arange(5)))
     heads, width = 4, 4
     query, key, value = (p(x).view(2, 5, -1, width).transpose(1, 2) for p in (layer.query, layer.key, layer.value))
     repeats = heads // key.shape[1]
@@ -69,7 +69,7 @@ def test_rotation_keeps_lengths_and_depends_on_distances_alone():
     x, y = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4)
     products = []
     for shift in (0, 5):
-        first, second = (positions_of(config, shift + place, shift + place + 1, x.device) for place in (1, 3))
+        first, second = (rotary_angles(config, torch.tensor([shift + place])) for place in (1, 3))
         products.append((rotate(x, first) * rotate(y, second)).sum())
         torch.testing.assert_close(rotate(x, first).norm(), x.norm())
     torch.testing.assert_close(*products)
@@ -99,10 +99,10 @@ def test_the_block_order_and_the_head(tied):
     model = make("dense", tied_embeddings=tied)
     assert (model.head.weight is model.embedding.weight) == tied
     sequence = tokens()
-    positions = positions_of(model.config, 0, 9, sequence.device)
+    angles = rotary_angles(model.config, torch.arange(9))
     x = model.embedding.weight[sequence]
     for block in model.blocks:
-        x = x + block.attention(F.rms_norm(x, (16,), block.attention_norm.weight, 1e-5), positions)
+        x = x + block.attention(F.rms_norm(x, (16,), block.attention_norm.weight, 1e-5), angles)
         x = x + block.feed_forward(F.rms_norm(x, (16,), block.feed_forward_norm.weight, 1e-5))
     expected = F.rms_norm(x, (16,), model.norm.weight, 1e-5) @ model.head.weight.T
     torch.testing.assert_close(model(sequence), expected)

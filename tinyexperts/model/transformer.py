@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
 from tinyexperts.layers import FeedForward, ParameterCount
-from tinyexperts.model.attention import Attention, LayerCache, Positions, positions_of
+from tinyexperts.model.attention import (
+    Attend,
+    Attention,
+    LayerCache,
+    RotaryAngles,
+    attend_causally,
+    cache_mask,
+    rotary_angles,
+)
 from tinyexperts.model.config import TransformerConfig
 from tinyexperts.ops.rank_groups import RankGroups
 
@@ -44,8 +52,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, cache)
+    def forward(self, x: Tensor, angles: RotaryAngles, attend: Attend = attend_causally) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, attend)
         y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return y
 
@@ -150,12 +158,16 @@ class Transformer(nn.Module):
             raise InputError(
                 f"{stop} tokens are more than the model's context of {self.config.context_length} tokens holds"
             )
-        positions = positions_of(self.config, start, stop, tokens.device)
+        positions = torch.arange(start, stop, device=tokens.device)
+        angles = rotary_angles(self.config, positions)
         x = self.embedding(tokens)
-        caches: Sequence[LayerCache | None] = [None] * len(self.blocks) if cache is None else cache.layers
-        for block, layer_cache in zip(self.blocks, caches, strict=True):
-            x = block(x, positions, layer_cache)
-        if cache is not None:
+        if cache is None:
+            for block in self.blocks:
+                x = block(x, angles)
+        else:
+            mask = cache_mask(positions, start)
+            for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+                x = block(x, angles, layer_cache.attend_from(start, mask))
             cache.length = stop
         normed: Tensor = self.norm(x)
         return normed
