@@ -15,6 +15,13 @@ def test_equals_the_formula():
     assert DenseFFN(6).up.weight.shape == (24, 6)
 
 
+def test_a_mask_changes_nothing():
+    layer, x = DenseFFN(6, 10), torch.randn(2, 3, 6)
+    assert torch.equal(layer(x, torch.tensor([[True, False, True]] * 2)), layer(x))
+    with pytest.raises(ValueError, match=r"bool \[2, 3\] on cpu, got bool \[3\]"):
+        layer(x, torch.ones(3, dtype=torch.bool))
+
+
 def test_flops_and_parameters_are_counted():
     layer = DenseFFN(6, 10)
     with FlopCounterMode(display=False) as counter:

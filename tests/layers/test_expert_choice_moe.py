@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinyexperts import ExpertChoiceMoE
+from tinyexperts.errors import InputError
 
 
 def make(seed=0, **options):
@@ -211,3 +213,34 @@ def test_an_unknown_evaluation_routing_raises():
     layer.evaluation_routing = "thresholds"
     with pytest.raises(ValueError, match="one of expert_choice, threshold, got 'thresholds'"):
         layer(torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_that_a_mask_names_changes_nothing_for_real_tokens(training):
+    torch.manual_seed(0)
+    layer = ExpertChoiceMoE(6, 3, hidden_dim=5).train(training)
+    layer.evaluation_routing = "expert_choice"
+    twin = copy.deepcopy(layer)
+    x = torch.randn(2, 7, 6)
+    mask = torch.arange(7) < torch.tensor([[4], [7]])
+    x[~mask] = 100.0
+    padded, alone = x.clone().requires_grad_(), x[mask].clone().requires_grad_()
+    y, y_alone = layer(padded, mask), twin(alone)
+    torch.testing.assert_close(y[mask], y_alone)
+    assert not y[~mask].any()
+    y.square().sum().backward()
+    y_alone.square().sum().backward()
+    torch.testing.assert_close(padded.grad[mask], alone.grad)
+    assert not padded.grad[~mask].any()
+    for ours, theirs in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert torch.equal(layer.threshold, twin.threshold)
+    assert not torch.allclose(layer(x)[mask], layer(x, mask)[mask])  # what the mask is for
+
+
+def test_wrong_masks_are_refused():
+    layer, x = ExpertChoiceMoE(6, 3, hidden_dim=5), torch.randn(2, 7, 6)
+    with pytest.raises(InputError, match=r"got int64 \[2, 7\]"):
+        layer(x, torch.ones(2, 7, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"got bool \[7\]"):
+        layer(x, torch.ones(7, dtype=torch.bool))

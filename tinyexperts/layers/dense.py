@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
-from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount
+from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount, check_mask
 from tinyexperts.ops.activation import Activation, activate, check_activation
 from tinyexperts.ops.rank_groups import RankGroups
 
@@ -53,8 +53,10 @@ class DenseFFN(FeedForward):
         for linear in (self.up, self.down):
             nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features), generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (float, [..., D]) -> y (same shape and dtype)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map x (float, [..., D]) -> y (same shape and dtype), each token by itself, whatever the mask."""
+        if mask is not None:
+            check_mask(mask, x)
         y: Tensor = self.down(activate(self.up(x), self.activation))
         return y
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
-from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount
+from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount, check_mask
 from tinyexperts.layers.recomputation import in_recomputation
 from tinyexperts.ops.activation import Activation, activate, check_activation
 from tinyexperts.ops.collectives import all_gather_tokens
@@ -37,8 +37,9 @@ class ExpertChoiceMoE(FeedForward):
       have work depends on the data: torch.compile breaks the graph there, and torch.export refuses it.
     - "expert_choice": experts choose among the tokens given, as in training and as the paper presumably evaluated.
 
-    Padding is chosen like any token: it takes places that real tokens would have had, and moves the thresholds. Pack
-    sequences, or give the layer the real tokens alone.
+    Without a `mask` (bool, the leading dimensions of x; True: a real token) padding is chosen like any token: it takes
+    places that real tokens would have had, and moves the thresholds. With one the experts see the real tokens alone,
+    and the output of padding is zero.
 
     The thresholds move in training unless the router is frozen (its weight requires no gradient). They are of fp32 or
     wider, whatever the layer is cast to or loaded from.
@@ -120,8 +121,27 @@ class ExpertChoiceMoE(FeedForward):
         self.threshold.fill_(1 / len(self.threshold))
         self.num_batches_tracked.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (float, [..., D]) -> y (same shape and dtype)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Compute the layer's output for each token.
+
+        Args:
+            x (float, [..., D]): the tokens.
+            mask (bool, [...]): True for real tokens, False for padding.
+
+        Returns:
+            y (dtype of x, [..., D]): the outputs, zero for padding.
+
+        Raises:
+            InputError: a mask that is not bool, of the leading dimensions of x, on its device, or that is given to one
+                of several ranks, whose experts take as many tokens of each.
+        """
+        if mask is not None:
+            check_mask(mask, x)
+            if self.ranks is not None:
+                raise InputError(
+                    "a mask is for one process alone: experts of several ranks take as many tokens of each"
+                )
+            return torch.zeros_like(x).index_put((mask,), self(x[mask]))
         x_MD = x.reshape(-1, x.shape[-1])
         logits_ME = self.router(x_MD)
         scores_ME = logits_ME.to(torch.promote_types(logits_ME.dtype, torch.float32)).softmax(-1)

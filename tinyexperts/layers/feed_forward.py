@@ -9,7 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+
+from tinyexperts.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,16 @@ class FeedForward(nn.Module, ABC):
     """A layer that maps x[..., D] to y[..., D], each token alone."""
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (float, [..., D]) -> y (same shape and dtype)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Compute the layer's output for each token.
+
+        Args:
+            x (float, [..., D]): the tokens.
+            mask (bool, [...]): True for real tokens, False for padding, which changes nothing for real tokens.
+
+        Returns:
+            y (dtype of x, [..., D]): the outputs; those of padding mean nothing.
+        """
 
     @abstractmethod
     def flops_per_token(self) -> Flops:
@@ -65,3 +76,19 @@ class FeedForward(nn.Module, ABC):
     def parameter_groups(self) -> ParameterGroups:
         """Return the parameters by the way they are trained; by default none is a table."""
         return ParameterGroups(dense=list(self.parameters()), tables=[])
+
+
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    """Check a mask of real tokens.
+
+    Raises:
+        InputError: it is not bool, of the leading dimensions of x, on its device.
+    """
+    if not isinstance(mask, Tensor):
+        raise InputError(f"mask must be a bool tensor, True for each real token, got {type(mask).__name__}")
+    if mask.dtype != torch.bool or mask.shape != x.shape[:-1] or mask.device != x.device:
+        raise InputError(
+            f"mask must be a bool tensor of the leading dimensions of x, True for each real token: bool "
+            f"{list(x.shape[:-1])} on {x.device}, got {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)} on "
+            f"{mask.device}"
+        )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
+from tinyexperts.layers.feed_forward import check_mask
 from tinyexperts.layers.query_batch_norm import QueryBatchNorm
 from tinyexperts.ops import product_key_topk
 
@@ -117,7 +118,7 @@ class ProductKeyRouter(nn.Module):
             queries (float, [M, H, Q]): M is the product of the leading dimensions of x.
         """
         if mask is not None:
-            _check_mask(mask, x)
+            check_mask(mask, x)
         query_MC: Tensor = self.query(x.reshape(-1, x.shape[-1]))
         # By the option and not by the norm's class: a norm may be wrapped or replaced (compiled, synchronized).
         if self.query_norm == "batch":
@@ -152,14 +153,3 @@ class ProductKeyRouter(nn.Module):
     def num_parameters(self) -> int:
         """Count the parameters, all of which take part in every token."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-
-def _check_mask(mask: Tensor, x: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise InputError(f"mask must be a bool tensor, True for each real token, got {type(mask).__name__}")
-    if mask.dtype != torch.bool or mask.shape != x.shape[:-1] or mask.device != x.device:
-        raise InputError(
-            f"mask must be a bool tensor of the leading dimensions of x, True for each real token: bool "
-            f"{list(x.shape[:-1])} on {x.device}, got {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)} on "
-            f"{mask.device}"
-        )

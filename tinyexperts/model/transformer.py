@@ -52,9 +52,23 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, angles: RotaryAngles, attend: Attend = attend_causally) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: RotaryAngles, attend: Attend = attend_causally, mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the hidden states after the block.
+
+        Args:
+            x (float, [B, T, D]): the hidden states.
+            angles (RotaryAngles): the angles of their positions.
+            attend (Attend): the function that attends.
+            mask (bool, [B, T]): True for real tokens, False for padding, which the feed-forward layer leaves out.
+
+        Returns:
+            y (dtype of x, [B, T, D]).
+        """
         x = x + self.attention(self.attention_norm(x), angles, attend)
-        y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        normed = self.feed_forward_norm(x)
+        y: Tensor = x + (self.feed_forward(normed) if mask is None else self.feed_forward(normed, mask))
         return y
 
 

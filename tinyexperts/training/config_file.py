@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json as parse_json
 
 from tinyexperts.errors import InputError
-from tinyexperts.model import ExpertLayerConfig
+from tinyexperts.model import ExpertLayerConfig, TransformerConfig
 from tinyexperts.training.config import OptimizerConfig, TrainConfig
 
 VERSION = 2
@@ -73,8 +73,23 @@ def from_json(text: str | bytes) -> TrainConfig:
 def to_content(config: TrainConfig) -> dict[str, Any]:
     """Return a configuration as plain values for JSON, with the version and the kind of its expert layer."""
     content = _adapter(TrainConfig).dump_python(config, mode="json")
-    content["model"]["expert_layer"] = {"kind": config.model.expert_layer.kind, **content["model"]["expert_layer"]}
-    return {"version": VERSION, **content}
+    return {"version": VERSION, **content, "model": model_to_content(config.model)}
+
+
+def model_to_content(model: TransformerConfig) -> dict[str, Any]:
+    """Return a model's configuration as plain values for JSON, with the kind of its expert layer."""
+    content = _adapter(TransformerConfig).dump_python(model, mode="json")
+    return {**content, "expert_layer": {"kind": model.expert_layer.kind, **content["expert_layer"]}}
+
+
+def model_from_content(content: Any) -> TransformerConfig:
+    """Return the configuration of a model from plain values of this version.
+
+    Raises:
+        InputError: a field, which is named, is unknown, missing or bad.
+    """
+    config: TransformerConfig = _read(TransformerConfig, _with_layer(content, ""), "")
+    return config
 
 
 def from_content(content: Any) -> TrainConfig:
@@ -90,19 +105,21 @@ def from_content(content: Any) -> TrainConfig:
         content = _upgrade(content)
     if isinstance(content, dict):
         content = {name: value for name, value in content.items() if name != "version"}
-        model = content.get("model")
-        if isinstance(model, dict) and isinstance(model.get("expert_layer"), dict):
-            content["model"] = {**model, "expert_layer": _read_layer(model["expert_layer"])}
+        if "model" in content:
+            content["model"] = _with_layer(content["model"], "model.")
     config: TrainConfig = _read(TrainConfig, content, "")
     return config
 
 
-def _read_layer(content: dict[str, Any]) -> Any:
-    kind = content.get("kind")
+def _with_layer(model: Any, place: str) -> Any:
+    """Return the content of a model with its expert layer read, which has a kind; anything else as it is."""
+    if not isinstance(model, dict) or not isinstance(model.get("expert_layer"), dict):
+        return model
+    content = dict(model["expert_layer"])
+    kind = content.pop("kind", None)
     if kind not in KINDS:
-        raise InputError(f"model.expert_layer.kind: must be one of {', '.join(KINDS)}, got {kind!r}")
-    content = {name: value for name, value in content.items() if name != "kind"}
-    return _read(KINDS[kind], content, "model.expert_layer.")
+        raise InputError(f"{place}expert_layer.kind: must be one of {', '.join(KINDS)}, got {kind!r}")
+    return {**model, "expert_layer": _read(KINDS[kind], content, f"{place}expert_layer.")}
 
 
 def _read(kind: Any, content: Any, place: str) -> Any:
