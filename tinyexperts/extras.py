@@ -6,10 +6,13 @@ from contextlib import suppress
 from importlib.util import find_spec
 
 _TRAIN = ("tokenizers", "safetensors", "pydantic", "filelock", "tyro", "rich", "tensorboard")
+_HF = (*_TRAIN, "transformers", "accelerate")
 EXTRAS = {
     "train": _TRAIN,
     "study": (*_TRAIN, "matplotlib", "jinja2", "scipy", "pandas", "airportsdata"),
-    "hf": (*_TRAIN, "transformers", "accelerate"),
+    "hf": _HF,
+    "serve": (*_HF, "fastapi", "uvicorn", "openai"),
+    "eval": (*_HF, "lm_eval"),
 }
 
 

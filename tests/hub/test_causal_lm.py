@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 from tinyexperts.errors import InputError
 from tinyexperts.hub import TinyExpertsConfig, TinyExpertsForCausalLM

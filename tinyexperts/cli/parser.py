@@ -15,7 +15,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 import tinyexperts
-from tinyexperts.cli import data_verbs, model_verbs, study_verbs, training_verbs
+from tinyexperts.cli import data_verbs, hub_verbs, model_verbs, study_verbs, training_verbs
 from tinyexperts.errors import InputError
 
 Verb: TypeAlias = Callable[..., None]
@@ -104,6 +104,9 @@ VERBS = Group(
         "generate": model_verbs.generate,
         "ask": model_verbs.ask,
         "inspect": model_verbs.inspect,
+        "export": hub_verbs.export,
+        "import": hub_verbs.import_model,
+        "serve": hub_verbs.serve,
         "study": Group(
             "Train and compare several models, and write reports.",
             {

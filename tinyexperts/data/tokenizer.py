@@ -160,6 +160,11 @@ class Tokenizer:
         content |= {name: _without_prefix(content[name]) for name in ("normalizer", "pre_tokenizer")}
         return _of_plain_text(tokenizers.Tokenizer.from_str(json.dumps(content)), content)
 
+    @property
+    def json(self) -> str:
+        """The content of the tokenizer.json."""
+        return self._json
+
     def save(self, path: Path) -> None:
         """Write the tokenizer.json."""
         Path(path).write_text(self._json, encoding="utf-8")

@@ -1,0 +1,153 @@
+"""A run as a folder that transformers loads, and back.
+
+config.json, generation_config.json, model*.safetensors   as transformers writes them
+tokenizer.json, tokenizer_config.json, chat_template.jinja
+README.md                    the model card
+modeling_tinyexperts.py      one line, for trust_remote_code=True where nobody imports tinyexperts.hub
+run/                         the run's own config.json, run.json, tokenizer.json and evaluation.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from tinyexperts.data import Tokenizer, printable
+from tinyexperts.errors import InputError
+from tinyexperts.files import write_atomically
+from tinyexperts.hub.causal_lm import TinyExpertsForCausalLM
+from tinyexperts.hub.configuration import TinyExpertsConfig
+from tinyexperts.hub.model_card import model_card
+from tinyexperts.hub.tokenizer import to_transformers
+from tinyexperts.training import TrainConfig, config_file, load_model, run_folder
+from tinyexperts.training.checkpoint import checkpoints, save_checkpoint
+from tinyexperts.training.config import path_of
+
+StrPath = str | os.PathLike[str]
+
+_SHIM = "from tinyexperts.hub import TinyExpertsConfig, TinyExpertsForCausalLM  # noqa: F401\n"
+_RUN_FILES = ("tokenizer.json", "evaluation.json")
+
+
+def export_run(run: StrPath, output: StrPath, *, license_id: str) -> Path:
+    """Write the last weights of a run as a folder that transformers loads.
+
+    Args:
+        run (StrPath): the folder of the run.
+        output (StrPath): the new folder.
+        license_id (str): the license of the weights, as Hugging Face abbreviates it: mit, apache-2.0, cc-by-4.0, other.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        InputError: no run, no checkpoint, a license that is no such name, or a folder that exists.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license_id):
+        raise InputError(f"the license must be a name such as mit, apache-2.0 or other, got {license_id!r}")
+    run, output = path_of("run", run), path_of("output", output)
+    config = run_folder.read_config(run)
+    model = load_model(run)
+    step = json.loads((checkpoints(run)[-1] / "manifest.json").read_text(encoding="utf-8"))["step"]
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text_id)
+    with _new_folder(output) as folder:
+        wrapper = TinyExpertsForCausalLM.of(model, **ends)
+        wrapper.config.auto_map = {
+            "AutoConfig": "modeling_tinyexperts.TinyExpertsConfig",
+            "AutoModelForCausalLM": "modeling_tinyexperts.TinyExpertsForCausalLM",
+        }
+        wrapper.generation_config = GenerationConfig(**ends)
+        wrapper.save_pretrained(folder)
+        to_transformers(tokenizer, context_length=config.model.context_length).save_pretrained(folder)
+        (folder / "modeling_tinyexperts.py").write_text(_SHIM)
+        card = model_card(run, config, step=step, name=output.resolve().name, license_id=license_id)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "run").mkdir()
+        for name in _RUN_FILES:
+            if (run / name).exists():
+                shutil.copyfile(run / name, folder / "run" / name)
+        (folder / "run" / "config.json").write_text(config_file.to_json(_elsewhere(config, step)), encoding="utf-8")
+        described = run_folder.described(run)
+        described.pop("command", None)  # it may name folders of this machine
+        (folder / "run" / "run.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
+    return output
+
+
+def import_run(folder: StrPath, run: StrPath) -> Path:
+    """Make a run of an exported folder: it can be evaluated, asked, taught; it has made all its steps.
+
+    Args:
+        folder (StrPath): the folder that `export_run` wrote; its weights may have been trained on since.
+        run (StrPath): the folder of the new run.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        InputError: no exported folder, weights that don't fit their configuration, or a run that exists.
+    """
+    folder, run = path_of("folder", folder), path_of("run", run)
+    path = folder / "run" / "config.json"
+    try:
+        config = replace(config_file.from_json(path.read_bytes()), run=run)
+    except OSError as error:
+        raise InputError(
+            f"{printable(folder)} is not a folder that tinyexperts export wrote: run/config.json can't be read "
+            f"({error.strerror})"
+        ) from None
+    except InputError as error:
+        raise InputError(f"{printable(path)} does not hold a configuration: {error}") from None
+    wrapper = AutoModelForCausalLM.from_pretrained(folder)
+    meant = TinyExpertsConfig.of(config.model).transformer()
+    if not isinstance(wrapper, TinyExpertsForCausalLM) or wrapper.model.config != meant:
+        raise InputError(f"{printable(folder)} holds another model than run/config.json says")
+    with _new_folder(run) as new:
+        for name in (*_RUN_FILES, "run.json"):
+            if (folder / "run" / name).exists():
+                shutil.copyfile(folder / "run" / name, new / name)
+        write_atomically(new / "config.json", config_file.to_json(config))
+        assert config.num_steps is not None
+        state = {"step": config.num_steps, "seconds": 0.0, "losses": []}
+        save_checkpoint(new, config.num_steps, wrapper.model, [], state, keep=1)
+    return run
+
+
+def _elsewhere(config: TrainConfig, step: int) -> TrainConfig:
+    """Return the configuration of a run that has ended, without the folders of this machine."""
+    return replace(
+        config,
+        run=Path(config.run.resolve().name),
+        data=Path(config.data.resolve().name),
+        teaching=None,
+        num_steps=step,
+        training_flops=None,
+    )
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """Make a folder under another name, which gets its own when it is whole.
+
+    Raises:
+        InputError: it exists.
+    """
+    if path.exists():
+        raise InputError(f"the folder {printable(path)} exists: choose another")
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
