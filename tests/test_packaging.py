@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE_ROOMS = ("ops", "layers", "optim", "model")
 TRAIN_ROOMS = (*CORE_ROOMS, "data", "evaluation", "training", "planning", "cli")
+HF_ROOMS = (*TRAIN_ROOMS, "hub")
 STUDY_ROOMS = (*TRAIN_ROOMS, "report", "study", "bench")
 
 
@@ -69,17 +70,20 @@ print("imported")
 
 def test_three_packages_are_needed_and_the_extras_bring_the_rest():
     assert names(PROJECT["dependencies"]) == {"torch", "numpy", "numba"}
-    assert set(PACKAGES) == {"train", "study", "data", "slurm", "all", "dev"}
+    assert set(PACKAGES) == {"train", "study", "data", "slurm", "hf", "serve", "eval", "all", "dev"}
     assert PACKAGES["train"] == {
         *("tokenizers", "safetensors", "pydantic", "filelock", "tyro", "rich", "tensorboard"),
     }
     assert PACKAGES["study"] == PACKAGES["train"] | {"matplotlib", "jinja2", "scipy", "pandas", "airportsdata"}
     assert PACKAGES["data"] == PACKAGES["train"] | {"datasets", "pyarrow", "tiktoken"}
     assert PACKAGES["slurm"] == PACKAGES["study"] | {"submitit"}
-    assert PACKAGES["all"] == PACKAGES["study"] | PACKAGES["data"] | PACKAGES["slurm"]
+    assert PACKAGES["hf"] == PACKAGES["train"] | {"transformers", "accelerate"}
+    assert PACKAGES["serve"] == PACKAGES["hf"] | {"fastapi", "uvicorn", "openai"}
+    assert PACKAGES["eval"] == PACKAGES["hf"] | {"lm_eval"}
+    assert PACKAGES["all"] == set().union(*(PACKAGES[extra] for extra in ("study", "data", "slurm", "serve", "eval")))
     assert PACKAGES["dev"] >= PACKAGES["all"] | {"build", "twine"}
     assert {extra: set(packages) for extra, packages in EXTRAS.items()} == {
-        extra: PACKAGES[extra] for extra in ("train", "study")
+        extra: PACKAGES[extra] for extra in ("train", "study", "hf", "serve", "eval")
     }
 
 
@@ -93,7 +97,7 @@ def test_the_version_is_written_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+", tinyexperts.__version__)
 
 
-@pytest.mark.parametrize(("extra", "rooms"), [("train", TRAIN_ROOMS), ("study", STUDY_ROOMS)])
+@pytest.mark.parametrize(("extra", "rooms"), [("train", TRAIN_ROOMS), ("study", STUDY_ROOMS), ("hf", HF_ROOMS)])
 def test_an_extra_brings_what_its_rooms_import(extra, rooms):
     done = python_with(extra, imports_of(rooms))
     assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
@@ -127,6 +131,7 @@ print((layer.experts != before).any().item())
         ("train", "study", "study"),
         ("train", "report", "study"),
         ("train", "bench", "study"),
+        ("train", "hub", "hf"),
     ],
 )
 def test_a_room_without_its_extra_names_the_command_that_installs_it(installed, room, wanted):
@@ -152,12 +157,35 @@ except ImportError as error:
         (None, ["--help"], "the command tinyexperts needs the extra train, of which "),
         (None, ["train", "peer"], "the command tinyexperts needs the extra train, of which "),
         ("train", ["study", "status", "x"], "tinyexperts.study needs the extra study, of which matplotlib, "),
+        (
+            "train",
+            ["export", "x", "y", "--license", "mit"],
+            "tinyexperts.hub needs the extra hf, of which transformers",
+        ),
+        ("hf", ["serve", "x"], "tinyexperts.hub.serve needs the extra serve, of which fastapi, "),
+        ("hf", ["evaluate", "x", "--tasks", "y"], "tinyexperts.hub.evaluate_tasks needs the extra eval, of which lm_"),
     ],
 )
 def test_a_verb_without_its_extra_is_one_sentence(installed, words, sentence):
     done = python_with(installed, f"sys.argv = ['tinyexperts', *{words}]\nfrom tinyexperts.cli import main\nmain()\n")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith(f"tinyexperts: {sentence}")
+
+
+def test_an_older_transformers_is_refused_in_a_sentence():
+    done = python_with(
+        "hf",
+        """
+import importlib.metadata
+found = importlib.metadata.version
+importlib.metadata.version = lambda name: "5.23.1" if name == "transformers" else found(name)
+sys.argv = ["tinyexperts", "import", "x"]
+from tinyexperts.cli import main
+main()
+""",
+    )
+    sentence = "tinyexperts.hub needs transformers 5.24 or later, got 5.23.1: pip install --upgrade 'tinyexperts[hf]'"
+    assert (done.returncode, done.stderr) == (2, f"tinyexperts: {sentence}\n")
 
 
 def test_what_is_missing_is_named(monkeypatch):

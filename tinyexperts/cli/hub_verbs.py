@@ -61,6 +61,4 @@ def serve(
     """
     from tinyexperts import hub
 
-    hub.serve(
-        folder, host=host, port=port, continuous_batching=continuous_batching, device=device, dtype=dtype
-    )
+    hub.serve(folder, host=host, port=port, continuous_batching=continuous_batching, device=device, dtype=dtype)

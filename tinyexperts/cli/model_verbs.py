@@ -6,9 +6,11 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+
+from tinyexperts.errors import InputError
 
 
 def evaluate(
@@ -18,13 +20,17 @@ def evaluate(
     text_field: str = "text",
     split: Literal["train", "validation", "unseen-phrasing", "unseen-entities"] = "validation",
     max_tokens: int | None = None,
+    tasks: tuple[str, ...] = (),
+    task_files: Path | None = None,
+    max_questions: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Measure a trained model: loss, perplexity, bits per byte, and the usage of its experts.
+    """Measure a trained model: loss, perplexity, bits per byte, and the usage of its experts; or tasks of lm-eval.
 
-    On the held-out split of its own data set the results are kept in the run folder (evaluation.json).
+    On the held-out split of its own data set the results are kept in the run folder (evaluation.json), those on tasks
+    in tasks.json.
 
     Args:
         run: Folder of the run.
@@ -35,10 +41,32 @@ def evaluate(
         split: Split of the data set; unseen-phrasing and unseen-entities are for data sets of facts.
         max_tokens: Take whole windows of the context's length, evenly spread over the text, until they hold this many
             tokens; bits per byte are not known then.
-        batch_size: Windows in one forward pass.
+        tasks: Tasks of lm-eval to measure on instead of text, such as lambada sciq, or lambada,sciq.
+        task_files: Folder with the YAML of tasks, such as `data fetch-tasks` writes; default: lm-eval's own tasks, most
+            of which download their questions.
+        max_questions: The first questions of each task alone.
+        batch_size: Windows, or questions, in one forward pass.
         device: auto is cuda where there is one, else cpu.
         threads: CPU threads; default: as torch chooses.
     """
+    if tasks:
+        _evaluate_tasks(
+            *(run, tasks, task_files, max_questions),
+            {
+                "data": data_set,
+                "files": files,
+                "text_field": text_field != "text",
+                "split": split != "validation",
+                "max_tokens": max_tokens,
+            },
+            batch_size=batch_size,
+            device=device,
+            threads=threads,
+        )
+        return
+    for name, value in (("task_files", task_files), ("max_questions", max_questions)):
+        if value is not None:
+            raise InputError(f"--{name.replace('_', '-')} is for --tasks, of which there are none: {value}")
     from tinyexperts import training
     from tinyexperts.cli.tables import print_evaluation
 
@@ -56,6 +84,24 @@ def evaluate(
     for remark in result.remarks:
         print(remark, file=sys.stderr)
     print_evaluation(result.text, result.evaluation)
+
+
+def _evaluate_tasks(
+    run: Path,
+    tasks: tuple[str, ...],
+    task_files: Path | None,
+    max_questions: int | None,
+    of_texts: dict[str, Any],
+    **options: Any,
+) -> None:
+    for name, value in of_texts.items():
+        if value:
+            raise InputError(f"--{name.replace('_', '-')} is for texts and --tasks are questions: give one of them")
+    from tinyexperts import hub
+    from tinyexperts.cli.tables import print_tasks
+
+    names = [name for words in tasks for name in words.split(",") if name]
+    print_tasks(hub.evaluate_tasks(run, names, task_files=task_files, max_questions=max_questions, **options))
 
 
 def generate(

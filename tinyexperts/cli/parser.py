@@ -85,6 +85,7 @@ VERBS = Group(
             "Download texts, prepare data sets of tokens, verify them.",
             {
                 "fetch": data_verbs.fetch,
+                "fetch-tasks": data_verbs.fetch_tasks,
                 "prepare": ConfiguredVerb(data_verbs.prepare.__doc__, data_verbs.prepare),
                 "verify": data_verbs.verify,
             },

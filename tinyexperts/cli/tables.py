@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -157,3 +157,14 @@ def print_answer(question: str, answer: Answer) -> None:
     for expert in answer.experts:
         table.add_row(expert.layer, str(expert.head), f"{expert.id:,}", f"{expert.factor:+.3f}")
     console.print(table)
+
+
+def print_tasks(measures: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a line for each measure of each task, with its standard error where that is known."""
+    table = Table("task", "measure", "value", "standard error")
+    for task, found in measures.items():
+        for name, value in found.items():
+            if not name.endswith("_stderr"):
+                error = found.get(f"{name}_stderr")
+                table.add_row(task, name, f"{value:.4g}", "" if error is None else f"{error:.2g}")
+    Console().print(table)

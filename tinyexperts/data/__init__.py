@@ -10,6 +10,7 @@ require_extra("train", __name__)
 from tinyexperts.data.corpora import CORPORA, NamedCorpus, corpus_to_fetch, fetchable_corpora, open_corpus
 from tinyexperts.data.document import Corpus, Document, printable
 from tinyexperts.data.encoded_text import EncodedText
+from tinyexperts.data.evaluation_tasks import fetch_tasks
 from tinyexperts.data.fetch import FetchedCorpus, byte_progress, fetch_corpus
 from tinyexperts.data.files import FileCorpus
 from tinyexperts.data.hub import HubCorpus
@@ -47,6 +48,7 @@ __all__ = [
     "corpus_to_fetch",
     "evaluation_windows",
     "fetch_corpus",
+    "fetch_tasks",
     "fetchable_corpora",
     "open_corpus",
     "prepare",

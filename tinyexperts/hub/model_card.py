@@ -64,8 +64,8 @@ def model_card(run: Path, config: TrainConfig, *, step: int, name: str, license_
     parts = [
         f"---\n{head.to_yaml()}\n---",
         f"# {name}",
-        f"A small language model trained from nothing with tinyexperts: {_KINDS[type(layer)]}. It continues text; it was "
-        "not taught to follow instructions, to be right, or to be harmless.",
+        f"A small language model trained from nothing with tinyexperts: {_KINDS[type(layer)]}. It continues text; it "
+        "was not taught to follow instructions, to be right, or to be harmless.",
         "## Use",
         f"```\npip install 'tinyexperts[hf]'\ntinyexperts serve {name}\n```",
         "```python\nimport tinyexperts.hub  # registers the model with transformers\n"
@@ -77,7 +77,9 @@ def model_card(run: Path, config: TrainConfig, *, step: int, name: str, license_
         _table(("", ""), _training_rows(config, described, index, step)),
         "## Results",
         _results(evaluation),
-        f"Trained with tinyexperts {versions.get('tinyexperts', 'unknown')} and torch {versions.get('torch', 'unknown')}.",
+        "Trained with "
+        + " and ".join(f"{package} {versions.get(package, 'unknown')}" for package in ("tinyexperts", "torch"))
+        + ".",
     ]
     return "\n\n".join(parts) + "\n"
 
