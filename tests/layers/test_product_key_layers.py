@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinyexperts import PEER, ProductKeyMemory
+from tinyexperts.layers.product_key_router import ProductKeyRouter
 from tinyexperts.ops.expert_mlp import reference as expert_mlp_reference
 from tinyexperts.ops.product_key_topk import reference as topk_reference
 
@@ -49,7 +51,7 @@ def by_brute_force(
     shared_sub_keys=True,
     activation="gelu",
     gated=False,
-    sparse=False,
+    **_sizes,
 ):
     """The layer's output from all N scores and all N experts, by the paper's formulas for the options asked for."""
     router = layer.router
@@ -103,9 +105,10 @@ def with_any_norm(layer, seed=2):
     return layer
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), [*(("peer", each) for each in OPTIONS), *(("pkm", each) for each in MEMORY_OPTIONS)]
-)
+KINDS_AND_OPTIONS = [*(("peer", each) for each in OPTIONS), *(("pkm", each) for each in MEMORY_OPTIONS)]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS_AND_OPTIONS)
 @pytest.mark.parametrize("training", [True, False])
 def test_output_and_every_gradient_equal_brute_force(kind, options, training):
     layer = with_any_norm(make(kind, **options)).train(training)
@@ -122,6 +125,46 @@ def test_output_and_every_gradient_equal_brute_force(kind, options, training):
     touched = layer.route(x).ids.unique() if not training else None
     if touched is not None and layer.router.router_weights != "relu" and options.get("activation", "gelu") == "gelu":
         assert (results[0][2]["experts"][touched].abs().amax((1, 2)) > 0).all()
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS_AND_OPTIONS)
+def test_in_evaluation_a_token_s_output_depends_on_no_other_token(kind, options):
+    """As a causal model needs it: what follows a token changes nothing, and the token alone gives the same."""
+    layer = with_any_norm(make(kind, **options)).eval()
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    whole = layer(x)
+    for length in range(5):
+        torch.testing.assert_close(layer(x[:, :length]), whole[:, :length])
+    for sequence, place in ((0, 0), (1, 3)):
+        torch.testing.assert_close(layer(x[sequence, place]), whole[sequence, place])
+        (gradient,) = torch.autograd.grad(whole[sequence, place].square().sum(), x, retain_graph=True)
+        assert (gradient.flatten(0, 1).count_nonzero(-1).nonzero() == 5 * sequence + place).all()
+
+
+def mixed_halves(query_MHQ):
+    """Queries by the reshape of transformers' DogeCDMoE, whose halves are of two tokens: (half, token) for the rows."""
+    halves = query_MHQ.reshape(2, *query_MHQ.shape[:2], query_MHQ.shape[-1] // 2)
+    return torch.cat(list(halves), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        test_in_evaluation_a_token_s_output_depends_on_no_other_token,
+        functools.partial(test_output_and_every_gradient_equal_brute_force, training=False),
+        functools.partial(test_output_and_every_gradient_equal_brute_force, training=True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["peer", "pkm"])
+def test_the_published_fault_that_mixes_tokens_is_caught(promise, kind, monkeypatch):
+    right, options = ProductKeyRouter.queries, {"num_heads": 1, "query_norm": "none"}
+    promise(kind, options)
+    layer, x = make(kind, **options), torch.randn(1, 12)
+    expected = layer(x)
+    monkeypatch.setattr(ProductKeyRouter, "queries", lambda router, *arguments: mixed_halves(right(router, *arguments)))
+    assert torch.equal(layer(x), expected)  # token by token, as in generation, nothing is wrong
+    with pytest.raises(AssertionError):
+        promise(kind, options)
 
 
 def test_every_expert_can_be_reached_and_receives_gradient():
