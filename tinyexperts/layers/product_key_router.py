@@ -128,7 +128,7 @@ class ProductKeyRouter(nn.Module):
         if self.query_norm == "layer":
             query_MHQ = self.norm(query_MHQ)
         elif self.query_norm == "layer_halves":
-            query_MHQ = self.norm(query_MHQ.unflatten(-1, (2, self.query_dim // 2))).flatten(-2)
+            query_MHQ = self.norm(query_MHQ.view(-1, self.num_heads, 2, self.query_dim // 2)).flatten(-2)
         return query_MHQ
 
     def _normed_by_real_tokens(self, query_MC: Tensor, mask_M: Tensor) -> Tensor:
