@@ -427,6 +427,9 @@ def test_a_sum_counts_what_its_layers_cost_and_have():
     assert [id(table) for table in layer.parameter_groups().tables] == [id(layers[0].experts), id(layers[2].experts)]
     groups = layer.parameter_groups()
     assert {id(p) for p in (*groups.dense, *groups.tables)} == {id(parameter) for parameter in layer.parameters()}
+    before = layer.flops_per_token(), layer.num_parameters()
+    layer.layers[0] = torch.compile(layer.layers[0], backend="eager")
+    assert (layer.flops_per_token(), layer.num_parameters()) == before
     with pytest.raises(InputError, match="layers must be feed-forward layers, at least one, got none"):
         SumOfLayers([])
     with pytest.raises(InputError, match="at least one, got Linear"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -30,14 +31,14 @@ class SumOfLayers(FeedForward):
 
     @property
     def _parts(self) -> list[FeedForward]:
-        return [part for part in self.layers if isinstance(part, FeedForward)]
+        return [cast(FeedForward, part) for part in self.layers]  # or a wrapper of one, as torch.compile makes it
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (float, [..., D]) -> y (same shape and dtype)."""
-        first, *others = self.layers
+        first, *others = self._parts
         y: Tensor = first(x)
-        for layer in others:
-            y = y + layer(x)
+        for part in others:
+            y = y + part(x)
         return y
 
     def flops_per_token(self) -> Flops:
