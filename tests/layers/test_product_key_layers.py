@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinyexperts import PEER, ProductKeyMemory
+from tinyexperts.layers.product_key_router import ProductKeyRouter
 from tinyexperts.ops.expert_mlp import reference as expert_mlp_reference
 from tinyexperts.ops.product_key_topk import reference as topk_reference
 
@@ -22,25 +24,53 @@ def make(kind="peer", seed=0, **options):
     return ProductKeyMemory(12, 49, **({"num_heads": 3, "experts_per_head": 5, "query_dim": 6} | options))
 
 
-def by_brute_force(layer, x):
-    """The layer's output from all N scores and all N experts, by the paper's formulas."""
+def written_out_queries(router, x, query_norm):
+    """Each head's queries of each token by itself, normalized by the formulas."""
+    norm, num_heads = router.norm, router.num_heads
+    weights_HQD = router.query.weight.unflatten(0, (num_heads, -1))
+    query_MHQ = torch.stack([torch.stack([x_D @ w_QD.T for w_QD in weights_HQD]) for x_D in x.reshape(-1, x.shape[-1])])
+    if query_norm == "none":
+        return query_MHQ
+    if query_norm == "batch":
+        mean, var = norm.running_mean, norm.running_var
+        if norm.training:
+            mean, var = query_MHQ.flatten(1).mean(0), query_MHQ.flatten(1).var(0, unbiased=False)
+        normed = (query_MHQ.flatten(1) - mean) / (var + norm.eps).sqrt() * norm.weight + norm.bias
+        return normed.view_as(query_MHQ)
+    parts = query_MHQ.chunk({"layer": 1, "layer_halves": 2}[query_norm], dim=-1)
+    centered = [part - part.mean(-1, keepdim=True) for part in parts]
+    scaled = [part / (part.square().mean(-1, keepdim=True) + norm.eps).sqrt() for part in centered]
+    return torch.cat([part * norm.weight + norm.bias for part in scaled], dim=-1)
+
+
+def by_brute_force(
+    layer,
+    x,
+    query_norm="batch",
+    router_weights="softmax",
+    shared_sub_keys=True,
+    activation="gelu",
+    gated=False,
+    **_sizes,
+):
+    """The layer's output from all N scores and all N experts, by the paper's formulas for the options asked for."""
     router = layer.router
-    query_MHQ = router.queries(x)
-    keys = router.sub_keys if router.sub_keys.dim() == 4 else router.sub_keys.expand(query_MHQ.shape[1], -1, -1, -1)
+    query_MHQ = written_out_queries(router, x, query_norm)
+    keys = router.sub_keys.expand(query_MHQ.shape[1], -1, -1, -1) if shared_sub_keys else router.sub_keys
     num_sub_keys = keys.shape[2]
     first, second = torch.arange(num_sub_keys**2) // num_sub_keys, torch.arange(num_sub_keys**2) % num_sub_keys
     product_keys_HNQ = torch.cat([keys[:, 0, first], keys[:, 1, second]], dim=-1)
     scores_MHN = torch.einsum("mhq,hnq->mhn", query_MHQ, product_keys_HNQ)
     top = scores_MHN.topk(router.experts_per_head)
     weights = {"softmax": top.values.softmax(-1), "sigmoid": top.values.sigmoid(), "relu": top.values.relu()}
-    gates_MHN = torch.zeros_like(scores_MHN).scatter(-1, top.indices, weights[router.router_weights])
+    gates_MHN = torch.zeros_like(scores_MHN).scatter(-1, top.indices, weights[router_weights])
     x_MD = x.reshape(-1, x.shape[-1])
-    if layer.experts.shape[1] == 1:
+    if isinstance(layer, ProductKeyMemory):
         coefficients_MN = torch.ones(len(x_MD), len(layer.experts))
     else:
-        act = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "relu2": lambda h: F.relu(h) ** 2}[layer.activation]
+        act = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "relu2": lambda h: F.relu(h) ** 2}[activation]
         coefficients_MN = act(x_MD @ layer.experts[:, 0].T)
-        if layer.experts.shape[1] == 3:
+        if gated:
             coefficients_MN = coefficients_MN * (x_MD @ layer.experts[:, 1].T)
     return ((gates_MHN.sum(1) * coefficients_MN) @ layer.experts[:, -1]).view(x.shape)
 
@@ -48,32 +78,93 @@ def by_brute_force(layer, x):
 OPTIONS = [
     {},
     {"query_norm": "layer"},
+    {"query_norm": "layer_halves"},
     {"query_norm": "none", "shared_sub_keys": False},
     {"router_weights": "sigmoid", "activation": "relu"},
     {"router_weights": "relu", "activation": "silu", "gated": True},
     {"gated": True, "activation": "relu2", "sparse": True},
 ]
+MEMORY_OPTIONS = [
+    {},
+    {"query_norm": "none"},
+    {"query_norm": "layer_halves", "shared_sub_keys": False},
+    {"router_weights": "sigmoid"},
+    {"router_weights": "relu", "shared_sub_keys": False, "sparse": True},
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), [*(("peer", o) for o in OPTIONS), ("pkm", {}), ("pkm", {"query_norm": "none"})]
-)
+def with_any_norm(layer, seed=2):
+    """A layer whose query norm has other numbers than at the start, which hide what is multiplied by them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in layer.router.norm.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 2, generator=generator)
+                if name in ("bias", "running_mean"):
+                    tensor.sub_(1)
+    return layer
+
+
+KINDS_AND_OPTIONS = [*(("peer", each) for each in OPTIONS), *(("pkm", each) for each in MEMORY_OPTIONS)]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS_AND_OPTIONS)
 @pytest.mark.parametrize("training", [True, False])
 def test_output_and_every_gradient_equal_brute_force(kind, options, training):
-    layer = make(kind, **options).train(training)
+    layer = with_any_norm(make(kind, **options)).train(training)
     twin = copy.deepcopy(layer)
     x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1))
     results = []
-    for module, forward in ((layer, layer), (twin, lambda x: by_brute_force(twin, x))):
+    for module, forward in ((layer, layer), (twin, lambda x: by_brute_force(twin, x, **options))):
         leaf = x.clone().requires_grad_()
         y = forward(leaf)
         y.square().sum().backward()
         grads = {n: p.grad.to_dense() if p.grad.is_sparse else p.grad for n, p in module.named_parameters()}
         results.append((y, leaf.grad, grads))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=5e-5)
     touched = layer.route(x).ids.unique() if not training else None
     if touched is not None and layer.router.router_weights != "relu" and options.get("activation", "gelu") == "gelu":
         assert (results[0][2]["experts"][touched].abs().amax((1, 2)) > 0).all()
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS_AND_OPTIONS)
+def test_in_evaluation_a_token_s_output_depends_on_no_other_token(kind, options):
+    """As a causal model needs it: what follows a token changes nothing, and the token alone gives the same."""
+    layer = with_any_norm(make(kind, **options)).eval()
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    whole = layer(x)
+    for length in range(5):
+        torch.testing.assert_close(layer(x[:, :length]), whole[:, :length])
+    for sequence, place in ((0, 0), (1, 3)):
+        torch.testing.assert_close(layer(x[sequence, place]), whole[sequence, place])
+        (gradient,) = torch.autograd.grad(whole[sequence, place].square().sum(), x, retain_graph=True)
+        assert (gradient.flatten(0, 1).count_nonzero(-1).nonzero() == 5 * sequence + place).all()
+
+
+def mixed_halves(query_MHQ):
+    """Queries by the reshape of transformers' DogeCDMoE, whose halves are of two tokens: (half, token) for the rows."""
+    halves = query_MHQ.reshape(2, *query_MHQ.shape[:2], query_MHQ.shape[-1] // 2)
+    return torch.cat(list(halves), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        test_in_evaluation_a_token_s_output_depends_on_no_other_token,
+        functools.partial(test_output_and_every_gradient_equal_brute_force, training=False),
+        functools.partial(test_output_and_every_gradient_equal_brute_force, training=True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["peer", "pkm"])
+def test_the_published_fault_that_mixes_tokens_is_caught(promise, kind, monkeypatch):
+    right, options = ProductKeyRouter.queries, {"num_heads": 1, "query_norm": "none"}
+    promise(kind, options)
+    layer, x = make(kind, **options), torch.randn(1, 12)
+    expected = layer(x)
+    monkeypatch.setattr(ProductKeyRouter, "queries", lambda router, *arguments: mixed_halves(right(router, *arguments)))
+    assert torch.equal(layer(x), expected)  # token by token, as in generation, nothing is wrong
+    with pytest.raises(AssertionError):
+        promise(kind, options)
 
 
 def test_every_expert_can_be_reached_and_receives_gradient():
@@ -103,7 +194,13 @@ def test_route_gives_documented_shapes_best_first():
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("peer", {}), ("peer", {"gated": True, "shared_sub_keys": False}), ("pkm", {})]
+    ("kind", "options"),
+    [
+        ("peer", {}),
+        ("peer", {"gated": True, "shared_sub_keys": False}),
+        ("pkm", {}),
+        ("pkm", {"shared_sub_keys": False, "query_norm": "layer_halves"}),
+    ],
 )
 def test_flops_are_the_matmuls_that_the_reference_performs(kind, options):
     layer = make(kind, **options).eval()
@@ -128,6 +225,13 @@ def test_parameters_are_counted():
     assert layer.parameter_groups().tables == [layer.experts]
     names = {id(p) for p in layer.parameter_groups().dense} | {id(layer.experts)}
     assert names == {id(p) for p in layer.parameters()}
+
+
+@pytest.mark.parametrize(("query_norm", "num_added"), [("batch", 2 * 18), ("layer", 2 * 6), ("layer_halves", 2 * 3)])
+@pytest.mark.parametrize("kind", ["peer", "pkm"])
+def test_the_parameters_of_query_norms_are_counted(kind, query_norm, num_added):
+    normed, bare = (make(kind, query_norm=each).num_parameters() for each in (query_norm, "none"))
+    assert normed.active - bare.active == normed.total - bare.total == num_added
 
 
 def test_query_batch_norm_uses_batch_statistics_in_training_and_running_ones_in_evaluation():
@@ -226,7 +330,7 @@ def test_empty_batch():
         ({"query_dim": 7}, "query_dim must be even .*, got 7"),
         ({"experts_per_head": 8}, "between 1 and .* = 7, got 8"),
         ({"num_heads": 0}, "got 12 and 0"),
-        ({"query_norm": "rms"}, "one of batch, layer, none, got 'rms'"),
+        ({"query_norm": "rms"}, "one of batch, layer, layer_halves, none, got 'rms'"),
         ({"router_weights": "tanh"}, "one of softmax, sigmoid, relu, got 'tanh'"),
         ({"activation": "tanh"}, "one of gelu, relu, relu2, silu, got 'tanh'"),
     ],
@@ -268,7 +372,7 @@ def test_initial_weights_are_as_documented_and_follow_the_generator():
         assert not any(torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("query_norm", ["batch", "layer"])
+@pytest.mark.parametrize("query_norm", ["batch", "layer", "layer_halves"])
 def test_a_norm_that_was_replaced_is_applied(query_norm):
     layer, x = make(query_norm=query_norm), torch.randn(5, 12)
     expected = layer(x)

@@ -135,7 +135,7 @@ def test_without_two_real_tokens_running_statistics_are_used_and_stay(num_real, 
     torch.testing.assert_close(y, reference.eval()(x))
 
 
-@pytest.mark.parametrize("query_norm", ["batch", "layer", "none"])
+@pytest.mark.parametrize("query_norm", ["batch", "layer", "layer_halves", "none"])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_mask_that_is_not_used_changes_nothing(query_norm, training):
     layer = make(query_norm=query_norm).train(training)

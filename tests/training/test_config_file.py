@@ -8,6 +8,7 @@ import json
 import pytest
 
 from tinyexperts.errors import InputError
+from tinyexperts.layers import ProductKeyMemoryConfig
 from tinyexperts.training.config import with_settings
 from tinyexperts.training.config_file import VERSION, from_json, to_json
 
@@ -23,6 +24,16 @@ def test_a_configuration_survives_json_with_its_version_and_kind(make_config, ki
     assert type(read.model.expert_layer) is type(config.model.expert_layer)
     content = json.loads(to_json(config))
     assert (content["version"], content["model"]["expert_layer"]["kind"]) == (VERSION, KINDS[kind])
+
+
+def test_a_memory_keeps_its_options_and_without_them_is_what_it_always_was(make_config):
+    layer = ProductKeyMemoryConfig(query_norm="layer_halves", router_weights="relu", shared_sub_keys=False)
+    config = make_config("pkm", {"expert_layer": layer})
+    assert from_json(to_json(config)).model.expert_layer == layer
+    before = {f"model.expert_layer.{name}": None for name in ("router_weights", "shared_sub_keys")}
+    read = from_json(changed(make_config("pkm"), **before))
+    assert read == make_config("pkm")
+    assert (read.model.expert_layer.router_weights, read.model.expert_layer.shared_sub_keys) == ("softmax", True)
 
 
 def changed(config, **changes):
@@ -86,6 +97,8 @@ LAYERS = {
         "router_weights": "relu", "activation": "silu", "gated": True, "shared_sub_keys": False,
     },
 }  # fmt: skip
+# Options that came later, with the only value that there was.
+SINCE_ADDED = {"pkm": {"router_weights": "softmax", "shared_sub_keys": True}}
 
 
 @pytest.mark.parametrize("kind", list(LAYERS))
@@ -94,7 +107,7 @@ def test_every_setting_of_version_1_is_read(make_config, kind):
     model |= {"sparse_layer": LAYERS[kind], "layers_with_peer": [0]}
     del model["expert_layer"], model["expert_blocks"]
     config = from_json(json.dumps({"run": "r", "data": "d", "model": model, **FLAT}))
-    layer = dict(LAYERS[kind])
+    layer = LAYERS[kind] | SINCE_ADDED.get(kind, {})
     for old, new in (("num_values", "num_experts"), ("values_per_head", "experts_per_head")):
         if old in layer:
             layer[new] = layer.pop(old)

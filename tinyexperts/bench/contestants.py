@@ -190,7 +190,7 @@ def peer_pytorch(layer: PEER, *, sparse: bool) -> Contestant:
         sparse (bool): take SparseAdam for its two embeddings; otherwise fused Adam for all.
 
     Raises:
-        ImportError: PEER-pytorch is not installed; it is none of this project's dependencies.
+        ImportError: PEER-pytorch is not installed; no extra but dev brings it.
     """
     TheirPEER = importlib.import_module("PEER_pytorch").PEER
 

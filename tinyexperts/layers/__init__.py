@@ -3,11 +3,13 @@
 from tinyexperts.layers.dense import DenseConfig, DenseFFN
 from tinyexperts.layers.expert_choice_moe import ExpertChoiceMoE, ExpertChoiceMoEConfig
 from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount, ParameterGroups
+from tinyexperts.layers.importers import from_peer_pytorch, from_product_key_memory
 from tinyexperts.layers.peer import PEER, PEERConfig
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.layers.product_key_memory import ProductKeyMemory, ProductKeyMemoryConfig
 from tinyexperts.layers.product_key_router import Routing
 from tinyexperts.layers.query_batch_norm import share_query_statistics
+from tinyexperts.layers.sum_of_layers import SumOfLayers
 
 __all__ = [
     "PEER",
@@ -24,5 +26,8 @@ __all__ = [
     "ProductKeyMemory",
     "ProductKeyMemoryConfig",
     "Routing",
+    "SumOfLayers",
+    "from_peer_pytorch",
+    "from_product_key_memory",
     "share_query_statistics",
 ]

@@ -32,9 +32,10 @@ class PEER(ProductKeyLayer):
         num_heads (int): H independent queries a token, whose outputs are summed.
         experts_per_head (int): K <= sqrt(N).
         query_dim (int): Q, even.
-        query_norm (str): "batch" (the paper's query BN), "layer" (each head's query alone) or "none". Batch norm uses
-            the batch's statistics in training and running ones in evaluation. It is frozen when none of its own
-            parameters (router.norm's) requires a gradient: then it uses and keeps the running ones in training too.
+        query_norm (str): "batch" (the paper's query BN), "layer" (each head's query alone), "layer_halves" (each half
+            of it alone, all halves with the same Q/2 gains and biases) or "none". Batch norm uses the batch's
+            statistics in training and running ones in evaluation. It is frozen when none of its own parameters
+            (router.norm's) requires a gradient: then it uses and keeps the running ones in training too.
         router_weights (str): "softmax" over a head's K scores (the paper), "sigmoid" or "relu" of each score.
         activation (str): "gelu", "relu", "relu2" or "silu"; the paper doesn't say which it used.
         gated (bool): gated experts, named by the paper as an easy extension.

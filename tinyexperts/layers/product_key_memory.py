@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
-from tinyexperts.layers.product_key_router import QueryNorm
+from tinyexperts.layers.product_key_router import QueryNorm, RouterWeights
 from tinyexperts.ops.rank_groups import RankGroups
 
 
 class ProductKeyMemory(ProductKeyLayer):
     """A feed-forward layer whose output is a weighted sum of H*K retrieved value vectors, which don't look at x.
 
-    Softmax weights over each head's K; the sub-keys are shared by the heads, as in the paper's PEER, so that the two
-    differ in the experts alone. `experts` [N, 1, D] holds the values.
+    By default softmax weights over each head's K, and sub-keys that the heads share, as in the paper's PEER, so that
+    the two differ in the experts alone. `experts` [N, 1, D] holds the values.
 
     Args:
         d_model (int): width D.
@@ -25,7 +25,10 @@ class ProductKeyMemory(ProductKeyLayer):
         num_heads (int): H queries a token, whose outputs are summed.
         experts_per_head (int): K <= sqrt(N).
         query_dim (int): Q, even.
-        query_norm (str): "batch", "layer" or "none"; as in PEER, with its `mask`, and its rule for a frozen batch norm.
+        query_norm (str): "batch", "layer", "layer_halves" or "none"; as in PEER, with its `mask`, and its rule for a
+            frozen batch norm.
+        router_weights (str): "softmax" over a head's K scores, "sigmoid" or "relu" of each score.
+        shared_sub_keys (bool): one set of product keys for all heads, or one a head (Lample et al.).
         sparse (bool): give the gradient of the values as a sparse_coo tensor of the touched rows.
         ranks (RankGroups | None): the processes that share the layer's work, and its table by columns (see
             ProductKeyLayer).
@@ -44,6 +47,8 @@ class ProductKeyMemory(ProductKeyLayer):
         experts_per_head: int = 32,
         query_dim: int = 128,
         query_norm: QueryNorm = "batch",
+        router_weights: RouterWeights = "softmax",
+        shared_sub_keys: bool = True,
         sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -58,6 +63,8 @@ class ProductKeyMemory(ProductKeyLayer):
             experts_per_head=experts_per_head,
             query_dim=query_dim,
             query_norm=query_norm,
+            router_weights=router_weights,
+            shared_sub_keys=shared_sub_keys,
             sparse=sparse,
             device=device,
             dtype=dtype,
@@ -87,6 +94,10 @@ class ProductKeyMemoryConfig:
     """Width of a query, even."""
     query_norm: QueryNorm = "batch"
     """Normalization of the queries."""
+    router_weights: RouterWeights = "softmax"
+    """The function that turns scores into router weights."""
+    shared_sub_keys: bool = True
+    """One set of product keys for all heads, as in the paper's PEER."""
 
     def build(
         self,

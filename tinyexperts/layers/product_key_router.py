@@ -20,7 +20,7 @@ from tinyexperts.layers.feed_forward import check_mask
 from tinyexperts.layers.query_batch_norm import QueryBatchNorm
 from tinyexperts.ops import product_key_topk
 
-QueryNorm = Literal["batch", "layer", "none"]
+QueryNorm = Literal["batch", "layer", "layer_halves", "none"]
 RouterWeights = Literal["softmax", "sigmoid", "relu"]
 
 
@@ -92,6 +92,8 @@ class ProductKeyRouter(nn.Module):
             self.norm = QueryBatchNorm(num_heads * query_dim, device=device, dtype=dtype)
         elif query_norm == "layer":
             self.norm = nn.LayerNorm(query_dim, device=device, dtype=dtype)
+        elif query_norm == "layer_halves":
+            self.norm = nn.LayerNorm(query_dim // 2, device=device, dtype=dtype)
         key_sets = (2,) if shared_sub_keys else (num_heads, 2)
         self.sub_keys = nn.Parameter(torch.empty(*key_sets, num_sub_keys, query_dim // 2, device=device, dtype=dtype))
         self.reset_parameters()
@@ -124,7 +126,11 @@ class ProductKeyRouter(nn.Module):
         if self.query_norm == "batch":
             query_MC = self.norm(query_MC) if mask is None else self._normed_by_real_tokens(query_MC, mask.reshape(-1))
         query_MHQ = query_MC.view(-1, self.num_heads, self.query_dim)
-        return self.norm(query_MHQ) if self.query_norm == "layer" else query_MHQ
+        if self.query_norm == "layer":
+            query_MHQ = self.norm(query_MHQ)
+        elif self.query_norm == "layer_halves":
+            query_MHQ = self.norm(query_MHQ.view(-1, self.num_heads, 2, self.query_dim // 2)).flatten(-2)
+        return query_MHQ
 
     def _normed_by_real_tokens(self, query_MC: Tensor, mask_M: Tensor) -> Tensor:
         own = any(isinstance(each, QueryBatchNorm) for each in self.norm.modules())  # itself, or in a wrapper
