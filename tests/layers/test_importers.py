@@ -420,6 +420,10 @@ def test_a_sum_counts_what_its_layers_cost_and_have():
     layers = [PEER(12, 49, num_heads=2, experts_per_head=3, query_dim=4), DenseFFN(12, 7), ProductKeyMemory(12, 32**2)]
     layer, x = SumOfLayers(layers), torch.randn(2, 3, 12)
     torch.testing.assert_close(layer.eval()(x), layers[0](x) + layers[1](x) + layers[2](x))
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    masked = copy.deepcopy(layer).train()(x, mask)
+    torch.testing.assert_close(masked, sum(copy.deepcopy(each).train()(x, mask) for each in layers))
+    assert not torch.allclose(masked, copy.deepcopy(layer).train()(x))  # batch statistics of other tokens
     assert layer.flops_per_token().router == sum(each.flops_per_token().router for each in layers)
     assert layer.flops_per_token().experts == sum(each.flops_per_token().experts for each in layers)
     assert layer.num_parameters().total == sum(parameter.numel() for parameter in layer.parameters())

@@ -33,12 +33,13 @@ class SumOfLayers(FeedForward):
     def _parts(self) -> list[FeedForward]:
         return [cast(FeedForward, part) for part in self.layers]  # or a wrapper of one, as torch.compile makes it
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (float, [..., D]) -> y (same shape and dtype)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map x (float, [..., D]) -> y (same shape and dtype); each layer has the mask (bool, [...]) of real tokens."""
+        inputs = (x,) if mask is None else (x, mask)
         first, *others = self._parts
-        y: Tensor = first(x)
+        y: Tensor = first(*inputs)
         for part in others:
-            y = y + part(x)
+            y = y + part(*inputs)
         return y
 
     def flops_per_token(self) -> Flops:
