@@ -5,6 +5,7 @@ stored_vectors.py reads the vectors and prefetches later ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from numba.extending import intrinsic
 
 from tinyexperts.ops.cpu import simd
 from tinyexperts.ops.cpu.compile import CACHE_LINE_BYTES, inlined, prefetch
-from tinyexperts.ops.expert_mlp.stored_vectors import LANES, Block, GroupedVectors, PlainVectors, StoredVectors
+from tinyexperts.ops.expert_mlp.stored_vectors import Block, GroupedVectors, PlainVectors, StoredVectors
 
 _tuple_of: Callable[[Any, int], Any] = cast(Any, types.UniTuple)
 # How far ahead to prefetch: far enough to cover the memory's latency, and little enough for a core's second cache.
@@ -70,10 +71,10 @@ def _products(count: int) -> Any:
             number = data.type.pointee
             vectors = _stored_vectors(context, builder, signature, arguments, dim, number, count)
             token = builder.gep(data, [builder.mul(arguments[7], dim)])
-            # One sum for the steps' lanes and one for the rest, of each vector.
+            # One sum of each vector for each number of lanes.
             sums = {
                 lanes: [simd.variable(builder, simd.constant(number, lanes, 0.0)) for _ in range(count)]
-                for lanes in (LANES, 1)
+                for lanes in vectors.lane_counts
             }
 
             def use(block: Block) -> None:
@@ -94,7 +95,7 @@ def _products(count: int) -> Any:
 
             vectors.visit(use)
             totals = [
-                builder.fadd(*(simd.total(builder, builder.load(sums[lanes][i])) for lanes in (LANES, 1)))
+                functools.reduce(builder.fadd, (simd.total(builder, builder.load(each[i])) for each in sums.values()))
                 for i in range(count)
             ]
             return context.make_tuple(builder, signature.return_type, totals)

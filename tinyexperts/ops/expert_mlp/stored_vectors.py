@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils
@@ -44,6 +44,9 @@ class StoredVectors(ABC):
         dim (Any): D.
         count (int): experts.
     """
+
+    lane_counts: ClassVar[tuple[int, ...]] = (LANES, 1)
+    """The numbers of lanes that blocks have."""
 
     def __init__(
         self, context: Any, builder: Any, operands: dict[str, tuple[Any, Any]], dim: Any, number: Any, count: int
@@ -131,6 +134,8 @@ class PlainVectors(StoredVectors):
 class GroupedVectors(StoredVectors):
     """Vectors of a table in 4 bits (int4.py), with scales [N, E, G]."""
 
+    lane_counts = (LANES, LANES // 2, 1)
+
     def __init__(
         self, context: Any, builder: Any, operands: dict[str, tuple[Any, Any]], dim: Any, number: Any, count: int
     ) -> None:
@@ -175,9 +180,14 @@ class GroupedVectors(StoredVectors):
                 low = builder.add(stored, stored)
                 high = builder.add(low, intp(half))
                 use(Block(LANES, (low, high), stored, (0, 1), builder.sdiv(stored, intp(half))))
-        # The group at the end of a D that 32 does not divide: one element at a time.
+        # The group at the end of a D that 32 does not divide: half as many lanes, then one element at a time.
         num_low = builder.sub(self.num_stored, whole)
-        with cgutils.for_range_slice(builder, whole, self.num_stored, intp(1), intp) as (stored, _):
+        num_high = builder.sub(dim, builder.add(builder.add(whole, whole), num_low))
+        start = builder.add(whole, builder.and_(num_high, intp(-LANES // 2)))
+        with cgutils.for_range_slice(builder, whole, start, intp(LANES // 2), intp) as (stored, _):
+            low = builder.add(whole, stored)
+            use(Block(LANES // 2, (low, builder.add(low, num_low)), stored, (0, 1), num_whole))
+        with cgutils.for_range_slice(builder, start, self.num_stored, intp(1), intp) as (stored, _):
             low = builder.add(whole, stored)
             high = builder.add(low, num_low)
             use(Block(1, (low,), stored, (0,), num_whole))
