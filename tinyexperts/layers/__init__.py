@@ -8,6 +8,7 @@ from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.layers.product_key_memory import ProductKeyMemory, ProductKeyMemoryConfig
 from tinyexperts.layers.product_key_router import Routing
 from tinyexperts.layers.query_batch_norm import share_query_statistics
+from tinyexperts.layers.table_layer import TableBits, TableLayer, quantize_tables_
 
 __all__ = [
     "PEER",
@@ -24,5 +25,8 @@ __all__ = [
     "ProductKeyMemory",
     "ProductKeyMemoryConfig",
     "Routing",
+    "TableBits",
+    "TableLayer",
+    "quantize_tables_",
     "share_query_statistics",
 ]

@@ -10,6 +10,7 @@ import torch
 
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.layers.product_key_router import QueryNorm
+from tinyexperts.layers.table_layer import TableBits
 from tinyexperts.ops.rank_groups import RankGroups
 
 
@@ -29,10 +30,12 @@ class ProductKeyMemory(ProductKeyLayer):
         sparse (bool): give the gradient of the values as a sparse_coo tensor of the touched rows.
         ranks (RankGroups | None): the processes that share the layer's work, and its table by columns (see
             ProductKeyLayer).
+        table_bits (int | None): 8 or 4 for a quantized table, which is zero until it is loaded, and is not trained
+            (see TableLayer).
 
     Raises:
         InputError: num_experts not a square, query_dim odd, experts_per_head > sqrt(num_experts), an unknown option,
-            ranks that do not divide d_model or have less than 64 columns each.
+            ranks that do not divide d_model or have less than 64 columns each, or that would share a quantized table.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class ProductKeyMemory(ProductKeyLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         ranks: RankGroups | None = None,
+        table_bits: TableBits | None = None,
     ) -> None:
         super().__init__(
             d_model,
@@ -62,6 +66,7 @@ class ProductKeyMemory(ProductKeyLayer):
             device=device,
             dtype=dtype,
             ranks=ranks,
+            table_bits=table_bits,
         )
         self.reset_parameters()
 
@@ -87,6 +92,8 @@ class ProductKeyMemoryConfig:
     """Width of a query, even."""
     query_norm: QueryNorm = "batch"
     """Normalization of the queries."""
+    table_bits: TableBits | None = None
+    """Bits of an element of a quantized table, for inference; default: a table of numbers, which can be trained."""
 
     def build(
         self,

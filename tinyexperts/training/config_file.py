@@ -73,7 +73,10 @@ def from_json(text: str | bytes) -> TrainConfig:
 def to_content(config: TrainConfig) -> dict[str, Any]:
     """Return a configuration as plain values for JSON, with the version and the kind of its expert layer."""
     content = _adapter(TrainConfig).dump_python(config, mode="json")
-    content["model"]["expert_layer"] = {"kind": config.model.expert_layer.kind, **content["model"]["expert_layer"]}
+    layer = content["model"]["expert_layer"]
+    if layer.get("table_bits") is None:  # of a run that is trained: versions that don't know quantized tables read it
+        layer.pop("table_bits", None)
+    content["model"]["expert_layer"] = {"kind": config.model.expert_layer.kind, **layer}
     return {"version": VERSION, **content}
 
 
