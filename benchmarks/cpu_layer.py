@@ -156,7 +156,7 @@ def _narrow_ratios(layer: PEER, num_tokens: int, repeats: int) -> dict[str, Spre
     def experts(table: Tensor, scales: Tensor | None) -> Callable[[], tuple[float]]:
         def call() -> Tensor:
             x_MD, ids_MP, weights_MP = next(batches)
-            return expert_mlp(x_MD, table, ids_MP, weights_MP, layer.activation, scales_NE=scales)
+            return expert_mlp(x_MD, table, ids_MP, weights_MP, layer.activation, scales=scales)
 
         return timed(call)
 

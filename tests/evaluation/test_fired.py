@@ -17,16 +17,19 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", list(LAYERS))
-def test_factors_times_v_are_the_layers_output(kind, kernels) -> None:
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_factors_times_v_are_the_layers_output(kind, bits, kernels) -> None:
     torch.manual_seed(0)
     layer = LAYERS[kind]().eval()
+    if bits is not None:
+        layer.quantize_(bits)
     model = torch.nn.Sequential(layer)
     with torch.no_grad(), recorded_firing(model) as firing:
         model(torch.randn(1, 2, 8))
         output = model(x := torch.randn(3, 5, 8))
     (found,) = firing.values()
     assert found.ids.shape == (3, 5, 2, 3)
-    expected = torch.einsum("bthk,bthkd->btd", found.factors, layer.experts[found.ids][..., -1, :])
+    expected = torch.einsum("bthk,bthkd->btd", found.factors, layer.vectors_of(found.ids)[..., -1, :])
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.router_weights, layer.route(x).weights)
     if kind == "memory":

@@ -155,6 +155,21 @@ def test_tables_are_bit_for_bit_as_before_also_after_an_error(facts, models) -> 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_experts_of_a_quantized_table_are_knocked_out_and_put_back_to_the_bit(models, bits) -> None:
+    model = copy.deepcopy(models["gated"])
+    model.quantize_(bits)
+    before = copy.deepcopy(model.state_dict())
+    names = [name for name, layer in model.named_modules() if isinstance(layer, ProductKeyLayer)]
+    with knocked_out(model, [(name, id_) for name in names for id_ in (5, 7, 5)]):
+        for layer in map(model.get_submodule, names):
+            numbers = layer.vectors_of(torch.arange(64))
+            assert not numbers[[5, 7], -1].any()
+            assert numbers[[5, 7], :-1].any(-1).all()
+            assert numbers[[4, 6, 8]].any(-1).all()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_what_can_not_be_knocked_out_is_refused(facts, models, make_model, tiny_data) -> None:
     split, model = facts.split("validation"), models["peer"]
     config = TransformerConfig(

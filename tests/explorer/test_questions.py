@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -62,11 +64,14 @@ def test_the_strongest_experts_are_those_of_each_head(facts, models) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pkm", "peer", "gated"])
-def test_promoted_tokens_are_those_of_v_through_gain_and_head(facts, models, kind) -> None:
-    model = models[kind]
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_promoted_tokens_are_those_of_v_through_gain_and_head(facts, models, kind, bits) -> None:
+    model = copy.deepcopy(models[kind])
+    if bits is not None:
+        model.quantize_(bits)
     experts = ask(model, facts.tokenizer, "The floor of k7 is", None).answer.experts
     for expert in experts:
-        v = model.get_submodule(expert.layer).experts[expert.id, -1]
+        v = model.get_submodule(expert.layer).vectors_of(torch.tensor(expert.id))[-1]
         logits = [float((row * model.norm.weight * v).sum().detach()) * expert.factor for row in model.head.weight]
         expected = sorted(range(len(logits)), key=lambda token: -logits[token])[:5]
         assert promoted_tokens(model, expert, 5) == expected

@@ -69,7 +69,7 @@ def test_int8_tables_and_usage_give_the_same_bits(on_another_device):
     def run():
         vectors, scales = quantize_vectors(table)
         usage = expert_usage(weights.sum(1).double())
-        return expert_mlp(x, vectors, ids, weights, "gelu", scales_NE=scales), torch.as_tensor(usage.gini, device="cpu")
+        return expert_mlp(x, vectors, ids, weights, "gelu", scales=scales), torch.as_tensor(usage.gini, device="cpu")
 
     for got, expected in zip(on_another_device(run), run(), strict=True):
         assert torch.equal(got, expected)

@@ -282,7 +282,7 @@ def test_int8_tables_equal_their_scaled_values(num_vectors, activation, num_toke
     x, experts, ids, weights = problem(num_vectors, num_experts=300, **sizes)
     table, scales = quantize_vectors(experts)
     results = []
-    for values, options in ((table, {"scales_NE": scales}), (table.double() * scales.double().unsqueeze(-1), {})):
+    for values, options in ((table, {"scales": scales}), (table.double() * scales.double().unsqueeze(-1), {})):
         wide = values.dtype == torch.float64
         leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in (x, weights)]
         function = (lambda *a: reference.expert_mlp(*a)[0]) if wide else expert_mlp
@@ -324,14 +324,14 @@ def test_a_table_of_no_experts_is_quantized():
 @pytest.mark.parametrize(
     ("dtype", "scales", "message"),
     [
-        (torch.int8, None, "scales are for int8 tables and only there, got torch.int8 without scales"),
-        (torch.float32, torch.ones(23, 2), "scales are for int8 tables and only there, got torch.float32 with scales"),
+        (torch.int8, None, "scales are for int8 and uint8 tables and only there, got torch.int8 without scales"),
+        (torch.float32, torch.ones(23, 2), "int8 and uint8 tables and only there, got torch.float32 with scales"),
         (torch.int8, torch.ones(23, 1), r"floats \[N, E\] = \[23, 2\], got torch.float32 \[23, 1\]"),
         (torch.int8, torch.ones(23, 2, dtype=torch.int8), r"floats \[N, E\] = \[23, 2\], got torch.int8 \[23, 2\]"),
-        (torch.int32, None, "floating-point type or int8, got torch.int32"),
+        (torch.int32, None, r"floating-point type, int8 or uint8 \(4 bits\), got torch.int32"),
     ],
 )
 def test_scales_are_for_int8_tables(dtype, scales, message):
     x, experts, ids, weights = problem(2)
     with pytest.raises(InputError, match=message):
-        expert_mlp(x, experts.to(dtype), ids, weights, "gelu", scales_NE=scales)
+        expert_mlp(x, experts.to(dtype), ids, weights, "gelu", scales=scales)

@@ -116,7 +116,7 @@ def check_int8_experts(
     """
     rows, positions_MP = ids_MP.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     compact = table_NED[rows].float() * scales_NE[rows].unsqueeze(-1)
-    y = expert_mlp(x_MD, table_NED, ids_MP, weights_MP, activation, scales_NE=scales_NE)
+    y = expert_mlp(x_MD, table_NED, ids_MP, weights_MP, activation, scales=scales_NE)
     expected_y, _ = expert_reference.expert_mlp(x_MD, compact, positions_MP, weights_MP, activation)
     _compare(f"output of {list(table_NED.shape)} experts in int8", y, expected_y)
 

@@ -150,7 +150,8 @@ def knocked_out(model: Transformer, experts: Iterable[ExpertKey]) -> Iterator[No
         for name, ids in by_layer.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, ProductKeyLayer)
-            table = layer.experts.detach()
+            # Of a quantized vector the scales: zero as well, and put back to the bit.
+            table = layer.experts.detach() if layer.scales is None else layer.scales
             kept.append((table, ids, table[ids, -1].clone()))
             table[ids, -1] = 0
         yield

@@ -112,7 +112,8 @@ def promoted_tokens(model: Transformer, expert: FiredExpert, num_tokens: int) ->
     layer = model.get_submodule(expert.layer)
     assert isinstance(layer, ProductKeyLayer)
     with torch.no_grad():
-        logits = model.head(expert.factor * layer.experts[expert.id, -1] * model.norm.weight)
+        v = layer.vectors_of(torch.tensor(expert.id), slice(-1, None))[0]
+        logits = model.head(expert.factor * v * model.norm.weight)
     tokens: list[int] = logits.topk(num_tokens).indices.tolist()
     return tokens
 

@@ -10,6 +10,7 @@ from tinyexperts.layers.product_key_memory import ProductKeyMemory, ProductKeyMe
 from tinyexperts.layers.product_key_router import Routing
 from tinyexperts.layers.query_batch_norm import share_query_statistics
 from tinyexperts.layers.sum_of_layers import SumOfLayers
+from tinyexperts.layers.table_layer import TableBits, TableLayer, quantize_tables_
 
 __all__ = [
     "PEER",
@@ -27,7 +28,10 @@ __all__ = [
     "ProductKeyMemoryConfig",
     "Routing",
     "SumOfLayers",
+    "TableBits",
+    "TableLayer",
     "from_peer_pytorch",
     "from_product_key_memory",
+    "quantize_tables_",
     "share_query_statistics",
 ]

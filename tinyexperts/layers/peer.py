@@ -10,6 +10,7 @@ import torch
 
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.layers.product_key_router import QueryNorm, RouterWeights
+from tinyexperts.layers.table_layer import TableBits
 from tinyexperts.ops.activation import Activation, check_activation
 from tinyexperts.ops.rank_groups import RankGroups
 
@@ -45,10 +46,12 @@ class PEER(ProductKeyLayer):
             default, for any loop.
         ranks (RankGroups | None): the processes that share the layer's work, and its table by columns (see
             ProductKeyLayer).
+        table_bits (int | None): 8 or 4 for a quantized table, which is zero until it is loaded, and is not trained
+            (see TableLayer).
 
     Raises:
         InputError: num_experts not a square, query_dim odd, experts_per_head > sqrt(num_experts), an unknown option,
-            ranks that do not divide d_model or have less than 64 columns each.
+            ranks that do not divide d_model or have less than 64 columns each, or that would share a quantized table.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class PEER(ProductKeyLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         ranks: RankGroups | None = None,
+        table_bits: TableBits | None = None,
     ) -> None:
         check_activation(activation)
         super().__init__(
@@ -85,6 +89,7 @@ class PEER(ProductKeyLayer):
             device=device,
             dtype=dtype,
             ranks=ranks,
+            table_bits=table_bits,
         )
         self.reset_parameters()
 
@@ -95,8 +100,9 @@ class PEER(ProductKeyLayer):
         """
         self.router.reset_parameters(generator)
         self._draw_experts(1 / math.sqrt(self.model_dim), generator)
-        with torch.no_grad():
-            self.experts[:, -1].mul_(0.5)
+        if self.table_bits is None:
+            with torch.no_grad():
+                self.experts[:, -1].mul_(0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +129,8 @@ class PEERConfig:
     """Gated neurons as experts."""
     shared_sub_keys: bool = True
     """One set of product keys for all heads, as in the paper."""
+    table_bits: TableBits | None = None
+    """Bits of an element of a quantized table, for inference; default: a table of numbers, which can be trained."""
 
     def build(
         self,

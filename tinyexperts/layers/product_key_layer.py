@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tinyexperts.errors import InputError
-from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount, ParameterGroups
+from tinyexperts.layers.feed_forward import Flops, ParameterCount, ParameterGroups
 from tinyexperts.layers.product_key_router import ProductKeyRouter, Routing
 from tinyexperts.layers.query_batch_norm import QueryBatchNorm
+from tinyexperts.layers.table_layer import TableBits, TableLayer, empty_integers
 from tinyexperts.ops import expert_mlp
 from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
 from tinyexperts.ops.expert_mlp.columns import ColumnShard, expert_mlp_in_columns
@@ -25,8 +26,8 @@ MIN_COLUMNS = 64
 _DRAWN_ROWS = 1 << 12
 
 
-class ProductKeyLayer(FeedForward):
-    """A router and one table `experts` [N, E, D], of which each token reads P = H*K rows.
+class ProductKeyLayer(TableLayer):
+    """A router and one table `experts` [N, E, D], of which each token reads P = H*K rows; it may be quantized.
 
     With `ranks` the layer is one of those that all ranks make together. `experts` is this rank's columns of the table
     alone, [N, E, D / T]; the other parameters are whole. Forward and backward passes are called by all ranks together,
@@ -50,21 +51,33 @@ class ProductKeyLayer(FeedForward):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         ranks: RankGroups | None,
+        table_bits: TableBits | None,
         **router_options: Any,
     ) -> None:
         super().__init__()
         self.router = ProductKeyRouter(d_model, num_experts, device=device, dtype=dtype, **router_options)
         self.activation, self.sparse, self.ranks = activation, sparse, ranks
-        columns = d_model if ranks is None else _columns_of_a_rank(d_model, ranks.num_shards)
-        table = torch.empty(num_experts, vectors_per_expert, columns, device=device, dtype=dtype)
-        self.experts = (ColumnShard if columns < d_model else nn.Parameter)(prefer_huge_pages(table))
+        if table_bits is None:
+            columns = d_model if ranks is None else _columns_of_a_rank(d_model, ranks.num_shards)
+            table = torch.empty(num_experts, vectors_per_expert, columns, device=device, dtype=dtype)
+            self._set_numbers((ColumnShard if columns < d_model else nn.Parameter)(prefer_huge_pages(table)))
+        else:
+            _check_not_shared(ranks)
+            integers = empty_integers(num_experts, vectors_per_expert, d_model, table_bits, device)
+            self._set_integers(*integers, dim=d_model)
         if ranks is not None and isinstance(self.router.norm, QueryBatchNorm):
             self.router.norm.statistics_group = ranks.all_ranks
 
     @torch.no_grad()
     def _draw_experts(self, std: float, generator: torch.Generator | None) -> None:
-        """Draw normal numbers; of a shared table those of the whole one, which is drawn in parts and not kept."""
+        """Draw normal numbers; of a shared table those of the whole one, which is drawn in parts and not kept.
+
+        A quantized table is for what it loads, and becomes zero.
+        """
         if self.experts.is_meta:
+            return
+        if self.scales is not None:
+            self.scales.zero_()
             return
         if self.ranks is None:
             self.experts.normal_(std=std, generator=generator)
@@ -77,7 +90,11 @@ class ProductKeyLayer(FeedForward):
     @property
     def model_dim(self) -> int:
         """D, also where the table holds a part of its columns."""
-        return self.experts.shape[2] * (1 if self.ranks is None else self.ranks.num_shards)
+        return self._table_dim * (1 if self.ranks is None else self.ranks.num_shards)
+
+    def check_quantizable(self) -> None:
+        _check_not_shared(self.ranks)
+        super().check_quantizable()
 
     def route(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """Choose the experts of each token, best first.
@@ -122,7 +139,9 @@ class ProductKeyLayer(FeedForward):
                 x_MD, self.experts, ids_MP, weights_MP, self.activation, self.ranks, sparse=self.sparse
             )
         else:
-            y_MD = expert_mlp(x_MD, self.experts, ids_MP, weights_MP, self.activation, sparse=self.sparse)
+            y_MD = expert_mlp(
+                x_MD, self.experts, ids_MP, weights_MP, self.activation, scales=self.scales, sparse=self.sparse
+            )
         return y_MD.view(x.shape)
 
     @property
@@ -138,12 +157,13 @@ class ProductKeyLayer(FeedForward):
 
     def num_parameters(self) -> ParameterCount:
         router = self.router.num_parameters()
-        num_experts, num_vectors, _ = self.experts.shape
+        num_experts, num_vectors = self.experts.shape[:2]
         row = num_vectors * self.model_dim
         return ParameterCount(active=router + self.retrieved_per_token * row, total=router + num_experts * row)
 
     def parameter_groups(self) -> ParameterGroups:
-        return ParameterGroups(dense=list(self.router.parameters()), tables=[self.experts])
+        tables = [self.experts] if isinstance(self.experts, nn.Parameter) else []
+        return ParameterGroups(dense=list(self.router.parameters()), tables=tables)
 
 
 def _check_summed_by_its_wrapper() -> None:
@@ -156,6 +176,14 @@ def _check_summed_by_its_wrapper() -> None:
         raise InputError(
             "DistributedDataParallel can't sum the sparse gradient of a table of experts: make the layer with "
             "sparse=False, and train the table with AdamW"
+        )
+
+
+def _check_not_shared(ranks: RankGroups | None) -> None:
+    if ranks is not None:
+        raise InputError(
+            f"a quantized table is not shared by ranks, got {ranks.num_shards} that share the columns: quantize the "
+            "whole model on one rank"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from tinyexperts.layers.product_key_layer import ProductKeyLayer
 from tinyexperts.layers.product_key_router import QueryNorm, RouterWeights
+from tinyexperts.layers.table_layer import TableBits
 from tinyexperts.ops.rank_groups import RankGroups
 
 
@@ -32,10 +33,12 @@ class ProductKeyMemory(ProductKeyLayer):
         sparse (bool): give the gradient of the values as a sparse_coo tensor of the touched rows.
         ranks (RankGroups | None): the processes that share the layer's work, and its table by columns (see
             ProductKeyLayer).
+        table_bits (int | None): 8 or 4 for a quantized table, which is zero until it is loaded, and is not trained
+            (see TableLayer).
 
     Raises:
         InputError: num_experts not a square, query_dim odd, experts_per_head > sqrt(num_experts), an unknown option,
-            ranks that do not divide d_model or have less than 64 columns each.
+            ranks that do not divide d_model or have less than 64 columns each, or that would share a quantized table.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class ProductKeyMemory(ProductKeyLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         ranks: RankGroups | None = None,
+        table_bits: TableBits | None = None,
     ) -> None:
         super().__init__(
             d_model,
@@ -69,6 +73,7 @@ class ProductKeyMemory(ProductKeyLayer):
             device=device,
             dtype=dtype,
             ranks=ranks,
+            table_bits=table_bits,
         )
         self.reset_parameters()
 
@@ -98,6 +103,8 @@ class ProductKeyMemoryConfig:
     """The function that turns scores into router weights."""
     shared_sub_keys: bool = True
     """One set of product keys for all heads, as in the paper's PEER."""
+    table_bits: TableBits | None = None
+    """Bits of an element of a quantized table, for inference; default: a table of numbers, which can be trained."""
 
     def build(
         self,

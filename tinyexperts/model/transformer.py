@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyexperts.errors import InputError
-from tinyexperts.layers import FeedForward, ParameterCount
+from tinyexperts.layers import (
+    FeedForward,
+    ParameterCount,
+    PEERConfig,
+    ProductKeyMemoryConfig,
+    TableBits,
+    quantize_tables_,
+)
 from tinyexperts.model.attention import (
     Attend,
     Attention,
@@ -109,6 +117,20 @@ class Transformer(nn.Module):
         self._reset_parameters()
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
+
+    def quantize_(self, bits: TableBits) -> None:
+        """Quantize the tables of experts for inference, and say so in the config.
+
+        Args:
+            bits (int): 8 or 4.
+
+        Raises:
+            InputError: what quantize_tables_ refuses.
+        """
+        quantize_tables_(self, bits)
+        layer = self.config.expert_layer
+        assert isinstance(layer, PEERConfig | ProductKeyMemoryConfig)
+        self.config = replace(self.config, expert_layer=replace(layer, table_bits=bits))
 
     def _reset_parameters(self) -> None:
         nn.init.normal_(self.embedding.weight, std=0.02)

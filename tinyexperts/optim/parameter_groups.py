@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 
 from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.layers.feed_forward import FeedForward
+from tinyexperts.layers.table_layer import TableLayer
 from tinyexperts.ops.expert_mlp.deferred import supports_deferred
 from tinyexperts.optim.embedding_and_head import find_embedding_and_head
 from tinyexperts.optim.row_sparse_adam import RowSparseAdam
@@ -135,8 +136,10 @@ def build_optimizers(
         The AdamW, then the RowSparseAdam; only those that have parameters.
 
     Raises:
-        InputError: parameters that split_parameters refuses, or a rate of None for a kind that the model has.
+        InputError: parameters that split_parameters refuses, a quantized table, which nothing trains, or a rate of None
+            for a kind that the model has.
     """
+    _refuse_quantized_tables(model)
     embedding, head = find_embedding_and_head(model)
     kinds = _split(model, embedding, head)
     for kind, rate in (("embedding", embedding_lr), ("head", head_lr)):
@@ -166,6 +169,16 @@ def build_optimizers(
         fused = all(supports_deferred(table) for table in kinds.tables.values())
         optimizers.append(RowSparseAdam(tables, eps=eps, second_moment=table_second_moment, fused=fused))
     return optimizers
+
+
+def _refuse_quantized_tables(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, TableLayer) and module.table_bits is not None:
+            raise InputError(
+                f"a quantized table is not trained, got one of {module.table_bits} bits in "
+                f"{name or type(module).__name__}: train the model that it was made of, or make optimizers of your own "
+                "for the other parameters"
+            )
 
 
 def _warn_of_missing(missing: list[str], kinds: ParameterKinds, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from tinyexperts.layers.product_key_layer import MIN_COLUMNS
 from tinyexperts.planning.activation_memory import Activations, count_activations
 from tinyexperts.planning.devices import UTILIZATION, Devices
 from tinyexperts.planning.model_costs import ModelCosts, count_costs
-from tinyexperts.training.config import TrainConfig, with_settings
+from tinyexperts.training.config import TrainConfig, refuse_quantized_tables, with_settings
 from tinyexperts.training.run import choose_table_gradients
 
 _BYTES = 4  # of fp32
@@ -101,7 +101,7 @@ def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
         A plan for each mesh, the largest table groups first.
 
     Raises:
-        InputError: the devices do not divide the batch.
+        InputError: the devices do not divide the batch, or the table is quantized.
     """
     if config.batch_size % devices.count:
         raise InputError(f"batch_size must be a multiple of the {devices.count} devices, got {config.batch_size}")
@@ -109,6 +109,7 @@ def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
     device = torch.device("cuda" if config.device == "auto" else config.device)
     sparse_tables, _ = choose_table_gradients(config, device)
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    refuse_quantized_tables(config.model)
     costs, activations = count_costs(config.model), count_activations(config.model, device, precision)
     width = config.model.d_model
     # A second moment of rows is a mean over all columns.

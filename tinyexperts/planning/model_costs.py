@@ -56,6 +56,9 @@ class TableSize:
     width: int
     retrieved: int
 
+    row_bytes: int
+    """Bytes of an expert, with the scales of a quantized table."""
+
     @property
     def numbers(self) -> int:
         """The number of elements."""
@@ -149,8 +152,9 @@ def count_costs(config: TransformerConfig) -> ModelCosts:
             TableSize(
                 num_experts=len(layer.experts),
                 num_vectors=layer.experts.shape[1],
-                width=layer.experts.shape[2],
+                width=layer.model_dim,
                 retrieved=layer.retrieved_per_token,
+                row_bytes=layer.row_bytes,
             )
             for layer in model.modules()
             if isinstance(layer, ProductKeyLayer)
@@ -209,7 +213,7 @@ def account(config: TrainConfig) -> Account:
         Its parameters, FLOPs and bytes, and the steps that its budget affords.
     """
     model = count_costs(config.model)
-    rows = config.model.d_model + sum(table.retrieved * table.num_vectors * table.width for table in model.tables)
+    table_bytes = sum(table.retrieved * table.row_bytes for table in model.tables)
     matrices = model.num_matmul * config.gradient_accumulation / config.tokens_per_step
     remembered = [
         3 if memory.teacher is None else 4 for memory in (config.teaching.remember if config.teaching else ())
@@ -221,7 +225,7 @@ def account(config: TrainConfig) -> Account:
         parameters_total=model.parameters.total,
         parameters_active=model.parameters.active,
         parameters_matmul=model.num_matmul,
-        forward_bytes=_FP32_BYTES * (rows + matrices),
+        forward_bytes=_FP32_BYTES * (config.model.d_model + matrices) + table_bytes,
         tokens_per_step=config.tokens_per_step,
         num_steps=config.num_steps or int((config.training_flops or 0) // step_flops),
         passes_per_step=passes,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tinyexperts.errors import InputError, require_at_least
+from tinyexperts.layers import PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import TransformerConfig
 
 
@@ -291,3 +292,14 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     for part, inner in nested.items():
         changes[part] = with_settings(getattr(config, part), inner)
     return replace(config, **changes)
+
+
+def refuse_quantized_tables(model: TransformerConfig) -> None:
+    """Refuse to train a model whose tables are quantized.
+
+    Raises:
+        InputError: they are.
+    """
+    layer = model.expert_layer
+    if isinstance(layer, PEERConfig | ProductKeyMemoryConfig) and layer.table_bits is not None:
+        raise InputError(f"a quantized table is not trained: model.expert_layer.table_bits is {layer.table_bits}")

@@ -79,7 +79,10 @@ def to_content(config: TrainConfig) -> dict[str, Any]:
 def model_to_content(model: TransformerConfig) -> dict[str, Any]:
     """Return a model's configuration as plain values for JSON, with the kind of its expert layer."""
     content = _adapter(TransformerConfig).dump_python(model, mode="json")
-    return {**content, "expert_layer": {"kind": model.expert_layer.kind, **content["expert_layer"]}}
+    layer = content["expert_layer"]
+    if layer.get("table_bits") is None:  # of a model that is trained: versions that don't know quantized tables read it
+        layer.pop("table_bits", None)
+    return {**content, "expert_layer": {"kind": model.expert_layer.kind, **layer}}
 
 
 def model_from_content(content: Any) -> TransformerConfig:

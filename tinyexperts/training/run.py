@@ -14,7 +14,7 @@ from tinyexperts.layers import PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import Transformer
 from tinyexperts.optim import LowRankAdam, build_optimizers, expected_touched_share, split_parameters
 from tinyexperts.training.compilation import choose_compilation, compile_blocks
-from tinyexperts.training.config import DEFAULT_RANK, TrainConfig
+from tinyexperts.training.config import DEFAULT_RANK, TrainConfig, refuse_quantized_tables
 from tinyexperts.training.device import choose_device, choose_precision, report_out_of_memory
 from tinyexperts.training.distributed.ranks import ALONE, Ranks
 from tinyexperts.training.distributed.sharding import shard_dense_part
@@ -60,10 +60,12 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
 
     Raises:
         InputError: no data set, another vocabulary than the model's, too little text for a window, a device that is
-            missing or too small, FLOPs that pay for no step, ranks that do not divide the batch, or the width into
-            64 columns at least, a compilation that was asked for and fails; a base model that is missing or of other
-            sizes, one without a table of which the tables alone are to be trained, or teaching by several ranks.
+            missing or too small, a quantized table, FLOPs that pay for no step, ranks that do not divide the batch, or
+            the width into 64 columns at least, a compilation that was asked for and fails; a base model that is missing
+            or of other sizes, one without a table of which the tables alone are to be trained, or teaching by several
+            ranks.
     """
+    refuse_quantized_tables(config.model)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = TokenDataset.open(config.data)

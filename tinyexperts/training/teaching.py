@@ -29,6 +29,7 @@ from tinyexperts.training.config import (
     TeachingConfig,
     TrainConfig,
     path_of,
+    refuse_quantized_tables,
 )
 from tinyexperts.training.device import choose_device
 from tinyexperts.training.loop import train
@@ -89,7 +90,7 @@ def teach_run(
 
     Raises:
         InputError: no such run, nothing new, another run in the output's folder, a model without a table of which the
-            tables are to be trained, data that are gone, own samples that are of no use.
+            tables are to be trained, or with a quantized one, data that are gone, own samples that are of no use.
         Interrupted: after Ctrl-C and the like, when the run is saved; the same call continues.
     """
     base = path_of("run", run)
@@ -98,6 +99,7 @@ def teach_run(
     if config.output.resolve() == base.resolve():
         raise InputError(f"the run that is taught stays as it is: output must be another folder than {base}")
     model = load_model(base, device=choose_device(config.device))
+    refuse_quantized_tables(model.config)
     if config.train == "tables":
         tables_to_teach(model)
     if config.table_learning_rate is not None and not split_parameters(model).tables:

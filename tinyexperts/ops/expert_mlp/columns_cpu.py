@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, array_of_weights, kernel
 from tinyexperts.ops.cpu.threads import parallel_for
-from tinyexperts.ops.expert_mlp.cpu import min_tokens
+from tinyexperts.ops.expert_mlp.cpu import min_tokens, no_scales
 from tinyexperts.ops.expert_mlp.simd import add_1, add_4, pairs_ahead, products_of_1, products_of_4
 
 
@@ -25,6 +25,7 @@ def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, coun
         len(x_MD),
         array_of(x_MD),
         array_of_weights(experts_NED),
+        no_scales(x_MD.dtype),
         array_of(ids_MP),
         first,
         array_of(out),
@@ -41,6 +42,7 @@ def weighted_sum(factors_FMP: Tensor, experts_NED: Tensor, ids_MP: Tensor, first
         len(y),
         array_of(factors_FMP),
         array_of_weights(experts_NED),
+        no_scales(factors_FMP.dtype),
         array_of(ids_MP),
         first,
         array_of(y),
@@ -50,23 +52,25 @@ def weighted_sum(factors_FMP: Tensor, experts_NED: Tensor, ids_MP: Tensor, first
 
 
 @kernel
-def _products(x: Any, experts: Any, ids_MP: Any, first: int, out: Any, start: int, stop: int) -> None:
+def _products(x: Any, experts: Any, scales: Any, ids_MP: Any, first: int, out: Any, start: int, stop: int) -> None:
     ids, num_retrieved, ahead = ids_MP.reshape(-1), ids_MP.shape[1], pairs_ahead(experts)
     for m in range(start, stop):
         for p in range(0, num_retrieved - 3, 4):
             pair = m * num_retrieved + p
             for v in range(len(out)):
                 out[v, m, p], out[v, m, p + 1], out[v, m, p + 2], out[v, m, p + 3] = products_of_4(
-                    experts, ids, pair, pair + ahead, first + v, x, m
+                    experts, scales, ids, pair, pair + ahead, first + v, x, m
                 )
         for p in range(num_retrieved // 4 * 4, num_retrieved):
             pair = m * num_retrieved + p
             for v in range(len(out)):
-                out[v, m, p] = products_of_1(experts, ids, pair, pair + ahead, first + v, x, m)[0]
+                out[v, m, p] = products_of_1(experts, scales, ids, pair, pair + ahead, first + v, x, m)[0]
 
 
 @kernel
-def _weighted_sum(factors: Any, experts: Any, ids_MP: Any, first: int, y: Any, start: int, stop: int) -> None:
+def _weighted_sum(
+    factors: Any, experts: Any, scales: Any, ids_MP: Any, first: int, y: Any, start: int, stop: int
+) -> None:
     ids, num_retrieved, ahead = ids_MP.reshape(-1), ids_MP.shape[1], pairs_ahead(experts)
     for m in range(start, stop):
         y[m] = 0
@@ -74,8 +78,8 @@ def _weighted_sum(factors: Any, experts: Any, ids_MP: Any, first: int, y: Any, s
             pair = m * num_retrieved + p
             for v in range(len(factors)):
                 four = factors[v, m, p], factors[v, m, p + 1], factors[v, m, p + 2], factors[v, m, p + 3]
-                add_4(experts, ids, pair, pair + ahead, first + v, four, y, m)
+                add_4(experts, scales, ids, pair, pair + ahead, first + v, four, y, m)
         for p in range(num_retrieved // 4 * 4, num_retrieved):
             pair = m * num_retrieved + p
             for v in range(len(factors)):
-                add_1(experts, ids, pair, pair + ahead, first + v, (factors[v, m, p],), y, m)
+                add_1(experts, scales, ids, pair, pair + ahead, first + v, (factors[v, m, p],), y, m)

@@ -43,7 +43,7 @@ def expert_mlp(
     ids_MP: Tensor,
     weights_MP: Tensor,
     activation: str | None,
-    scales_NE: Tensor | None = None,
+    scales: Tensor | None = None,
     sparse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return y [M, D] and the pre-activations [E - 1, M, P]. Only the backward pass reads `sparse`."""
@@ -60,7 +60,7 @@ def expert_mlp(
         array_of_weights(experts_NED),
         array_of(ids_MP),
         array_of(weights_MP.to(dtype)),
-        _array_of_scales(scales_NE, dtype),
+        _array_of_scales(scales, dtype),
         _ACTIVATION_NUMBERS[activation],
         _constants(dtype),
         array_of(y),
@@ -78,7 +78,7 @@ def expert_mlp_backward(
     weights_MP: Tensor,
     pre_activations_FMP: Tensor,
     activation: str | None,
-    scales_NE: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x and of the weights, and the factors [E, M, P] of the table's gradient.
 
@@ -103,7 +103,7 @@ def expert_mlp_backward(
         array_of(weights_MP.to(dtype)),
         array_of(coefficient.to(dtype)),
         array_of(by_product.to(dtype)),
-        _array_of_scales(scales_NE, dtype),
+        _array_of_scales(scales, dtype),
         _constants(dtype),
         array_of(grad_x),
         array_of(grad_weights),
@@ -126,13 +126,18 @@ def min_tokens(experts_NED: Tensor, num_retrieved: int) -> int:
     return max(1, _MIN_ELEMENTS // max(1, num_retrieved * experts_NED.shape[1] * experts_NED.shape[2]))
 
 
-def _array_of_scales(scales_NE: Tensor | None, dtype: torch.dtype) -> Any:
-    """Return the scales [N, E], or an empty array where the table has none."""
-    return _no_scales(dtype) if scales_NE is None else array_of(scales_NE.to(dtype))
+def _array_of_scales(scales: Tensor | None, dtype: torch.dtype) -> Any:
+    """Return the scales of vectors [N, E] or of groups [N, E, G], or an empty array where the table has none."""
+    if scales is None:
+        return no_scales(dtype)
+    # Those of vectors are few, and those of groups too many to copy.
+    few = scales.dim() == 2 or scales.dtype == torch.float64
+    return array_of(scales.to(dtype)) if few else array_of_weights(scales)
 
 
 @functools.cache
-def _no_scales(dtype: torch.dtype) -> Any:
+def no_scales(dtype: torch.dtype) -> Any:
+    """Return the scales of a table that has none."""
     return array_of(torch.empty((0, 0), dtype=dtype, device="cpu"))
 
 
@@ -156,8 +161,10 @@ def _activate(h: Any, activation: int, constants: Any) -> Any:
 
 @inlined
 def _scale(scales: Any, i: int, vector: int, one: Any) -> Any:
-    """Return the scale of a vector: 1 if the table has none."""
-    return scales[i, vector] if len(scales) > 0 else one
+    """Return the scale of a whole vector: 1 if it has none, or one for each group, which is applied there."""
+    if scales.ndim == 2:
+        return scales[i, vector] if len(scales) > 0 else one
+    return one
 
 
 @inlined
@@ -196,7 +203,7 @@ def _forward(
             factor0, factor1, factor2, factor3 = weights[m, p], weights[m, p + 1], weights[m, p + 2], weights[m, p + 3]
             # u, and w of gated experts. A scale is a factor of the whole product, and so applied once, not to elements.
             for vector in range(last):
-                h0, h1, h2, h3 = products_of_4(experts, ids, pair, pair + ahead, vector, x, m)
+                h0, h1, h2, h3 = products_of_4(experts, scales, ids, pair, pair + ahead, vector, x, m)
                 h0, h1 = h0 * _scale(scales, i0, vector, one), h1 * _scale(scales, i1, vector, one)
                 h2, h3 = h2 * _scale(scales, i2, vector, one), h3 * _scale(scales, i3, vector, one)
                 # Kept for the backward pass, which needs the activation's derivative there.
@@ -208,17 +215,19 @@ def _forward(
             # v's own scale, and all four experts into y in one pass.
             factor0, factor1 = factor0 * _scale(scales, i0, last, one), factor1 * _scale(scales, i1, last, one)
             factor2, factor3 = factor2 * _scale(scales, i2, last, one), factor3 * _scale(scales, i3, last, one)
-            add_4(experts, ids, pair, pair + ahead, last, (factor0, factor1, factor2, factor3), y, m)
+            add_4(experts, scales, ids, pair, pair + ahead, last, (factor0, factor1, factor2, factor3), y, m)
         # The same for the remaining experts, three at most.
         for p in range(num_retrieved // 4 * 4, num_retrieved):
             pair = m * num_retrieved + p
             factor0 = weights[m, p]
             for vector in range(last):
-                h0 = products_of_1(experts, ids, pair, pair + ahead, vector, x, m)[0]
+                h0 = products_of_1(experts, scales, ids, pair, pair + ahead, vector, x, m)[0]
                 h0 *= _scale(scales, ids[pair], vector, one)
                 pre[vector, m, p] = h0
                 factor0 *= _coefficient(h0, vector, activation, constants)
-            add_1(experts, ids, pair, pair + ahead, last, (factor0 * _scale(scales, ids[pair], last, one),), y, m)
+            add_1(
+                experts, scales, ids, pair, pair + ahead, last, (factor0 * _scale(scales, ids[pair], last, one),), y, m
+            )
 
 
 @inlined
@@ -263,7 +272,7 @@ def _backward(
             i0, i1, i2, i3 = ids[pair], ids[pair + 1], ids[pair + 2], ids[pair + 3]
             prefetch_scales_of_4(scales, ids, pair + ahead)
             # Each expert's v . grad_y, the gradient of its whole factor.
-            h0, h1, h2, h3 = products_of_4(experts, ids, pair, pair + ahead, last, grad_y, m)
+            h0, h1, h2, h3 = products_of_4(experts, scales, ids, pair, pair + ahead, last, grad_y, m)
             h0, h1 = h0 * _scale(scales, i0, last, one), h1 * _scale(scales, i1, last, one)
             h2, h3 = h2 * _scale(scales, i2, last, one), h3 * _scale(scales, i3, last, one)
             # The table's gradient is not summed here: an expert's pairs are spread over tokens, and threads.
@@ -279,13 +288,13 @@ def _backward(
                     factors[vector, m, p + 2] * _scale(scales, i2, vector, one),
                     factors[vector, m, p + 3] * _scale(scales, i3, vector, one),
                 )
-                add_4(experts, ids, pair, pair + ahead, vector, scaled, grad_x, m)
+                add_4(experts, scales, ids, pair, pair + ahead, vector, scaled, grad_x, m)
         # The same for the remaining experts, three at most.
         for p in range(num_retrieved // 4 * 4, num_retrieved):
             pair = m * num_retrieved + p
-            h0 = products_of_1(experts, ids, pair, pair + ahead, last, grad_y, m)[0]
+            h0 = products_of_1(experts, scales, ids, pair, pair + ahead, last, grad_y, m)[0]
             h0 *= _scale(scales, ids[pair], last, one)
             _write_pair(h0, m, p, weights, coefficient, derivatives, grad_weights, factors)
             for vector in range(last):
                 factor = factors[vector, m, p] * _scale(scales, ids[pair], vector, one)
-                add_1(experts, ids, pair, pair + ahead, vector, (factor,), grad_x, m)
+                add_1(experts, scales, ids, pair, pair + ahead, vector, (factor,), grad_x, m)

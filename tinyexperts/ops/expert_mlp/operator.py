@@ -17,6 +17,7 @@ from tinyexperts.ops.activation import check_activation
 from tinyexperts.ops.define_operator import define_operator
 from tinyexperts.ops.expert_mlp import cpu, portable
 from tinyexperts.ops.expert_mlp.deferred import defer_gradient, find_deferring_table
+from tinyexperts.ops.expert_mlp.int4 import num_groups, packed_bytes
 from tinyexperts.ops.expert_mlp.portable import accumulation_dtype
 from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
@@ -30,21 +31,22 @@ def expert_mlp(
     weights_MP: Tensor,
     activation: str | None,
     *,
-    scales_NE: Tensor | None = None,
+    scales: Tensor | None = None,
     sparse: bool = False,
 ) -> Tensor:
     """Sum the retrieved experts of each token: y = sum over p of `weights[p] * e_ids[p](x)` (paper, section 2).
 
     Args:
         x_MD (float, [M, D]): the tokens.
-        experts_NED (float or int8, [N, E, D]): the table. E = 1: values (v); E = 2: neurons (u, v); E = 3: gated
-            (u, w, v).
+        experts_NED (float or int8, [N, E, D], or uint8, [N, E, ceil(D / 2)]): the table. E = 1: values (v); E = 2:
+            neurons (u, v); E = 3: gated (u, w, v). In uint8 it has 4 bits an element, as `quantize_groups` packs them.
         ids_MP (int64, [M, P]): the experts of each token, 0 <= id < N; one may repeat.
         weights_MP (float, [M, P]): their router weights.
         activation (str or None): "gelu", "relu", "relu2" or "silu"; None for E = 1, whose experts don't look at x,
             and only there.
-        scales_NE (float, [N, E]): the factor of each vector of an int8 table, and only there (`quantize_vectors`
-            makes both). It takes no gradient.
+        scales (float, [N, E] or [N, E, ceil(D / 32)]): the factor of each vector of an int8 table (`quantize_vectors`
+            makes both), or of each group of a table in 4 bits (`quantize_groups`), and only there. It takes no
+            gradient, and nor does its table.
         sparse (bool): give the table's gradient as a sparse_coo tensor of the touched rows, as
             nn.Embedding(sparse=True) does.
 
@@ -53,14 +55,14 @@ def expert_mlp(
 
     Raises:
         InputError: shapes that don't fit each other, ids that are not int64, an unknown activation, an id outside
-            0..N - 1, an int8 table without scales or another with them, a forward-mode derivative (torch.func.jvp).
+            0..N - 1, an integer table without its scales or another with scales, a forward-mode derivative
+            (torch.func.jvp).
 
     Differentiable once and in reverse mode only.
     """
     if experts_NED.dim() != 3 or not 1 <= experts_NED.shape[1] <= 3:
         raise InputError(f"experts must be [N, E, D] with E = 1, 2 or 3, got {list(experts_NED.shape)}")
-    if x_MD.dim() != 2 or x_MD.shape[1] != experts_NED.shape[2]:
-        raise InputError(f"x must be [M, D] with D = {experts_NED.shape[2]}, got {list(x_MD.shape)}")
+    _check_width(x_MD, experts_NED)
     if ids_MP.dim() != 2 or ids_MP.shape != weights_MP.shape or ids_MP.shape[0] != x_MD.shape[0]:
         raise InputError(
             f"ids and weights must be [M, P] with M = {x_MD.shape[0]}, "
@@ -74,21 +76,41 @@ def expert_mlp(
         )
     if activation is not None:
         check_activation(activation)
-    if not experts_NED.is_floating_point() and experts_NED.dtype != torch.int8:
-        raise InputError(f"experts must be of a floating-point type or int8, got {experts_NED.dtype}")
-    if (experts_NED.dtype == torch.int8) != (scales_NE is not None):
-        raise InputError(
-            f"scales are for int8 tables and only there, got {experts_NED.dtype} "
-            f"{'without' if scales_NE is None else 'with'} scales"
-        )
-    if scales_NE is not None and (scales_NE.shape != experts_NED.shape[:2] or not scales_NE.is_floating_point()):
-        raise InputError(
-            f"scales must be floats [N, E] = {list(experts_NED.shape[:2])}, "
-            f"got {scales_NE.dtype} {list(scales_NE.shape)}"
-        )
+    _check_scales(x_MD, experts_NED, scales)
     refuse_forward_mode("expert_mlp", x_MD, experts_NED, weights_MP)
-    y: Tensor = _expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, scales_NE, sparse)[0]
+    y: Tensor = _expert_mlp(x_MD, experts_NED, ids_MP, weights_MP, activation, scales, sparse)[0]
     return y
+
+
+def _check_width(x_MD: Tensor, experts_NED: Tensor) -> None:
+    width = experts_NED.shape[2]
+    if experts_NED.dtype == torch.uint8:
+        if x_MD.dim() != 2 or packed_bytes(x_MD.shape[1]) != width:
+            raise InputError(
+                f"x must be [M, D] with D = {2 * width} or {2 * width - 1} for {width} bytes of 4 bits each, "
+                f"got {list(x_MD.shape)}"
+            )
+    elif x_MD.dim() != 2 or x_MD.shape[1] != width:
+        raise InputError(f"x must be [M, D] with D = {width}, got {list(x_MD.shape)}")
+
+
+def _check_scales(x_MD: Tensor, experts_NED: Tensor, scales: Tensor | None) -> None:
+    dtype = experts_NED.dtype
+    quantized = dtype in (torch.int8, torch.uint8)
+    if not experts_NED.is_floating_point() and not quantized:
+        raise InputError(f"experts must be of a floating-point type, int8 or uint8 (4 bits), got {dtype}")
+    if quantized != (scales is not None):
+        raise InputError(
+            f"scales are for int8 and uint8 tables and only there, got {dtype} "
+            f"{'without' if scales is None else 'with'} scales"
+        )
+    if scales is None:
+        return
+    shape, letters = list(experts_NED.shape[:2]), "[N, E]"
+    if dtype == torch.uint8:
+        shape, letters = [*shape, num_groups(x_MD.shape[1])], "[N, E, ceil(D / 32)]"
+    if list(scales.shape) != shape or not scales.is_floating_point():
+        raise InputError(f"scales must be floats {letters} = {shape}, got {scales.dtype} {list(scales.shape)}")
 
 
 _expert_mlp = define_operator("expert_mlp", portable.expert_mlp, cpu.expert_mlp)
@@ -101,7 +123,7 @@ def _(
     ids_MP: Tensor,
     weights_MP: Tensor,
     activation: str | None,
-    scales_NE: Tensor | None,
+    scales: Tensor | None,
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
     if sparse and experts_NED.requires_grad:
@@ -169,9 +191,9 @@ def _(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, expe
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_MD, experts_NED, ids_MP, weights_MP, ctx.activation, scales_NE, ctx.sparse = inputs
+    x_MD, experts_NED, ids_MP, weights_MP, ctx.activation, scales, ctx.sparse = inputs
     ctx.table = weakref.ref(experts_NED)  # activation checkpointing gives the backward pass another tensor for it
-    ctx.save_for_backward(x_MD, experts_NED, ids_MP, weights_MP, output[1], scales_NE)
+    ctx.save_for_backward(x_MD, experts_NED, ids_MP, weights_MP, output[1], scales)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -190,9 +212,9 @@ def make_table_gradient(
 
 
 def _backward(ctx: Any, grad_y_MD: Tensor, _grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, scales_NE = ctx.saved_tensors  # activation checkpointing lets them be unpacked once
+    *saved, scales = ctx.saved_tensors  # activation checkpointing lets them be unpacked once
     x_MD, experts_NED, ids_MP = saved[:3]
-    grad_x, grad_weights, factors_EMP = _expert_mlp_backward(grad_y_MD, *saved, ctx.activation, scales_NE)
+    grad_x, grad_weights, factors_EMP = _expert_mlp_backward(grad_y_MD, *saved, ctx.activation, scales)
     grad_experts = None
     if ctx.needs_input_grad[1]:
         grad_experts = make_table_gradient(ctx, ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tinyexperts.ops.activation import activate, activation_derivative
 from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
+from tinyexperts.ops.expert_mlp.int4 import unpack_groups
 from tinyexperts.ops.indices import check_indices
 
 # Elements of gathered vectors [m, P, D] that one chunk of tokens may hold: 2 MiB of fp32 stay in the cache.
@@ -47,17 +48,20 @@ class _Vectors:
     fresh pages would cost more than the gathering.
     """
 
-    def __init__(self, experts_NED: Tensor, scales_NE: Tensor | None, ids_MP: Tensor, dtype: torch.dtype) -> None:
-        self._num_vectors, self._dim = experts_NED.shape[1:]
-        self._flat_experts, self._dtype, self._ids_MP = experts_NED.reshape(-1, self._dim), dtype, ids_MP
-        self._flat_scales = None if scales_NE is None else scales_NE.reshape(-1, 1).to(dtype)
+    def __init__(
+        self, experts_NED: Tensor, scales: Tensor | None, ids_MP: Tensor, dim: int, dtype: torch.dtype
+    ) -> None:
+        self._num_vectors, self._dim, self._dtype, self._ids_MP = experts_NED.shape[1], dim, dtype, ids_MP
+        self._flat_experts, self._flat_scales = experts_NED.flatten(0, 1), None
+        if scales is not None:
+            self._flat_scales = (scales.unsqueeze(2) if scales.dim() == 2 else scales).flatten(0, 1)
         num_tokens, num_retrieved = ids_MP.shape
         chunk = max(1, min(num_tokens, _CHUNK_ELEMENTS // max(1, num_retrieved * self._dim)))
         self._chunks = [slice(start, start + chunk) for start in range(0, num_tokens, chunk)]
         self._converted = experts_NED.dtype != dtype
         if self._converted:
-            self._stored = experts_NED.new_empty(chunk * num_retrieved, self._dim)
-            self._numbers = torch.empty_like(self._stored, dtype=dtype)
+            self._stored = experts_NED.new_empty(chunk * num_retrieved, experts_NED.shape[2])
+            self._numbers = experts_NED.new_empty(chunk * num_retrieved, dim, dtype=dtype)
 
     def products(self, x_MD: Tensor, vector: int) -> Tensor:
         """Return the products of each token with one vector of each of its experts, [M, P]."""
@@ -84,21 +88,25 @@ class _Vectors:
             return rows.view(*ids_MP.shape, self._dim)
         stored, numbers = self._stored[: len(positions)], self._numbers[: len(positions)]
         torch.index_select(self._flat_experts, 0, positions, out=stored)
+        scales = None if self._flat_scales is None else self._flat_scales.index_select(0, positions)
+        if stored.dtype == torch.uint8:
+            assert scales is not None
+            return unpack_groups(stored, scales, numbers).view(*ids_MP.shape, self._dim)
         numbers.copy_(stored)
-        if self._flat_scales is not None:
-            numbers *= self._flat_scales.index_select(0, positions)
+        if scales is not None:
+            numbers *= scales.to(self._dtype)
         return numbers.view(*ids_MP.shape, self._dim)
 
 
 def products(x_MD: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int, count: int) -> Tensor:
     """Return the products of x with `count` vectors from `first` on of each token's experts, [count, M, P]."""
-    vectors = _Vectors(experts_NED, None, ids_MP, x_MD.dtype)
+    vectors = _Vectors(experts_NED, None, ids_MP, experts_NED.shape[2], x_MD.dtype)
     return torch.stack([vectors.products(x_MD, vector) for vector in range(first, first + count)])
 
 
 def weighted_sum(factors_FMP: Tensor, experts_NED: Tensor, ids_MP: Tensor, first: int) -> Tensor:
     """Return the sum over a token's experts and F vectors from `first` on of factor * vector, [M, D]."""
-    vectors = _Vectors(experts_NED, None, ids_MP, factors_FMP.dtype)
+    vectors = _Vectors(experts_NED, None, ids_MP, experts_NED.shape[2], factors_FMP.dtype)
     y = factors_FMP.new_zeros((len(ids_MP), experts_NED.shape[2]))
     for vector, factors_MP in enumerate(factors_FMP, start=first):
         y += vectors.weighted_sum(factors_MP, vector)
@@ -111,14 +119,14 @@ def expert_mlp(
     ids_MP: Tensor,
     weights_MP: Tensor,
     activation: str | None,
-    scales_NE: Tensor | None,
+    scales: Tensor | None,
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y [M, D] and the pre-activations [E - 1, M, P]. Only the backward pass reads `sparse`."""
     check_indices("ids", ids_MP, len(experts_NED))
     last = experts_NED.shape[1] - 1
     dtype = accumulation_dtype(x_MD, experts_NED)
-    vectors = _Vectors(experts_NED, scales_NE, ids_MP, dtype)
+    vectors = _Vectors(experts_NED, scales, ids_MP, x_MD.shape[1], dtype)
     pre_activations = x_MD.new_empty((last, *ids_MP.shape), dtype=dtype)
     for vector in range(last):
         pre_activations[vector] = vectors.products(x_MD, vector)
@@ -136,7 +144,7 @@ def expert_mlp_backward(
     weights_MP: Tensor,
     pre_activations_FMP: Tensor,
     activation: str | None,
-    scales_NE: Tensor | None,
+    scales: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x and of the weights, and the factors [E, M, P] of the table's gradient.
 
@@ -146,7 +154,7 @@ def expert_mlp_backward(
     last = num_vectors - 1
     dtype = accumulation_dtype(x_MD, experts_NED)
     factors_EMP = pre_activations_FMP.new_empty((num_vectors, *ids_MP.shape), dtype=dtype)
-    vectors = _Vectors(experts_NED, scales_NE, ids_MP, dtype)
+    vectors = _Vectors(experts_NED, scales, ids_MP, x_MD.shape[1], dtype)
     weights, grad_scaled_MP = weights_MP.to(dtype), vectors.products(grad_y_MD, last)
     grad_x = torch.zeros_like(x_MD, dtype=dtype, memory_format=torch.contiguous_format)
     if activation is None:

@@ -1,26 +1,24 @@
 """The two operations of the CPU's kernels with vectors of a table: products with a token, and sums into a token.
 
-The limit is the memory: the rows of a token are anywhere in the table. So each vector is read once, those of four
-experts side by side, and meanwhile the same vectors of the experts further on (in the next token, too) are prefetched,
-a cache line at a time. Requested all at once they would fill the queue to the memory and hold up the arithmetic;
-requested in one of the two passes only, the memory would rest in the other (1.6 and 1.2 times the time at D = 256).
+stored_vectors.py reads the vectors and prefetches later ones.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from tinyexperts.ops.cpu import simd
 from tinyexperts.ops.cpu.compile import CACHE_LINE_BYTES, inlined, prefetch
+from tinyexperts.ops.expert_mlp.stored_vectors import Block, GroupedVectors, PlainVectors, StoredVectors
 
 _tuple_of: Callable[[Any, int], Any] = cast(Any, types.UniTuple)
-_LANES = 16
 # How far ahead to prefetch: far enough to cover the memory's latency, and little enough for a core's second cache.
-_AHEAD_BYTES = 1 << 14
+_AHEAD_BYTES = 1 << 13
 _LEAST_AHEAD = 8
 
 
@@ -33,63 +31,23 @@ def pairs_ahead(experts: Any) -> int:
 
 @inlined
 def prefetch_scales_of_4(scales: Any, ids: Any, pair: int) -> None:
-    """Prefetch the scales [N, E] of four pairs' experts, if the table has any."""
+    """Prefetch the scales [N, E] or [N, E, G] of four pairs' experts, if the table has any."""
     if len(scales) > 0:
+        row_bytes = scales.strides[0]
         for later in range(pair, pair + 4):
-            prefetch(scales.ctypes.data + ids[min(later, len(ids) - 1)] * scales.shape[1] * scales.itemsize)
+            row = scales.ctypes.data + ids[min(later, len(ids) - 1)] * row_bytes
+            for offset in range(0, row_bytes, CACHE_LINE_BYTES):
+                prefetch(row + offset)
 
 
-class _ExpertVectors:
-    """The same vector of `count` experts to read, and of as many to prefetch, while code is made."""
-
-    def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, count: int) -> None:
-        experts, ids, pair, pair_ahead, vector = arguments[:5]
-        self._context, self._builder, self._dtype = context, builder, signature.args[0].dtype
-        self._bytes = self._dtype.bitwidth // 8
-        data = simd.array_data(context, builder, signature.args[0], experts)
-        id_data = simd.array_data(context, builder, signature.args[1], ids)
-        _, num_vectors, self.dim = simd.array_shape(context, builder, signature.args[0], experts)
-        (num_ids,) = simd.array_shape(context, builder, signature.args[1], ids)
-
-        # Offsets are of numba's intp, 64 bits: N * E * D may pass 2^31.
-        def start(position: Any) -> Any:
-            row = builder.load(builder.gep(id_data, [position]))
-            return builder.gep(data, [builder.mul(builder.add(builder.mul(row, num_vectors), vector), self.dim)])
-
-        last = builder.sub(num_ids, pair.type(1))
-        self._now = [start(builder.add(pair, pair.type(i))) for i in range(count)]
-        self._ahead = []
-        for i in range(count):
-            position = builder.add(pair_ahead, pair.type(i))
-            # Beyond the end the last one.
-            self._ahead.append(start(builder.select(builder.icmp_signed("<", position, last), position, last)))
-
-    def load(self, i: int, d: Any, lanes: int, number: Any) -> Any:
-        """Return elements of the i-th vector from d on, as numbers of LLVM's type `number`."""
-        values = simd.load(self._builder, self._now[i], d, lanes)
-        return simd.widen(self._context, self._builder, values, self._dtype, number)
-
-    def visit(self, use: Callable[[Any, int], None]) -> None:
-        """Make the code that calls use(d, lanes) over all D elements, in cache lines, and prefetches as many lines."""
-        builder, dim = self._builder, self.dim
-        elements = CACHE_LINE_BYTES // self._bytes
-        # A step is whole lines and whole lanes: 16 lanes are one line of fp32, two of fp64 and half a line of bf16.
-        step = max(_LANES, elements)
-        whole = builder.sub(dim, builder.and_(dim, dim.type(step - 1)))
-        with cgutils.for_range_slice(builder, dim.type(0), whole, dim.type(step), dim.type) as (first, _):
-            for offset in range(0, step, elements):
-                self._prefetch(builder.add(first, dim.type(offset)))
-            for offset in range(0, step, _LANES):
-                use(builder.add(first, dim.type(offset)), _LANES)
-        # The rest of a D that no step divides: one line to prefetch, one element at a time.
-        with builder.if_then(builder.icmp_signed("<", whole, dim)):
-            self._prefetch(whole)
-            with cgutils.for_range_slice(builder, whole, dim, dim.type(1), dim.type) as (d, _):
-                use(d, 1)
-
-    def _prefetch(self, d: Any) -> None:
-        for pointer in self._ahead:
-            simd.prefetch(self._builder, self._builder.gep(pointer, [d]))
+def _stored_vectors(
+    context: Any, builder: Any, signature: Any, arguments: Any, dim: Any, number: Any, count: int
+) -> StoredVectors:
+    """Return the vectors that the first six arguments of `products` and `add` name."""
+    names = ("experts", "scales", "ids", "pair", "pair_ahead", "vector")
+    operands = dict(zip(names, zip(signature.args, arguments, strict=True), strict=False))
+    kind = GroupedVectors if signature.args[0].dtype == types.uint8 else PlainVectors
+    return kind(context, builder, operands, dim, number, count)
 
 
 def _products(count: int) -> Any:
@@ -97,37 +55,64 @@ def _products(count: int) -> Any:
 
     @intrinsic
     def products(
-        typing_context: Any, experts: Any, ids: Any, pair: Any, pair_ahead: Any, vector: Any, x: Any, m: Any
+        typing_context: Any,
+        experts: Any,
+        scales: Any,
+        ids: Any,
+        pair: Any,
+        pair_ahead: Any,
+        vector: Any,
+        x: Any,
+        m: Any,
     ) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            vectors = _ExpertVectors(context, builder, signature, arguments, count)
-            data = simd.array_data(context, builder, signature.args[5], arguments[5])
+            data = simd.array_data(context, builder, signature.args[6], arguments[6])
+            _, dim = simd.array_shape(context, builder, signature.args[6], arguments[6])
             number = data.type.pointee
-            token = builder.gep(data, [builder.mul(arguments[6], vectors.dim)])
-            # One sum for the steps' lanes and one for the rest, of each vector.
+            vectors = _stored_vectors(context, builder, signature, arguments, dim, number, count)
+            token = builder.gep(data, [builder.mul(arguments[7], dim)])
+            # One sum of each vector for each number of lanes.
             sums = {
                 lanes: [simd.variable(builder, simd.constant(number, lanes, 0.0)) for _ in range(count)]
-                for lanes in (_LANES, 1)
+                for lanes in vectors.lane_counts
             }
 
-            def use(d: Any, lanes: int) -> None:
-                # The token's lanes are loaded once for all vectors. "contract" lets a processor fuse product and sum.
-                x_lanes = simd.load(builder, token, d, lanes)
-                for i, sum_ in enumerate(sums[lanes]):
-                    product = builder.fmul(vectors.load(i, d, lanes, number), x_lanes, flags=["contract"])
-                    builder.store(builder.fadd(builder.load(sum_), product, flags=["contract"]), sum_)
+            def use(block: Block) -> None:
+                # The token's lanes are loaded once for all vectors.
+                x_lanes = [simd.load(builder, token, d, block.lanes) for d in block.starts]
+                for i, sum_ in enumerate(sums[block.lanes]):
+                    before, scale = builder.load(sum_), vectors.scale(i, block)
+                    products = zip(vectors.values(i, block), x_lanes, strict=True)
+                    if scale is None:
+                        total = _add_products(builder, before, products)
+                    else:
+                        total = _add_products(
+                            builder,
+                            before,
+                            [(_add_products(builder, None, products), simd.splat(builder, scale, block.lanes))],
+                        )
+                    builder.store(total, sum_)
 
             vectors.visit(use)
             totals = [
-                builder.fadd(*(simd.total(builder, builder.load(sums[lanes][i])) for lanes in (_LANES, 1)))
+                functools.reduce(builder.fadd, (simd.total(builder, builder.load(each[i])) for each in sums.values()))
                 for i in range(count)
             ]
             return context.make_tuple(builder, signature.return_type, totals)
 
         intp = types.intp
-        return _tuple_of(x.dtype, count)(experts, ids, intp, intp, intp, x, intp), code
+        return _tuple_of(x.dtype, count)(experts, scales, ids, intp, intp, intp, x, intp), code
 
     return products
+
+
+def _add_products(builder: Any, total: Any, factors: Any) -> Any:
+    """Return the total (None: nothing yet) and the products of pairs of factors, added in their order."""
+    for a, b in factors:
+        # "contract" lets a processor fuse product and sum.
+        product = builder.fmul(a, b, flags=["contract"])
+        total = product if total is None else builder.fadd(total, product, flags=["contract"])
+    return total
 
 
 def _add(count: int) -> Any:
@@ -137,6 +122,7 @@ def _add(count: int) -> Any:
     def add(
         typing_context: Any,
         experts: Any,
+        scales: Any,
         ids: Any,
         pair: Any,
         pair_ahead: Any,
@@ -146,33 +132,37 @@ def _add(count: int) -> Any:
         m: Any,
     ) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            vectors = _ExpertVectors(context, builder, signature, arguments, count)
-            factors = [builder.extract_value(arguments[5], i) for i in range(count)]
-            data = simd.array_data(context, builder, signature.args[6], arguments[6])
+            factors = [builder.extract_value(arguments[6], i) for i in range(count)]
+            data = simd.array_data(context, builder, signature.args[7], arguments[7])
+            _, dim = simd.array_shape(context, builder, signature.args[7], arguments[7])
             number = data.type.pointee
-            token = builder.gep(data, [builder.mul(arguments[7], vectors.dim)])
+            vectors = _stored_vectors(context, builder, signature, arguments, dim, number, count)
+            token = builder.gep(data, [builder.mul(arguments[8], dim)])
 
-            def use(d: Any, lanes: int) -> None:
+            def use(block: Block) -> None:
                 # Read and written once for all vectors, which are added in their order.
-                y_lanes = simd.load(builder, token, d, lanes)
+                y_lanes = [simd.load(builder, token, d, block.lanes) for d in block.starts]
                 for i, factor in enumerate(factors):
-                    factor_lanes = simd.splat(builder, factor, lanes)
-                    product = builder.fmul(vectors.load(i, d, lanes, number), factor_lanes, flags=["contract"])
-                    y_lanes = builder.fadd(y_lanes, product, flags=["contract"])
-                simd.store(builder, y_lanes, token, d)
+                    scale = vectors.scale(i, block)
+                    factor = factor if scale is None else builder.fmul(factor, scale)
+                    factor_lanes = simd.splat(builder, factor, block.lanes)
+                    for place, values in enumerate(vectors.values(i, block)):
+                        y_lanes[place] = _add_products(builder, y_lanes[place], [(values, factor_lanes)])
+                for d, lanes in zip(block.starts, y_lanes, strict=True):
+                    simd.store(builder, lanes, token, d)
 
             vectors.visit(use)
             return context.get_dummy_value()
 
         intp = types.intp
-        return types.void(experts, ids, intp, intp, intp, _tuple_of(y.dtype, count), y, intp), code
+        return types.void(experts, scales, ids, intp, intp, intp, _tuple_of(y.dtype, count), y, intp), code
 
     return add
 
 
-# products(experts, ids [M*P], pair, pair_ahead, vector, x, m): experts[ids[pair + i], vector] . x[m], a tuple.
+# products(experts, scales, ids [M*P], pair, pair_ahead, vector, x, m): experts[ids[pair + i], vector] . x[m], a tuple.
 products_of_4: Callable[..., Any] = cast(Any, _products(4))
 products_of_1: Callable[..., Any] = cast(Any, _products(1))
-# add(experts, ids, pair, pair_ahead, vector, factors, y, m): y[m] += the sum of factors[i] * experts[.., vector].
+# add(experts, scales, ids, pair, pair_ahead, vector, factors, y, m): y[m] += the sum of factors[i] * vector i.
 add_4: Callable[..., None] = cast(Any, _add(4))
 add_1: Callable[..., None] = cast(Any, _add(1))
