@@ -50,6 +50,22 @@ def make_own(kind="peer", **options):
     return model.eval()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["gated", "pkm"])
+def test_quantized_tables_are_saved_and_loaded_as_they_are(kind, dtype, bits, tmp_path):
+    own = make_own(kind, d_model=40)  # a last group of 8
+    own.quantize_(bits)
+    model = TinyExpertsForCausalLM.of(own)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    cast = own.to(dtype)
+    for name, tensor in cast.state_dict().items():
+        assert loaded.model.state_dict()[name].dtype == tensor.dtype, name
+        assert torch.equal(loaded.model.state_dict()[name], tensor), name
+    assert torch.equal(loaded(tokens()).logits, cast(tokens()))
+
+
 def make(kind="peer", **options):
     return TinyExpertsForCausalLM.of(make_own(kind, **options), bos_token_id=0, eos_token_id=0, pad_token_id=0)
 

@@ -208,3 +208,31 @@ def inspect(
             run, questions=question, output=output, data=data_set, device=device, threads=threads, command=command
         )
     )
+
+
+def quantise(
+    run: Annotated[Path, tyro.conf.Positional],
+    output: Path,
+    bits: Literal[8, 4] = 8,
+    data_set: Annotated[Path | None, tyro.conf.arg(name="data")] = None,
+    device: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write a run whose tables of experts are integers, for inference, and show what it lost and won.
+
+    Args:
+        run: Folder of the run; it stays as it is.
+        output: Folder of the new run.
+        bits: Bits of an element: 8 (and a scale for each vector) or 4 (and a scale for each 32 elements).
+        data_set: Data set whose held-out part both are measured on; default: the run's own.
+        device: auto is cuda where there is one, else cpu.
+        threads: CPU threads; default: as torch chooses.
+    """
+    from tinyexperts import training
+    from tinyexperts.cli.tables import print_quantized
+
+    print_quantized(
+        training.quantize_run(
+            run, output, bits=bits, data=data_set, device=device, threads=threads, command=sys.argv[1:]
+        )
+    )

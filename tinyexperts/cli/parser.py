@@ -105,6 +105,7 @@ VERBS = Group(
         "generate": model_verbs.generate,
         "ask": model_verbs.ask,
         "inspect": model_verbs.inspect,
+        "quantise": model_verbs.quantise,
         "export": hub_verbs.export,
         "import": hub_verbs.import_model,
         "serve": hub_verbs.serve,

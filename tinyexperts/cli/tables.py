@@ -159,6 +159,28 @@ def print_answer(question: str, answer: Answer) -> None:
     console.print(table)
 
 
+def print_quantized(quantized: training.Quantized) -> None:
+    """Print what a run's tables took and gave before and after they were quantized."""
+    table = Table("", "before", "after", title="Tables of experts", title_justify="left")
+    pair = quantized.before, quantized.after
+    table.add_row("bits", *(str(tables.bits) for tables in pair))
+    table.add_row("MB of tables", *(f"{tables.table_bytes / 1e6:,.2f}" for tables in pair))
+    table.add_row("bytes that a token reads of them", *(f"{tables.bytes_per_token:,}" for tables in pair))
+    table.add_row("tokens a second, one text at a time", *(f"{tables.tokens_per_second:,.0f}" for tables in pair))
+    before, after = (tables.evaluation and tables.evaluation.summary() for tables in pair)
+    if before and after:
+        table.add_row("nats a token on held-out text", *(f"{each['loss']:.4f}" for each in (before, after)))
+        table.add_row("perplexity", *(f"{each['perplexity']:.4f}" for each in (before, after)))
+        for split, known in (before.get("facts") or {}).items():
+            both = known["all"], after["facts"][split]["all"]
+            table.add_row(f"recall, {split}", *(f"{100 * each['recall']:.1f} %" for each in both))
+            table.add_row(f"nats a fact, {split}", *(f"{each['nats']:.3f}" for each in both))
+    console = Console()
+    for remark in quantized.remarks:
+        console.print(remark, highlight=False, markup=False)
+    console.print(table)
+
+
 def print_tasks(measures: Mapping[str, Mapping[str, float]]) -> None:
     """Print a line for each measure of each task, with its standard error where that is known."""
     table = Table("task", "measure", "value", "standard error")

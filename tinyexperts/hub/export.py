@@ -13,8 +13,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +20,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tinyexperts.data import Tokenizer, printable
 from tinyexperts.errors import InputError
-from tinyexperts.files import write_atomically
 from tinyexperts.hub.causal_lm import TinyExpertsForCausalLM
 from tinyexperts.hub.configuration import TinyExpertsConfig
 from tinyexperts.hub.model_card import model_card
 from tinyexperts.hub.tokenizer import to_transformers
 from tinyexperts.training import TrainConfig, config_file, load_model, run_folder
-from tinyexperts.training.checkpoint import checkpoints, save_checkpoint
+from tinyexperts.training.checkpoint import checkpoints
 from tinyexperts.training.config import path_of
+from tinyexperts.training.finished_run import new_folder, write_finished_run
 
 StrPath = str | os.PathLike[str]
 
@@ -59,7 +57,7 @@ def export_run(run: StrPath, output: StrPath, *, license_id: str) -> Path:
     step = json.loads((checkpoints(run)[-1] / "manifest.json").read_text(encoding="utf-8"))["step"]
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text_id)
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         wrapper = TinyExpertsForCausalLM.of(model, **ends)
         wrapper.config.auto_map = {
             "AutoConfig": "modeling_tinyexperts.TinyExpertsConfig",
@@ -110,14 +108,14 @@ def import_run(folder: StrPath, run: StrPath) -> Path:
     meant = TinyExpertsConfig.of(config.model).transformer()
     if not isinstance(wrapper, TinyExpertsForCausalLM) or wrapper.model.config != meant:
         raise InputError(f"{printable(folder)} holds another model than run/config.json says")
-    with _new_folder(run) as new:
-        for name in (*_RUN_FILES, "run.json"):
-            if (folder / "run" / name).exists():
-                shutil.copyfile(folder / "run" / name, new / name)
-        write_atomically(new / "config.json", config_file.to_json(config))
-        assert config.num_steps is not None
-        state = {"step": config.num_steps, "seconds": 0.0, "losses": []}
-        save_checkpoint(new, config.num_steps, wrapper.model, [], state, keep=1)
+    assert config.num_steps is not None
+    write_finished_run(
+        config,
+        wrapper.model,
+        step=config.num_steps,
+        tokenizer=folder / "run" / "tokenizer.json",
+        description=run_folder.described(folder / "run"),
+    )
     return run
 
 
@@ -131,23 +129,3 @@ def _elsewhere(config: TrainConfig, step: int) -> TrainConfig:
         num_steps=step,
         training_flops=None,
     )
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """Make a folder under another name, which gets its own when it is whole.
-
-    Raises:
-        InputError: it exists.
-    """
-    if path.exists():
-        raise InputError(f"the folder {printable(path)} exists: choose another")
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tinyexperts.training.device import choose_device
     from tinyexperts.training.distributed.ranks import LostRank
     from tinyexperts.training.loop import Interrupted, train
+    from tinyexperts.training.quantize_run import Quantized, Tables, quantize_run
     from tinyexperts.training.step import Diverged
     from tinyexperts.training.teach_config import TeachConfig, TeachOptions
     from tinyexperts.training.teach_model import teach
@@ -26,6 +27,8 @@ __all__ = [
     "Interrupted",
     "Knowledge",
     "LostRank",
+    "Quantized",
+    "Tables",
     "Taught",
     "TeachConfig",
     "TeachOptions",
@@ -35,6 +38,7 @@ __all__ = [
     "evaluate_run",
     "generate_text",
     "load_model",
+    "quantize_run",
     "teach",
     "teach_run",
     "train",
