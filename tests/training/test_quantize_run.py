@@ -83,3 +83,16 @@ def test_bad_input(make_config, run, tmp_path, run_cli, tiny_data):
     with pytest.raises(InputError, match="is not the folder of a run"):
         quantize_run(tmp_path / "nothing", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_ask_finds_the_model_that_make_model_makes(run, tmp_path, run_cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_cli("ask", "the cat")
+    assert (code, err) == (
+        2,
+        "tinyexperts: there is no runs/airports, which `make model` makes: give the folder of a run first\n",
+    )
+    quantize_run(run, "runs/airports")
+    code, out, err = run_cli("ask", "the cat")
+    assert code == 0, err
+    assert out == run_cli("ask", "runs/airports", "the cat")[1]

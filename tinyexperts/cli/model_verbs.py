@@ -12,6 +12,9 @@ import tyro
 
 from tinyexperts.errors import InputError
 
+# The run that `make model` makes.
+_MODEL_TO_TRY = Path("runs/airports")
+
 
 def evaluate(
     run: Annotated[Path, tyro.conf.Positional],
@@ -151,8 +154,8 @@ def generate(
 
 
 def ask(
-    run: Annotated[Path, tyro.conf.Positional],
-    question: Annotated[str, tyro.conf.Positional],
+    run: Annotated[str, tyro.conf.Positional],
+    question: Annotated[str | None, tyro.conf.Positional] = None,
     max_new_tokens: int = 32,
     num_fired: int = 8,
     device: str = "auto",
@@ -161,13 +164,17 @@ def ask(
     """Ask a model for a fact: complete a statement, with the probability and the experts behind the answer.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run; it may be left out where `make model` has made runs/airports.
         question: Beginning of a statement, such as "The city of NRT is".
         max_new_tokens: Tokens of the answer at most.
         num_fired: Experts to show.
         device: auto is cuda where there is one, else cpu.
         threads: CPU threads; default: as torch chooses.
     """
+    if question is None:
+        run, question = str(_MODEL_TO_TRY), run
+        if not _MODEL_TO_TRY.exists():
+            raise InputError(f"there is no {_MODEL_TO_TRY}, which `make model` makes: give the folder of a run first")
     from tinyexperts import training
     from tinyexperts.cli.tables import print_answer
 
