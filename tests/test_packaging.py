@@ -22,6 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE_ROOMS = ("ops", "layers", "optim", "model")
 TRAIN_ROOMS = (*CORE_ROOMS, "data", "evaluation", "training", "planning", "cli")
 STUDY_ROOMS = (*TRAIN_ROOMS, "report", "study", "bench")
+HF_ROOMS = (*TRAIN_ROOMS, "hub")
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -69,17 +70,18 @@ print("imported")
 
 def test_three_packages_are_needed_and_the_extras_bring_the_rest():
     assert names(PROJECT["dependencies"]) == {"torch", "numpy", "numba"}
-    assert set(PACKAGES) == {"train", "study", "data", "slurm", "all", "dev"}
+    assert set(PACKAGES) == {"train", "study", "data", "slurm", "hf", "all", "dev"}
     assert PACKAGES["train"] == {
         *("tokenizers", "safetensors", "pydantic", "filelock", "tyro", "rich", "tensorboard"),
     }
     assert PACKAGES["study"] == PACKAGES["train"] | {"matplotlib", "jinja2", "scipy", "pandas", "airportsdata"}
     assert PACKAGES["data"] == PACKAGES["train"] | {"datasets", "pyarrow", "tiktoken"}
     assert PACKAGES["slurm"] == PACKAGES["study"] | {"submitit"}
-    assert PACKAGES["all"] == PACKAGES["study"] | PACKAGES["data"] | PACKAGES["slurm"]
-    assert PACKAGES["dev"] >= PACKAGES["all"] | {"build", "twine"}
+    assert PACKAGES["hf"] == PACKAGES["train"] | {"transformers", "accelerate"}
+    assert PACKAGES["all"] == PACKAGES["study"] | PACKAGES["data"] | PACKAGES["slurm"] | PACKAGES["hf"]
+    assert PACKAGES["dev"] >= PACKAGES["all"] | {"build", "twine", "peft"}
     assert {extra: set(packages) for extra, packages in EXTRAS.items()} == {
-        extra: PACKAGES[extra] for extra in ("train", "study")
+        extra: PACKAGES[extra] for extra in ("train", "study", "hf")
     }
 
 
@@ -93,7 +95,7 @@ def test_the_version_is_written_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+", tinyexperts.__version__)
 
 
-@pytest.mark.parametrize(("extra", "rooms"), [("train", TRAIN_ROOMS), ("study", STUDY_ROOMS)])
+@pytest.mark.parametrize(("extra", "rooms"), [("train", TRAIN_ROOMS), ("study", STUDY_ROOMS), ("hf", HF_ROOMS)])
 def test_an_extra_brings_what_its_rooms_import(extra, rooms):
     done = python_with(extra, imports_of(rooms))
     assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
@@ -127,6 +129,7 @@ print((layer.experts != before).any().item())
         ("train", "study", "study"),
         ("train", "report", "study"),
         ("train", "bench", "study"),
+        ("study", "hub", "hf"),
     ],
 )
 def test_a_room_without_its_extra_names_the_command_that_installs_it(installed, room, wanted):

@@ -6,7 +6,11 @@ from contextlib import suppress
 from importlib.util import find_spec
 
 _TRAIN = ("tokenizers", "safetensors", "pydantic", "filelock", "tyro", "rich", "tensorboard")
-EXTRAS = {"train": _TRAIN, "study": (*_TRAIN, "matplotlib", "jinja2", "scipy", "pandas", "airportsdata")}
+EXTRAS = {
+    "train": _TRAIN,
+    "study": (*_TRAIN, "matplotlib", "jinja2", "scipy", "pandas", "airportsdata"),
+    "hf": (*_TRAIN, "transformers", "accelerate"),
+}
 
 
 class MissingExtra(ImportError):

@@ -14,6 +14,7 @@ from tinyexperts.layers.feed_forward import FeedForward, Flops, ParameterCount, 
 from tinyexperts.layers.product_key_router import ProductKeyRouter, Routing
 from tinyexperts.layers.query_batch_norm import QueryBatchNorm
 from tinyexperts.ops import expert_mlp
+from tinyexperts.ops.activation import Activation
 from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
 from tinyexperts.ops.expert_mlp.columns import ColumnShard, expert_mlp_in_columns
 from tinyexperts.ops.rank_groups import RankGroups
@@ -45,7 +46,7 @@ class ProductKeyLayer(FeedForward):
         num_experts: int,
         *,
         vectors_per_expert: int,
-        activation: str | None,
+        activation: Activation | None,
         sparse: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,

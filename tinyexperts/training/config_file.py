@@ -92,17 +92,27 @@ def from_content(content: Any) -> TrainConfig:
         content = {name: value for name, value in content.items() if name != "version"}
         model = content.get("model")
         if isinstance(model, dict) and isinstance(model.get("expert_layer"), dict):
-            content["model"] = {**model, "expert_layer": _read_layer(model["expert_layer"])}
+            content["model"] = {**model, "expert_layer": read_layer(model["expert_layer"], "model.expert_layer.")}
     config: TrainConfig = _read(TrainConfig, content, "")
     return config
 
 
-def _read_layer(content: dict[str, Any]) -> Any:
+def read_layer(content: dict[str, Any], place: str) -> ExpertLayerConfig:
+    """Return a layer's configuration from plain values, of which `kind` is one.
+
+    Args:
+        content (dict[str, Any]): the values.
+        place (str): where they stand, for the error; it ends in a dot.
+
+    Raises:
+        InputError: a field, which is named, is unknown, missing or bad.
+    """
     kind = content.get("kind")
     if kind not in KINDS:
-        raise InputError(f"model.expert_layer.kind: must be one of {', '.join(KINDS)}, got {kind!r}")
+        raise InputError(f"{place}kind: must be one of {', '.join(KINDS)}, got {kind!r}")
     content = {name: value for name, value in content.items() if name != "kind"}
-    return _read(KINDS[kind], content, "model.expert_layer.")
+    layer: ExpertLayerConfig = _read(KINDS[kind], content, place)
+    return layer
 
 
 def _read(kind: Any, content: Any, place: str) -> Any:
