@@ -193,6 +193,7 @@ def test_what_cannot_be_replaced_is_refused_and_nothing_changed(family, layers, 
     with pytest.raises(InputError, match=message):
         replace_feed_forward(model, layers, make)
     assert dict(model.named_modules()) == before
+    assert all(part.training for part in before.values())
     assert not hasattr(model.config, "tinyexperts")
 
 
