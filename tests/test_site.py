@@ -43,7 +43,7 @@ def test_the_first_page_is_the_readme(site):
 
 def test_the_reference_has_the_public_names(site):
     pages = [page for page in (ROOT / "docs/reference").glob("*.md") if page.stem != "study"]
-    assert len(pages) == 8
+    assert len(pages) == 9
     for page in pages:
         package = import_module(f"tinyexperts.{page.stem}")
         text = (site / f"reference/{page.stem}/index.html").read_text()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -134,6 +136,23 @@ def test_a_copy_of_the_layer_sees_them():
         model.model.layers[number].mlp = copy.deepcopy(model.model.layers[number].mlp)
     got = trained(copy.deepcopy(model), batch, batch["attention_mask"] > 0)
     assert_same(got, trained_without_padding("llama", peer))
+
+
+def test_threads_keep_their_own_masks():
+    both_have_attended = threading.Barrier(2, timeout=60)
+    batches = [padded("left"), padded("right")]
+    models = [replace_feed_forward(tiny_decoder("llama"), [1], peer) for _ in batches]
+    expected = [copy.deepcopy(model)(**batch).logits for model, batch in zip(models, batches, strict=True)]
+
+    def wait(*_):
+        both_have_attended.wait()
+
+    for model in models:
+        model.model.layers[1].self_attn.register_forward_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        got = list(threads.map(lambda model, batch: model(**batch).logits, models, batches))
+    for logits, alone in zip(got, expected, strict=True):
+        torch.testing.assert_close(logits, alone)
 
 
 def test_frozen_norms_and_evaluation_need_no_mask():

@@ -12,9 +12,6 @@ from tinyexperts.errors import InputError
 from tinyexperts.hub.record import Replacement, read_record
 from tinyexperts.hub.replacing import place
 
-# Statistics that stay in 32 bits whatever dtype a model is loaded in, as they do in a cast.
-_IN_32_BITS = {r"router\.norm\.running_mean$", r"router\.norm\.running_var$", r"threshold$"}
-
 
 def load_replaced(folder: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """Load a model with the layers that `replace_feed_forward` put into it before it was saved.
@@ -74,7 +71,6 @@ def _class_with(replacements: dict[int, Replacement], saved_class: type[PreTrain
             assert each.layer is not None
             new[number] = (each.layer.build(width, sparse=each.sparse), each)
         place(self, new)
-        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *_IN_32_BITS}
 
     return type(saved_class.__name__, (saved_class,), {"__init__": __init__, "__module__": saved_class.__module__})
 
