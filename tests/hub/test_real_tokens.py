@@ -120,6 +120,7 @@ def test_two_batches_before_one_backward_pass():
         torch.testing.assert_close(got.grad, expected.grad, msg=name)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_sees_them():
     expected = trained_without_padding("llama", peer)
     torch._dynamo.reset()
