@@ -35,6 +35,14 @@ def test_a_run_from_python(tmp_path, capsys):
     assert (tmp_path / "out/run/evaluation.json").is_file()
 
 
+def test_a_decoder_of_transformers_learns_in_its_trainer(tmp_path, capsys):
+    losses = example("huggingface_trainer").main(tmp_path, steps=30)
+    assert len(losses) == 3
+    assert losses[-1] < losses[0] - 1
+    assert "def " in capsys.readouterr().out
+    assert '"kind": "peer"' in (tmp_path / "config.json").read_text()
+
+
 @pytest.mark.slow
 def test_a_study_from_python(tmp_path, tiny_data):
     losses = example("study_from_python").main(tiny_data, tmp_path / "study")
@@ -43,4 +51,6 @@ def test_a_study_from_python(tmp_path, tiny_data):
 
 
 def test_every_example_is_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"layer_in_a_loop", "run_from_python", "study_from_python"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        *("huggingface_trainer", "layer_in_a_loop", "run_from_python", "study_from_python"),
+    }

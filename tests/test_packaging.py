@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE_ROOMS = ("ops", "layers", "optim", "model")
 TRAIN_ROOMS = (*CORE_ROOMS, "data", "evaluation", "training", "planning", "cli")
-HF_ROOMS = (*TRAIN_ROOMS, "hub")
 STUDY_ROOMS = (*TRAIN_ROOMS, "report", "study", "bench")
+HF_ROOMS = (*TRAIN_ROOMS, "hub")
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -81,7 +81,7 @@ def test_three_packages_are_needed_and_the_extras_bring_the_rest():
     assert PACKAGES["serve"] == PACKAGES["hf"] | {"fastapi", "uvicorn", "openai"}
     assert PACKAGES["eval"] == PACKAGES["hf"] | {"lm_eval"}
     assert PACKAGES["all"] == set().union(*(PACKAGES[extra] for extra in ("study", "data", "slurm", "serve", "eval")))
-    assert PACKAGES["dev"] >= PACKAGES["all"] | {"build", "twine"}
+    assert PACKAGES["dev"] >= PACKAGES["all"] | {"build", "twine", "peft"}
     assert {extra: set(packages) for extra, packages in EXTRAS.items()} == {
         extra: PACKAGES[extra] for extra in ("train", "study", "hf", "serve", "eval")
     }
@@ -162,8 +162,8 @@ except ImportError as error:
             ["export", "x", "y", "--license", "mit"],
             "tinyexperts.hub needs the extra hf, of which transformers",
         ),
-        ("hf", ["serve", "x"], "tinyexperts.hub.serve needs the extra serve, of which fastapi, "),
-        ("hf", ["evaluate", "x", "--tasks", "y"], "tinyexperts.hub.evaluate_tasks needs the extra eval, of which lm_"),
+        ("hf", ["serve", "x"], "tinyexperts.hub.serving needs the extra serve, of which fastapi, "),
+        ("hf", ["evaluate", "x", "--tasks", "y"], "tinyexperts.hub.tasks needs the extra eval, of which lm_"),
     ],
 )
 def test_a_verb_without_its_extra_is_one_sentence(installed, words, sentence):

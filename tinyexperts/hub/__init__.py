@@ -16,8 +16,19 @@ if tuple(map(int, version("transformers").split(".")[:2])) < (5, 24):
 
 from tinyexperts.hub.causal_lm import TinyExpertsForCausalLM
 from tinyexperts.hub.configuration import TinyExpertsConfig
-from tinyexperts.hub.evaluate_tasks import evaluate_tasks
 from tinyexperts.hub.export import export_run, import_run
-from tinyexperts.hub.serve import serve
+from tinyexperts.hub.loading import load_replaced
+from tinyexperts.hub.replacing import replace_feed_forward
+from tinyexperts.hub.serving import serve
+from tinyexperts.hub.tasks import evaluate_tasks
 
-__all__ = ["TinyExpertsConfig", "TinyExpertsForCausalLM", "evaluate_tasks", "export_run", "import_run", "serve"]
+__all__ = [
+    "TinyExpertsConfig",
+    "TinyExpertsForCausalLM",
+    "evaluate_tasks",
+    "export_run",
+    "import_run",
+    "load_replaced",
+    "replace_feed_forward",
+    "serve",
+]

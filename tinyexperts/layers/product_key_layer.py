@@ -15,6 +15,7 @@ from tinyexperts.layers.product_key_router import ProductKeyRouter, Routing
 from tinyexperts.layers.query_batch_norm import QueryBatchNorm
 from tinyexperts.layers.table_layer import TableBits, TableLayer, empty_integers
 from tinyexperts.ops import expert_mlp
+from tinyexperts.ops.activation import Activation
 from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
 from tinyexperts.ops.expert_mlp.columns import ColumnShard, expert_mlp_in_columns
 from tinyexperts.ops.rank_groups import RankGroups
@@ -46,7 +47,7 @@ class ProductKeyLayer(TableLayer):
         num_experts: int,
         *,
         vectors_per_expert: int,
-        activation: str | None,
+        activation: Activation | None,
         sparse: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,

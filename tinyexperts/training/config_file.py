@@ -79,10 +79,15 @@ def to_content(config: TrainConfig) -> dict[str, Any]:
 def model_to_content(model: TransformerConfig) -> dict[str, Any]:
     """Return a model's configuration as plain values for JSON, with the kind of its expert layer."""
     content = _adapter(TransformerConfig).dump_python(model, mode="json")
-    layer = content["expert_layer"]
-    if layer.get("table_bits") is None:  # of a model that is trained: versions that don't know quantized tables read it
-        layer.pop("table_bits", None)
-    return {**content, "expert_layer": {"kind": model.expert_layer.kind, **layer}}
+    return {**content, "expert_layer": layer_to_content(model.expert_layer)}
+
+
+def layer_to_content(layer: ExpertLayerConfig) -> dict[str, Any]:
+    """Return a layer's configuration as plain values for JSON, with its kind."""
+    content = {"kind": layer.kind, **vars(layer)}
+    if content.get("table_bits") is None:  # of a layer that is trained: versions without quantized tables read it
+        content.pop("table_bits", None)
+    return content
 
 
 def model_from_content(content: Any) -> TransformerConfig:
@@ -115,14 +120,28 @@ def from_content(content: Any) -> TrainConfig:
 
 
 def _with_layer(model: Any, place: str) -> Any:
-    """Return the content of a model with its expert layer read, which has a kind; anything else as it is."""
+    """Return the content of a model with its expert layer read; anything else as it is."""
     if not isinstance(model, dict) or not isinstance(model.get("expert_layer"), dict):
         return model
-    content = dict(model["expert_layer"])
-    kind = content.pop("kind", None)
+    return {**model, "expert_layer": read_layer(model["expert_layer"], f"{place}expert_layer.")}
+
+
+def read_layer(content: dict[str, Any], place: str) -> ExpertLayerConfig:
+    """Return a layer's configuration from plain values, of which `kind` is one.
+
+    Args:
+        content (dict[str, Any]): the values.
+        place (str): where they stand, for the error; it ends in a dot.
+
+    Raises:
+        InputError: a field, which is named, is unknown, missing or bad.
+    """
+    kind = content.get("kind")
     if kind not in KINDS:
-        raise InputError(f"{place}expert_layer.kind: must be one of {', '.join(KINDS)}, got {kind!r}")
-    return {**model, "expert_layer": _read(KINDS[kind], content, f"{place}expert_layer.")}
+        raise InputError(f"{place}kind: must be one of {', '.join(KINDS)}, got {kind!r}")
+    content = {name: value for name, value in content.items() if name != "kind"}
+    layer: ExpertLayerConfig = _read(KINDS[kind], content, place)
+    return layer
 
 
 def _read(kind: Any, content: Any, place: str) -> Any:

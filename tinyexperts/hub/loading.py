@@ -1,0 +1,87 @@
+"""Loading a decoder of transformers that was saved with replaced feed-forward layers."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from tinyexperts.errors import InputError
+from tinyexperts.hub.record import Replacement, read_record
+from tinyexperts.hub.replacing import place
+
+
+def load_replaced(folder: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Load a model with the layers that `replace_feed_forward` put into it before it was saved.
+
+    The model is made with these layers in place before any weight is read: the class is that which was saved, and no
+    dense layer is loaded in vain.
+
+    Args:
+        folder (str): a folder that save_pretrained wrote, or a name on the hub.
+        **kwargs: those of `from_pretrained`, such as dtype or device_map.
+
+    Returns:
+        The model, in evaluation mode as `from_pretrained` gives it.
+
+    Raises:
+        InputError: a configuration that records no replaced layers, or a layer that isn't one of this package; a class
+            that transformers doesn't have; a checkpoint that lacks a tensor, has one too many, or one of another shape.
+    """
+    config, kwargs = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+    replacements = read_record(config)
+    if not replacements:
+        raise InputError(
+            f"{folder} must have been saved after replace_feed_forward, but its config.json has no record (tinyexperts)"
+        )
+    for number, each in replacements.items():
+        if each.layer is None:
+            raise InputError(
+                f"block {number} of {folder} holds a {each.class_name}, which is no layer of tinyexperts: make the "
+                "model anew, put that layer in by replace_feed_forward, and load the tensors by load_state_dict"
+            )
+    saved_class = _saved_class(folder, config)
+    model, info = _class_with(replacements, saved_class).from_pretrained(
+        folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    _refuse_partial(folder, info)
+    model.__class__ = saved_class
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _saved_class(folder: str | PathLike[str], config: PreTrainedConfig) -> type[PreTrainedModel]:
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if len(names) == 1 else None
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        raise InputError(f"architectures of {folder} must be one class of transformers, got {names}")
+    return found
+
+
+def _class_with(replacements: dict[int, Replacement], saved_class: type[PreTrainedModel]) -> Any:
+    """Return a class whose models have the layers as soon as they are made, on the meta device."""
+
+    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        saved_class.__init__(self, config, *args, **kwargs)
+        width = config.get_text_config().hidden_size
+        new = {}
+        for number, each in replacements.items():
+            assert each.layer is not None
+            new[number] = (each.layer.build(width, sparse=each.sparse), each)
+        place(self, new)
+
+    return type(saved_class.__name__, (saved_class,), {"__init__": __init__, "__module__": saved_class.__module__})
+
+
+def _refuse_partial(folder: str | PathLike[str], info: dict[str, Any]) -> None:
+    for what, names in (
+        ("has no", info["missing_keys"]),
+        ("has no place in the model for", info["unexpected_keys"]),
+        ("has another shape of", [each[0] for each in info["mismatched_keys"]]),
+    ):
+        if names:
+            first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise InputError(f"the checkpoint {folder} must hold the model's tensors, and {what} {first}")
+    assert not info["error_msgs"]
