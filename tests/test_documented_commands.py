@@ -116,3 +116,21 @@ def test_each_answer_names_a_file_to_start_from_and_at_most_seven():
     for answer in answers:
         assert "Start from `" in answer
         assert 1 < len(set(re.findall(r"`[\w/]+(?:\.py|\.md|/)`", answer))) <= 7
+
+
+def test_each_command_of_the_ecosystem_page_selects_tests():
+    commands = re.findall(r"`pytest ([^`]*)`", (ROOT / "docs/ecosystem.md").read_text())
+    assert len(commands) > 15
+    for command in commands:
+        words = shlex.split(command)
+        paths = [ROOT / word for word in words if word.startswith("tests/")]
+        names = ""
+        for path in paths:
+            files = [path] if path.suffix else sorted(path.rglob("test_*.py"))
+            assert all(file.is_file() for file in files), command
+            names += " ".join(
+                re.findall(r"^def (test_\w+)", "\n".join(file.read_text() for file in files), re.MULTILINE)
+            )
+        assert names, command
+        if "-k" in words:
+            assert all(word in names for word in words[words.index("-k") + 1].split(" or ")), command
