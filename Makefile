@@ -1,5 +1,6 @@
 # make demo   set up, train PEER and its dense twin, write runs/demo/report.html
 # make teach  after the demo: teach its PEER model 50 airports that it never saw
+# make model  train a PEER model on facts about 1,000 airports: runs/airports-int8, models/airports for transformers
 # make test   set up, lint, type-check, run the tests
 # make test-all   the slow tests too
 # make test-python PYTHON=python3.13   the fast tests of layers and operators under another Python
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # The tests of a file share what takes long to make: processes, a report, compiled kernels.
 PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo teach test test-all test-python lint types types-of-newest dist clean
+.PHONY: setup demo teach model test test-all test-python lint types types-of-newest dist clean
 
 setup: $(VENV)/installed
 
@@ -29,6 +30,16 @@ teach: setup
 	test -d runs/demo/new-airports || $(BIN)/tinyexperts data prepare --corpus airports --exclude runs/demo/data \
 		--max-entities 50 --every-fact --tokenizer runs/demo/peer-seed0/tokenizer.json --output runs/demo/new-airports
 	$(BIN)/tinyexperts teach runs/demo/peer-seed0 --data runs/demo/new-airports --output runs/demo/taught
+
+model: setup
+	test -d data/airports-1000 || $(BIN)/tinyexperts data prepare --corpus airports --max-entities 1000 --vocab-size 1024 \
+		--output data/airports-1000
+	test -d runs/airports-int8 || $(BIN)/tinyexperts train peer --run runs/airports-fp32 --data data/airports-1000 \
+		--training-flops 1e13 --batch-size 8 --model.vocab-size 1024 --model.context-length 128 --model.d-model 48 \
+		--model.num-heads 3 $$(test ! -f runs/airports-fp32/config.json || echo --resume)
+	test -d runs/airports-int8 || $(BIN)/tinyexperts quantise runs/airports-fp32 --bits 8 --output runs/airports-int8
+	test -d models/airports || $(BIN)/tinyexperts export runs/airports-int8 models/airports --license mit
+	$(BIN)/tinyexperts ask "The city of SFO is"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -90,9 +90,9 @@ def test_ask_finds_the_model_that_make_model_makes(run, tmp_path, run_cli, monke
     code, _, err = run_cli("ask", "the cat")
     assert (code, err) == (
         2,
-        "tinyexperts: there is no runs/airports, which `make model` makes: give the folder of a run first\n",
+        "tinyexperts: there is no runs/airports-int8, which `make model` makes: give the folder of a run first\n",
     )
-    quantize_run(run, "runs/airports")
+    quantize_run(run, "runs/airports-int8")
     code, out, err = run_cli("ask", "the cat")
     assert code == 0, err
-    assert out == run_cli("ask", "runs/airports", "the cat")[1]
+    assert out == run_cli("ask", "runs/airports-int8", "the cat")[1]

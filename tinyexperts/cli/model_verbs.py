@@ -13,7 +13,7 @@ import tyro
 from tinyexperts.errors import InputError
 
 # The run that `make model` makes.
-_MODEL_TO_TRY = Path("runs/airports")
+_MODEL_TO_TRY = Path("runs/airports-int8")
 
 
 def evaluate(
@@ -164,8 +164,8 @@ def ask(
     """Ask a model for a fact: complete a statement, with the probability and the experts behind the answer.
 
     Args:
-        run: Folder of the run; it may be left out where `make model` has made runs/airports.
-        question: Beginning of a statement, such as "The city of NRT is".
+        run: Folder of the run; it may be left out where `make model` has made runs/airports-int8.
+        question: Beginning of a statement, such as "The city of SFO is".
         max_new_tokens: Tokens of the answer at most.
         num_fired: Experts to show.
         device: auto is cuda where there is one, else cpu.
@@ -200,7 +200,7 @@ def inspect(
 
     Args:
         run: Folder of the run, whose model has a table of experts (PEER, product-key memory).
-        question: Beginnings of texts, such as "The city of NRT is" "NRT is the airport of". Default: of facts the best
+        question: Beginnings of texts, such as "The city of SFO is" "SFO is the airport of". Default: of facts the best
             answered question of each attribute.
         output: The HTML file; default: inspect.html in the run's folder.
         data_set: Another data set, prepared with the tokenizer of this run.

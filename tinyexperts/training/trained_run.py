@@ -168,7 +168,7 @@ def ask_run(
 
     Args:
         run (StrPath): folder of the run.
-        question (str): the beginning of a statement, such as "The city of NRT is".
+        question (str): the beginning of a statement, such as "The city of SFO is".
         max_new_tokens (int): tokens of the answer at most.
         num_fired (int): experts to report.
         device (str): auto is cuda where there is one, else cpu.
