@@ -12,26 +12,23 @@ import gc
 import json
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from tinyexperts import PEER
 from tinyexperts.bench import memory
 from tinyexperts.bench.baselines import BaselineName
-from tinyexperts.bench.check import check_experts, check_int8_experts, check_kernels
+from tinyexperts.bench.check import check_kernels
 from tinyexperts.bench.contestants import make_layer, our_layer, settle
-from tinyexperts.bench.inputs import Inputs, pool_size
+from tinyexperts.bench.inputs import Inputs
 from tinyexperts.bench.measurement import Measurement, measure_setting, to_json, torch_threads
 from tinyexperts.bench.run import describe_machine
-from tinyexperts.bench.timing import Spread, interleaved, timed
-from tinyexperts.ops import expert_mlp, quantize_vectors
-from tinyexperts.ops.cpu import huge_pages
+from tinyexperts.bench.tables import measure_tables, stored_tables
+from tinyexperts.bench.timing import Spread, interleaved
 from tinyexperts.report.numbers import MISSING
 
 PEER_PYTORCH: BaselineName = "peer_pytorch_adam"
@@ -83,6 +80,7 @@ GOALS = {
     ),
     "int8": Goal(name="experts forward, D = 1024, int8 table against fp32", must=2, aim=3),
     "bf16": Goal(name="experts forward, D = 1024, bf16 table against fp32", must=1.7, aim=2),
+    "int4": Goal(name="experts forward, D = 1024, table in 4 bits against fp32", must=3, aim=4),
 }
 
 
@@ -98,7 +96,7 @@ def measure_goals(
     gc.collect()
     layer = make_layer(sizes.wide_d_model, sizes.wide_num_experts)
     results.append(_against_peer_pytorch(layer, sizes.num_tokens, repeats, show_progress))
-    show_progress("experts, int8, bf16 and fp32")
+    show_progress("experts, tables of fewer bits")
     narrow = _narrow_ratios(layer, sizes.num_tokens, repeats)
     del layer
     gc.collect()
@@ -138,35 +136,16 @@ def _against_peer_pytorch(
 
 
 def _narrow_ratios(layer: PEER, num_tokens: int, repeats: int) -> dict[str, Spread]:
-    """Compare the experts' forward pass with fp32 tables to those with int8 and bf16; tokens are fp32."""
-    generator = torch.Generator().manual_seed(0)
-    fp32 = layer.experts.detach()
-    table, scales = quantize_vectors(fp32)
-    tables = {
-        "fp32": (fp32, None),
-        "int8": (huge_pages.empty(*fp32.shape, dtype=torch.int8).copy_(table), scales),
-        "bf16": (huge_pages.empty(*fp32.shape, dtype=torch.bfloat16).copy_(fp32), None),
-    }
-    shape = (pool_size(num_tokens), num_tokens, layer.retrieved_per_token)
-    x = torch.randn(*shape[:2], fp32.shape[2], generator=generator)
-    ids = torch.randint(len(fp32), shape, generator=generator)
-    weights = torch.rand(shape, generator=generator)
-    batches = cycle(list(zip(x, ids, weights, strict=True)))
-
-    def experts(table: Tensor, scales: Tensor | None) -> Callable[[], tuple[float]]:
-        def call() -> Tensor:
-            x_MD, ids_MP, weights_MP = next(batches)
-            return expert_mlp(x_MD, table, ids_MP, weights_MP, layer.activation, scales=scales)
-
-        return timed(call)
-
-    with torch_threads(1):
-        few = x[0, :64], ids[0, :64], weights[0, :64]
-        check_experts(few[0], tables["bf16"][0], *few[1:], layer.activation, generator)
-        check_int8_experts(few[0], tables["int8"][0], scales, *few[1:], layer.activation)
-        with torch.no_grad():
-            times = interleaved({name: experts(*table) for name, table in tables.items()}, repeats)
-    return {name: Spread.of(times["fp32"][:, 0] / times[name][:, 0]) for name in ("int8", "bf16")}
+    """Compare the experts' forward pass with fp32 tables to those of fewer bits; tokens are fp32."""
+    measured = measure_tables(
+        stored_tables(layer.experts.detach()),
+        num_tokens=num_tokens,
+        retrieved=layer.retrieved_per_token,
+        activation=layer.activation,
+        threads=1,
+        repeats=repeats,
+    )
+    return {"int4" if kind == "4 bits" else kind: ratio for kind, ratio in measured.ratio.items() if kind != "fp32"}
 
 
 def _many_experts_ratio(sizes: Sizes, repeats: int) -> Spread:

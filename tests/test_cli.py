@@ -466,7 +466,7 @@ def test_a_data_set_is_verified_and_a_study_shown_without_torch(tiny_data, tmp_p
         (["xyz"], "no verb 'xyz': tinyexperts has the verbs data, "),
         ([], "a verb is missing: tinyexperts has the verbs data, "),
         (["train", "pear"], "no recipe 'pear', did you mean 'peer'? tinyexperts train has the recipes peer, dense, "),
-        (["bench"], "a verb is missing: tinyexperts bench has the verbs layer, and tinyexperts bench --help describes"),
+        (["bench"], "a verb is missing: tinyexperts bench has the verbs layer, tables, and tinyexperts bench --help"),
     ],
 )
 def test_a_misspelt_or_missing_verb_is_one_sentence_with_the_verbs(run_cli, words, sentence):

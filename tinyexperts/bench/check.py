@@ -97,28 +97,43 @@ def check_experts(
     _compare(f"gradient of the table {where}", grad_table._values(), expected_rows, tolerance)
 
 
-@torch.no_grad()
-def check_int8_experts(
-    x_MD: Tensor, table_NED: Tensor, scales_NE: Tensor, ids_MP: Tensor, weights_MP: Tensor, activation: str | None
+def check_quantized_experts(
+    x_MD: Tensor,
+    table: Tensor,
+    scales: Tensor,
+    ids_MP: Tensor,
+    weights_MP: Tensor,
+    activation: str | None,
+    generator: torch.Generator,
 ) -> None:
-    """Compare the forward pass of an int8 table with the reference on its scaled values.
+    """Compare the operator of a quantized table, and the gradients of the tokens and of the router weights.
 
     Args:
         x_MD (float32, [M, D]): the tokens.
-        table_NED (int8, [N, E, D]): the experts.
-        scales_NE (float32, [N, E]): the scale of each vector.
+        table (int8, [N, E, D], or uint8, [N, E, ceil(D / 2)]): the experts.
+        scales (float, [N, E] or [N, E, ceil(D / 32)]): the scale of each vector or group.
         ids_MP (int64, [M, P]): the retrieved experts.
         weights_MP (float32, [M, P]): their router weights.
         activation (str | None): the activation; None for values.
+        generator (torch.Generator): the source of randomness.
 
     Raises:
         InputError: as `check_kernels`.
     """
+    where = f"of {len(table):,} experts in {'int8' if table.dtype == torch.int8 else '4 bits'}"
     rows, positions_MP = ids_MP.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    compact = table_NED[rows].float() * scales_NE[rows].unsqueeze(-1)
-    y = expert_mlp(x_MD, table_NED, ids_MP, weights_MP, activation, scales=scales_NE)
-    expected_y, _ = expert_reference.expert_mlp(x_MD, compact, positions_MP, weights_MP, activation)
-    _compare(f"output of {list(table_NED.shape)} experts in int8", y, expected_y)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x_MD, weights_MP)]
+    grad_y = torch.randn(x_MD.shape, generator=generator)
+    y = expert_mlp(leaves[0], table, ids_MP, leaves[1], activation, scales=scales)
+    expected_y, _ = expert_reference.expert_mlp(
+        leaves[0], table[rows], positions_MP, leaves[1], activation, scales[rows]
+    )
+    _compare(f"output {where}", y, expected_y)
+    gradients, expected = (
+        torch.autograd.grad(each, leaves, grad_y, allow_unused=True, materialize_grads=True) for each in (y, expected_y)
+    )
+    _compare(f"gradient of x {where}", gradients[0], expected[0])
+    _compare(f"gradient of the router weights {where}", gradients[1], expected[1])
 
 
 def _check_update(

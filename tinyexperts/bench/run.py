@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from tinyexperts.bench import memory, view
 from tinyexperts.bench.baselines import BASELINES, BaselineName
@@ -148,13 +149,7 @@ def _write(config: LayerBenchmarkConfig, measurements: Sequence[Measurement], sk
 
 
 def _print(measurements: Sequence[Measurement], skipped: Sequence[str]) -> None:
-    tables = view.tables(measurements)
-    console = Console()
-    widest = max(console.measure(table, options=console.options.update(max_width=1000)).maximum for table in tables)
-    if widest > console.width:  # lines that the terminal breaks lose less than cells cut short
-        console = Console(width=widest)
-    for table in tables:
-        console.print(table)
+    console = print_tables(view.tables(measurements))
     left_out = [
         f"{_name(each.d_model, each.num_experts)}, M = {each.num_tokens}, threads: {each.threads}: {reason}"
         for each in measurements
@@ -162,6 +157,17 @@ def _print(measurements: Sequence[Measurement], skipped: Sequence[str]) -> None:
     ]
     for sentence in [*skipped, *left_out]:
         console.print(f"left out: {sentence}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_tables(tables: Sequence[Table]) -> Console:
+    """Print tables whole, also where the terminal is narrower; return the console."""
+    console = Console()
+    widest = max(console.measure(table, options=console.options.update(max_width=1000)).maximum for table in tables)
+    if widest > console.width:  # lines that the terminal breaks lose less than cells cut short
+        console = Console(width=widest)
+    for table in tables:
+        console.print(table)
+    return console
 
 
 def _name(d_model: int, num_experts: int) -> str:

@@ -121,7 +121,10 @@ VERBS = Group(
         ),
         "bench": Group(
             "Measure the layers on this machine.",
-            {"layer": ConfiguredVerb(study_verbs.bench_layer.__doc__, study_verbs.bench_layer)},
+            {
+                "layer": ConfiguredVerb(study_verbs.bench_layer.__doc__, study_verbs.bench_layer),
+                "tables": ConfiguredVerb(study_verbs.bench_tables.__doc__, study_verbs.bench_tables),
+            },
         ),
     },
 )

@@ -104,3 +104,13 @@ def bench_layer() -> Callable[..., None]:
         bench.run_layer_benchmark(config)
 
     return bench_layer
+
+
+def bench_tables() -> Callable[..., None]:
+    """Measure the experts' forward pass with tables in bf16, int8 and 4 bits against fp32."""
+    from tinyexperts import bench
+
+    def bench_tables(config: Annotated[bench.TablesBenchmarkConfig, tyro.conf.arg(name="")]) -> None:
+        bench.run_tables_benchmark(config)
+
+    return bench_tables
