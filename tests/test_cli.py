@@ -461,7 +461,10 @@ def test_a_data_set_is_verified_and_a_study_shown_without_torch(tiny_data, tmp_p
             ["trian"],
             "no verb 'trian', did you mean 'train'? tinyexperts has the verbs data, train, teach, plan, evaluate, ",
         ),
-        (["data", "verfy"], "no verb 'verfy', did you mean 'verify'? tinyexperts data has the verbs fetch, prepare, "),
+        (
+            ["data", "verfy"],
+            "no verb 'verfy', did you mean 'verify'? tinyexperts data has the verbs fetch, fetch-tasks, ",
+        ),
         (["study", "isoflops"], "no verb 'isoflops', did you mean 'isoflop'? tinyexperts study has the verbs demo, "),
         (["xyz"], "no verb 'xyz': tinyexperts has the verbs data, "),
         ([], "a verb is missing: tinyexperts has the verbs data, "),
