@@ -29,7 +29,7 @@ def test_each_question_is_there_once_with_its_choices(tmp_path):
         task = yaml.safe_load((tmp_path / "tasks" / f"{name}.yaml").read_text())
         assert task["task"] == name
         file = "lambada" if name == "lambada_text" else name
-        assert task["dataset_kwargs"]["data_files"]["test"] == str(tmp_path / "tasks" / f"{file}.jsonl")
+        assert task["dataset_kwargs"]["data_files"]["test"] == f"{file}.jsonl"
 
 
 def test_what_is_no_such_package_is_refused(tmp_path, run_cli):

@@ -5,14 +5,22 @@ from __future__ import annotations
 import copy
 import json
 
+import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from tinyexperts.errors import InputError
-from tinyexperts.hub import TinyExpertsConfig, TinyExpertsForCausalLM
+from tinyexperts.hub import TinyExpertsConfig, TinyExpertsForCausalLM, quantize_tables_
 from tinyexperts.layers import DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import Transformer, TransformerConfig, generate
 
@@ -224,7 +232,7 @@ def test_resized_embeddings():
     model.resize_token_embeddings(310, mean_resizing=False)
     assert model(torch.tensor([[305]])).logits.shape == (1, 1, 310)
     assert torch.equal(model(tokens()).logits[..., :300], before)
-    assert model.config.transformer().vocab_size == 310
+    assert model.config.transformer().vocab_size == model.model.config.vocab_size == 310
 
 
 def test_other_ways_to_call_it():
@@ -242,6 +250,48 @@ def test_other_ways_to_call_it():
         model()
     with pytest.raises(InputError, match="does not return attentions"):
         model(tokens(), output_attentions=True)
+
+
+def test_a_cache_by_its_former_name_is_used():
+    model, cache = make(), DynamicCache(config=make().config)
+    logits = [model(part, past_key_values=cache).logits for part in tokens().split(4, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, 1), model(tokens()).logits)
+    assert cache.get_seq_length() == 7
+    with pytest.raises(InputError, match="give the cache once"):
+        model(tokens(), cache=cache, past_key_values=cache)
+
+
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")  # PEFT's
+def test_a_prefix_of_peft_changes_the_logits_and_is_trained():
+    model = make()
+    before = model(tokens()).logits
+    tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    loss = tuned(input_ids=tokens(), labels=tokens()).loss
+    loss.backward()
+    assert not torch.allclose(tuned(input_ids=tokens()).logits, before)
+    assert tuned.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
+
+
+def test_a_mask_of_pairs_keeps_padding_out_too():
+    padded, pairs = make().train(), make().train()
+    mask = torch.tensor([[0] * 2 + [1] * 5, [1] * 7])
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    of_pairs = (causal & mask[:, None, None, :].bool()) & mask[:, None, :, None].bool()
+    padded(tokens(), attention_mask=mask)
+    pairs(tokens(), attention_mask=of_pairs)
+    for (name, ours), theirs in zip(padded.named_buffers(), pairs.buffers(), strict=True):
+        torch.testing.assert_close(theirs, ours, msg=name)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_in_python_it_is_saved_as_it_is(bits, tmp_path):
+    model = quantize_tables_(make(), bits)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.model.config.expert_layer.table_bits == bits
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    with pytest.raises(InputError, match="got GPT2LMHeadModel"):
+        quantize_tables_(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), bits)
 
 
 def test_beams_sampling_and_assistants():

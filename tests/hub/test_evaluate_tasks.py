@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -97,3 +98,17 @@ def test_a_task_whose_questions_are_gone(facts_run, task_files, tmp_path):
     (tmp_path / "sciq.yaml").write_text(text)
     with pytest.raises(InputError, match=r"a task of sciq can't be evaluated: .*gone\.jsonl"):
         evaluate_tasks(facts_run, ["sciq"], task_files=tmp_path)
+
+
+def test_results_of_other_tasks_and_of_all_questions_are_kept(facts_run, task_files, tmp_path):
+    (facts_run / "tasks.json").unlink(missing_ok=True)
+    moved = shutil.copytree(task_files, tmp_path / "moved")
+    evaluate_tasks(facts_run, ["sciq"], task_files=moved)
+    whole = json.loads((facts_run / "tasks.json").read_text())["sciq"]
+    evaluate_tasks(facts_run, ["sciq"], task_files=moved, max_questions=1)
+    evaluate_tasks(facts_run, ["piqa"], task_files=moved)
+    kept = json.loads((facts_run / "tasks.json").read_text())
+    assert kept["sciq"] == whole
+    assert set(kept) == {"sciq", "piqa"}
+    with pytest.raises(InputError, match="give the name of a task at least, got none"):
+        evaluate_tasks(facts_run, [])

@@ -12,9 +12,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from tinyexperts.data import Tokenizer
+from tinyexperts.data import PrepareConfig, Tokenizer, prepare
 from tinyexperts.errors import InputError
-from tinyexperts.hub import export_run, import_run
+from tinyexperts.hub import export_run, import_run, model_card
 from tinyexperts.training import ask_run, evaluate_run, generate_text, load_model, train
 from tinyexperts.training.run_folder import read_config
 
@@ -159,3 +159,65 @@ def test_the_verbs(run_cli, facts_run, tmp_path):
     assert "is not an exported model: it has no config.json" in err
     code, _, err = run_cli("serve", tmp_path / "out", "--port", 70000)
     assert (code, err) == (2, "tinyexperts: port must be between 1 and 65535, got 70000\n")
+
+
+def test_damaged_files_are_one_sentence(exported, facts_run, tmp_path, run_cli):
+    damages = {
+        "model.safetensors": b"x" * 50,
+        "run/run.json": b"{",
+        "run/tokenizer.json": b"{}",
+        "run/config.json": b"[]",
+    }
+    for name, content in damages.items():
+        before = (exported / name).read_bytes()
+        (exported / name).write_bytes(content)
+        code, _, err = run_cli("import", exported, "--run", tmp_path / "back")
+        assert (code, err.count("\n")) == (2, 1), (name, err)
+        assert str(exported) in err
+        (exported / name).write_bytes(before)
+    assert not (tmp_path / "back").exists()
+    before = (facts_run / "evaluation.json").read_text()
+    try:
+        (facts_run / "evaluation.json").write_text("{")
+        with pytest.raises(InputError, match=r"evaluation\.json can't be read"):
+            export_run(facts_run, tmp_path / "out", license_id="mit")
+    finally:
+        (facts_run / "evaluation.json").write_text(before)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_others_stay_and_places_that_take_none_are_told(facts_run, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("x")
+    export_run(facts_run, tmp_path / "out", license_id="mit")
+    assert (tmp_path / "out.partial" / "mine").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file/out can't be made: Not a directory"):
+        export_run(facts_run, tmp_path / "file" / "out", license_id="mit")
+
+
+def test_a_folder_that_is_saved_again_has_the_code_too(exported, tmp_path):
+    AutoModelForCausalLM.from_pretrained(exported).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "modeling_tinyexperts.py").read_text() == (
+        exported / "modeling_tinyexperts.py"
+    ).read_text()
+
+
+def test_files_that_a_data_set_was_made_of_are_not_named(facts_run):
+    for corpus, shown in (
+        ({"kind": "files", "paths": "/home/jane doe/a b.txt ../c", "text_field": "text"}, {"kind": "files"}),
+        ({"kind": "facts", "table": "../jane doe/t.csv", "key": "k"}, {"kind": "facts", "table": "t.csv", "key": "k"}),
+        ({"kind": "hub", "path": "allenai/c4"}, {"kind": "hub", "path": "allenai/c4"}),
+    ):
+        assert model_card._without_folders(corpus) == shown
+
+
+def test_another_data_set_of_the_same_name_is_not_taken_for_the_run_s(exported, tmp_path, monkeypatch):
+    back = import_run(exported, tmp_path / "back")
+    (tmp_path / "t.csv").write_text("\n".join(["name,open", *(f"m{n},{'no' if n % 3 else 'yes'}" for n in range(40))]))
+    tokenizer = back / "tokenizer.json"
+    prepare(PrepareConfig(facts=tmp_path / "t.csv", key="name", output=tmp_path / "data", tokenizer=tokenizer, seed=1))
+    monkeypatch.chdir(tmp_path)
+    found = evaluate_run(back)
+    assert found.remarks[-1] == "not kept: data (validation) holds other tokens than those that the run was trained on"
+    assert not (back / "evaluation.json").exists()

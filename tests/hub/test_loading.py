@@ -14,7 +14,7 @@ from torch import nn
 
 from tinyexperts import PEER, DenseFFN, ExpertChoiceMoE, ProductKeyMemory
 from tinyexperts.errors import InputError
-from tinyexperts.hub import load_replaced, replace_feed_forward
+from tinyexperts.hub import load_replaced, quantize_tables_, replace_feed_forward
 
 IDS = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
 SMALL = {"num_heads": 2, "experts_per_head": 3, "query_dim": 6}
@@ -178,20 +178,21 @@ KEY = "model.layers.1.mlp."
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop(KEY + "experts"), r"must hold the model's tensors, and has no .*mlp\.experts"),
-        (lambda tensors: tensors.pop(KEY + "router.norm.running_mean"), r"has no .*router\.norm\.running_mean"),
-        (lambda tensors: tensors.pop("model.norm.weight"), r"has no model\.norm\.weight"),
+        (lambda tensors: tensors.pop(KEY + "experts"), r"don't fit its config\.json: .*mlp\.experts is missing"),
+        (lambda tensors: tensors.pop(KEY + "router.norm.running_mean"), r"router\.norm\.running_mean is missing"),
+        (lambda tensors: tensors.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
         (
             lambda tensors: tensors.update({KEY + "down_proj.weight": torch.zeros(2)}),
-            r"has no place in the model for .*down_proj\.weight",
+            r"down_proj\.weight is unknown",
         ),
         (
             lambda tensors: tensors.update({KEY + "experts": torch.zeros(64, 3, WIDTH)}),
-            r"has another shape of .*mlp\.experts",
+            r"mlp\.experts has the shape \[64, 3, 32\], not \[64, 2, 32\]",
         ),
+        (lambda tensors: tensors[KEY + "experts"][3, 1, 2:3].fill_(torch.nan), r"mlp\.experts is not finite"),
         (
             lambda tensors: tensors.update({KEY + "router.sub_keys": torch.zeros(2, 8, 4)}),
-            r"has another shape of .*router\.sub_keys",
+            r"router\.sub_keys has the shape \[2, 8, 4\], not \[2, 8, 3\]",
         ),
     ],
 )
@@ -254,5 +255,23 @@ def test_a_plain_load_is_no_replaced_model(tmp_path):
     with pytest.raises(InputError, match=r"block 1 must have a feed-forward layer .* got one replaced before"):
         replace_feed_forward(plain, [1], LAYERS["peer"])
     plain.save_pretrained(tmp_path / "lost")
-    with pytest.raises(InputError, match="must hold the model's tensors, and has no "):
+    with pytest.raises(InputError, match=r"don't fit its config\.json: .*mlp\.experts is missing"):
         load_replaced(tmp_path / "lost")
+
+
+def test_options_of_from_pretrained(tmp_path):
+    model = trained()
+    model.bfloat16().save_pretrained(tmp_path)
+    loaded, info = load_replaced(tmp_path, dtype="auto", output_loading_info=True)
+    assert_equal(loaded, model)
+    assert not info["missing_keys"]
+
+
+@pytest.mark.parametrize("kind", ["peer", "memory"])
+def test_quantized_tables_are_recorded(kind, tmp_path):
+    model = quantize_tables_(trained(kind=kind), 8)
+    model.save_pretrained(tmp_path)
+    loaded = load_replaced(tmp_path)
+    assert loaded.model.layers[1].mlp.table_bits == 8
+    assert_equal(loaded, model)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)

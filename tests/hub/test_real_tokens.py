@@ -16,6 +16,7 @@ from tinyexperts import PEER, ExpertChoiceMoE, ProductKeyMemory
 from tinyexperts.errors import InputError
 from tinyexperts.hub import replace_feed_forward
 from tinyexperts.hub.real_tokens import real_tokens, tell_of_real_tokens
+from tinyexperts.layers import SumOfLayers
 
 LENGTHS = (7, 4, 1)
 TOKENS = [torch.randint(3, VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
@@ -226,3 +227,20 @@ def test_a_block_that_gives_nothing_a_mask():
     model = tiny_decoder("llama")
     model.model.layers[1].self_attn = nn.Identity()
     replace_feed_forward(model, [1], lambda width: peer(width, query_norm="layer"))
+
+
+def test_a_sum_of_layers_leaves_out_padding_and_other_containers_are_refused():
+    def total(width):
+        return SumOfLayers([peer(width), ExpertChoiceMoE(width, 3, hidden_dim=8)])
+
+    def made(width):
+        torch.manual_seed(1)
+        return total(width)
+
+    batch = padded("left")
+    model = replace_feed_forward(tiny_decoder("llama"), [0, 2], made)
+    assert_same(trained(model, batch, batch["attention_mask"] > 0), trained_without_padding("llama", made))
+    with pytest.raises(InputError, match="a PEER inside Sequential can't be told which tokens are padding"):
+        replace_feed_forward(tiny_decoder("llama"), [0], lambda width: nn.Sequential(nn.RMSNorm(width), peer(width)))
+    own_norm = lambda width: nn.Sequential(nn.RMSNorm(width), peer(width, query_norm="layer"))  # noqa: E731
+    replace_feed_forward(tiny_decoder("llama"), [0], own_norm)

@@ -92,6 +92,8 @@ def test_ask_finds_the_model_that_make_model_makes(run, tmp_path, run_cli, monke
         2,
         "tinyexperts: there is no runs/airports-int8, which `make model` makes: give the folder of a run first\n",
     )
+    code, _, err = run_cli("ask", run)
+    assert (code, err) == (2, f"tinyexperts: after the run {run} a question is missing, such as 'The city of SFO is'\n")
     quantize_run(run, "runs/airports-int8")
     code, out, err = run_cli("ask", "the cat")
     assert code == 0, err

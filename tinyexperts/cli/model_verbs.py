@@ -171,6 +171,8 @@ def ask(
         device: auto is cuda where there is one, else cpu.
         threads: CPU threads; default: as torch chooses.
     """
+    if question is None and Path(run).exists():
+        raise InputError(f"after the run {run} a question is missing, such as 'The city of SFO is'")
     if question is None:
         run, question = str(_MODEL_TO_TRY), run
         if not _MODEL_TO_TRY.exists():

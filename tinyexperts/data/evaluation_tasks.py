@@ -140,7 +140,7 @@ def _passages(requests: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
 
 
 def _write(folder: Path, name: str, questions: Iterable[Mapping[str, Any]], tasks: Mapping[str, str]) -> None:
-    file = folder.resolve() / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
+    file = f"{name}.jsonl"
+    (folder / file).write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
     for task, content in tasks.items():
-        (folder / f"{task}.yaml").write_text(content.format(name=task, file=json.dumps(str(file))), encoding="utf-8")
+        (folder / f"{task}.yaml").write_text(content.format(name=task, file=file), encoding="utf-8")

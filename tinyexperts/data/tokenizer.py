@@ -161,9 +161,12 @@ class Tokenizer:
         return _of_plain_text(tokenizers.Tokenizer.from_str(json.dumps(content)), content)
 
     @property
-    def json(self) -> str:
-        """The content of the tokenizer.json."""
-        return self._json
+    def plain_json(self) -> str:
+        """The content of a tokenizer.json that writes text in the same ids: all its control tokens are marked as such.
+
+        A vocabulary with the name of one among its ordinary pieces, as Unigram models have, writes that name with it.
+        """
+        return self._tokenizer.to_str()
 
     def save(self, path: Path) -> None:
         """Write the tokenizer.json."""

@@ -18,6 +18,7 @@ from tinyexperts.hub.causal_lm import TinyExpertsForCausalLM
 from tinyexperts.hub.configuration import TinyExpertsConfig
 from tinyexperts.hub.export import export_run, import_run
 from tinyexperts.hub.loading import load_replaced
+from tinyexperts.hub.quantizing import quantize_tables_
 from tinyexperts.hub.replacing import replace_feed_forward
 from tinyexperts.hub.serving import serve
 from tinyexperts.hub.tasks import evaluate_tasks
@@ -29,6 +30,7 @@ __all__ = [
     "export_run",
     "import_run",
     "load_replaced",
+    "quantize_tables_",
     "replace_feed_forward",
     "serve",
 ]

@@ -6,7 +6,10 @@ Importing this file registers the classes with AutoConfig and AutoModelForCausal
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,17 +25,22 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from tinyexperts.errors import InputError
+from tinyexperts.hub.checked_weights import check_weights
 from tinyexperts.hub.configuration import TinyExpertsConfig
+from tinyexperts.hub.real_tokens import real_tokens
 from tinyexperts.model import Transformer
 from tinyexperts.model.attention import Attend, Attention, rotary_angles
 from tinyexperts.model.transformer import Block
-from tinyexperts.training.checkpoint import is_finite
+from tinyexperts.training.config_file import layer_to_content
+
+# For trust_remote_code=True where nobody imports tinyexperts.hub.
+_REMOTE_CODE = "from tinyexperts.hub import TinyExpertsConfig, TinyExpertsForCausalLM  # noqa: F401\n"
 
 
 class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
     """A language model of ours for transformers; `model` is the Transformer, whose parameters keep their names.
 
-    In training a 2-D `attention_mask` keeps padding out of the feed-forward layers too: batch statistics of queries and
+    In training an `attention_mask` keeps padding out of the feed-forward layers too: batch statistics of queries and
     the choices of mixtures of experts are those of the real tokens.
     """
 
@@ -108,18 +116,7 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
         model, told = super().from_pretrained(
             *args, output_loading_info=True, **(options | {"ignore_mismatched_sizes": True})
         )
-        problems = [
-            *(f"{name} is missing" for name in sorted(told["missing_keys"])),
-            *(f"{name} is unknown" for name in sorted(told["unexpected_keys"])),
-            *(
-                f"{name} has the shape {list(found)}, not {list(meant)}"
-                for name, found, meant in sorted(told["mismatched_keys"])
-            ),
-        ]
-        if not problems:
-            problems = [f"{name} is not finite" for name, tensor in model.state_dict().items() if not _is_sound(tensor)]
-        if problems:
-            raise InputError(f"the weights of {model.name_or_path} don't fit its config.json: {', '.join(problems)}")
+        check_weights(model, told, source=model.name_or_path)
         return (model, told) if output_loading_info else model
 
     def _set_gradient_checkpointing(
@@ -132,13 +129,30 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
         self._checkpoint_every = every_n_layers
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
+        """Save the model as PreTrainedModel does, as its tables are now, with the code that trust_remote_code imports.
+
+        Args:
+            save_directory (str | os.PathLike[str]): the folder.
+            args (Any): as for PreTrainedModel.
+            options (Any): as for PreTrainedModel, such as max_shard_size.
+        """
+        self.config.expert_layer = layer_to_content(self.model.config.expert_layer)
+        self.config.auto_map = {
+            "AutoConfig": "modeling_tinyexperts.TinyExpertsConfig",
+            "AutoModelForCausalLM": "modeling_tinyexperts.TinyExpertsForCausalLM",
+        }
+        super().save_pretrained(save_directory, *args, **options)
+        Path(save_directory, "modeling_tinyexperts.py").write_text(_REMOTE_CODE, encoding="utf-8")
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
         return self.model.embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
+        """Replace the token embedding, whose number of rows is the vocabulary."""
         self.model.embedding = value
+        self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the head."""
@@ -157,6 +171,7 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -170,6 +185,7 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask (int64, [B, tokens seen + T]): 0 for padding; or whatever else transformers' functions take.
             position_ids (int64, [B, T]): the positions of the tokens; packed sequences each begin at 0.
             cache (Cache | None): keys and values of the tokens seen so far.
+            past_key_values (Cache | None): the same, under the name that transformers had for it before 5.24.
             inputs_embeds (float, [B, T, D]): the embedded tokens, in place of input_ids.
             labels (int64, [B, T]): the tokens again, -100 where there is no loss; they are shifted here.
             use_cache (bool | None): make a cache if none is given; None: as the configuration says.
@@ -180,12 +196,15 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
             loss (fp32, scalar), logits (float, [B, kept, V]), the cache, and hidden states if asked for.
 
         Raises:
-            InputError: both or none of input_ids and inputs_embeds, or attentions asked for.
+            InputError: both or none of input_ids and inputs_embeds, two caches, or attentions asked for.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
         if options.pop("output_attentions", None):
             raise InputError("this model does not return attentions: output_attentions must be False, got True")
+        if cache is not None and past_key_values is not None:
+            raise InputError("give the cache once, as cache or as past_key_values")
+        cache = past_key_values if cache is None else cache
         x = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -197,8 +216,9 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
         )
         angles = rotary_angles(self.model.config, position_ids.unsqueeze(1))
         real = None
-        if self.training and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            real = attention_mask[:, -x.shape[1] :].bool()
+        if self.training and isinstance(attention_mask, Tensor):
+            of_tokens = attention_mask[:, -x.shape[1] :] if attention_mask.dim() == 2 else attention_mask
+            real = real_tokens(of_tokens, x)
         for number, block in enumerate(self.model.blocks):
             attend = self._attend(block.attention, attention, cache, options)
             if self.gradient_checkpointing and self.training and number % self._checkpoint_every == 0:
@@ -223,11 +243,6 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
             return attended
 
         return attend
-
-
-def _is_sound(tensor: Tensor) -> bool:
-    """Return True for finite weights, and for those that lie on disk until they are used."""
-    return tensor.is_meta or is_finite(tensor)
 
 
 AutoModelForCausalLM.register(TinyExpertsConfig, TinyExpertsForCausalLM, exist_ok=True)

@@ -4,7 +4,7 @@ config.json, generation_config.json, model*.safetensors   as transformers writes
 tokenizer.json, tokenizer_config.json, chat_template.jinja
 README.md                    the model card
 modeling_tinyexperts.py      one line, for trust_remote_code=True where nobody imports tinyexperts.hub
-run/                         the run's own config.json, run.json, tokenizer.json and evaluation.json
+run/                         the run's own config.json, run.json and tokenizer.json, for the way back
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tinyexperts.data import Tokenizer, printable
@@ -24,15 +24,13 @@ from tinyexperts.hub.causal_lm import TinyExpertsForCausalLM
 from tinyexperts.hub.configuration import TinyExpertsConfig
 from tinyexperts.hub.model_card import model_card
 from tinyexperts.hub.tokenizer import to_transformers
-from tinyexperts.training import TrainConfig, config_file, load_model, run_folder
-from tinyexperts.training.checkpoint import checkpoints
+from tinyexperts.model import Transformer
+from tinyexperts.training import TrainConfig, config_file, run_folder
+from tinyexperts.training.checkpoint import load_model_and_step
 from tinyexperts.training.config import path_of
 from tinyexperts.training.finished_run import new_folder, write_finished_run
 
 StrPath = str | os.PathLike[str]
-
-_SHIM = "from tinyexperts.hub import TinyExpertsConfig, TinyExpertsForCausalLM  # noqa: F401\n"
-_RUN_FILES = ("tokenizer.json", "evaluation.json")
 
 
 def export_run(run: StrPath, output: StrPath, *, license_id: str) -> Path:
@@ -53,30 +51,23 @@ def export_run(run: StrPath, output: StrPath, *, license_id: str) -> Path:
         raise InputError(f"the license must be a name such as mit, apache-2.0 or other, got {license_id!r}")
     run, output = path_of("run", run), path_of("output", output)
     config = run_folder.read_config(run)
-    model = load_model(run)
-    step = json.loads((checkpoints(run)[-1] / "manifest.json").read_text(encoding="utf-8"))["step"]
     tokenizer = Tokenizer.load(run / "tokenizer.json")
+    described = run_folder.described(run)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text_id)
     with new_folder(output) as folder:
+        model, step = load_model_and_step(run)
+        card = model_card(run, config, step=step, name=output.resolve().name, license_id=license_id)
         wrapper = TinyExpertsForCausalLM.of(model, **ends)
-        wrapper.config.auto_map = {
-            "AutoConfig": "modeling_tinyexperts.TinyExpertsConfig",
-            "AutoModelForCausalLM": "modeling_tinyexperts.TinyExpertsForCausalLM",
-        }
         wrapper.generation_config = GenerationConfig(**ends)
         wrapper.save_pretrained(folder)
         to_transformers(tokenizer, context_length=config.model.context_length).save_pretrained(folder)
-        (folder / "modeling_tinyexperts.py").write_text(_SHIM)
-        card = model_card(run, config, step=step, name=output.resolve().name, license_id=license_id)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        (folder / "run").mkdir()
-        for name in _RUN_FILES:
-            if (run / name).exists():
-                shutil.copyfile(run / name, folder / "run" / name)
-        (folder / "run" / "config.json").write_text(config_file.to_json(_elsewhere(config, step)), encoding="utf-8")
-        described = run_folder.described(run)
+        own = folder / "run"
+        own.mkdir()
+        tokenizer.save(own / "tokenizer.json")
+        (own / "config.json").write_text(config_file.to_json(_elsewhere(config, step)), encoding="utf-8")
         described.pop("command", None)  # it may name folders of this machine
-        (folder / "run" / "run.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
+        (own / "run.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
     return output
 
 
@@ -91,7 +82,8 @@ def import_run(folder: StrPath, run: StrPath) -> Path:
         The folder of the run.
 
     Raises:
-        InputError: no exported folder, weights that don't fit their configuration, or a run that exists.
+        InputError: no exported folder, files that are damaged, weights that don't fit their configuration, another
+            model than the run's, or a run that exists.
     """
     folder, run = path_of("folder", folder), path_of("run", run)
     path = folder / "run" / "config.json"
@@ -104,19 +96,40 @@ def import_run(folder: StrPath, run: StrPath) -> Path:
         ) from None
     except InputError as error:
         raise InputError(f"{printable(path)} does not hold a configuration: {error}") from None
-    wrapper = AutoModelForCausalLM.from_pretrained(folder)
-    meant = TinyExpertsConfig.of(config.model).transformer()
-    if not isinstance(wrapper, TinyExpertsForCausalLM) or wrapper.model.config != meant:
-        raise InputError(f"{printable(folder)} holds another model than run/config.json says")
-    assert config.num_steps is not None
-    write_finished_run(
-        config,
-        wrapper.model,
-        step=config.num_steps,
-        tokenizer=folder / "run" / "tokenizer.json",
-        description=run_folder.described(folder / "run"),
-    )
+    if config.num_steps is None:
+        raise InputError(f"{printable(path)} must say how many steps the weights have made (num_steps), got none")
+    description = run_folder.described(folder / "run")
+    Tokenizer.load(folder / "run" / "tokenizer.json")
+    with new_folder(run) as new:
+        model = _loaded(folder, config)
+        tokenizer = folder / "run" / "tokenizer.json"
+        write_finished_run(new, config, model, step=config.num_steps, tokenizer=tokenizer, description=description)
     return run
+
+
+def _loaded(folder: Path, config: TrainConfig) -> Transformer:
+    """Load the model of an exported folder.
+
+    Raises:
+        InputError: files that are damaged, or another model than that of the configuration.
+    """
+    try:
+        wrapper = AutoModelForCausalLM.from_pretrained(folder)
+    except InputError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{printable(folder)} can't be loaded: {' '.join(str(error).split())}") from None
+    meant = TinyExpertsConfig.of(config.model).transformer()
+    if not isinstance(wrapper, TinyExpertsForCausalLM):
+        raise InputError(f"{printable(folder)} must hold a TinyExpertsForCausalLM, got {type(wrapper).__name__}")
+    found = wrapper.model.config
+    other = [field.name for field in fields(meant) if getattr(meant, field.name) != getattr(found, field.name)]
+    if other:
+        raise InputError(
+            f"{printable(folder)} holds another model than run/config.json says: "
+            + ", ".join(f"{name} is {getattr(found, name)}, not {getattr(meant, name)}" for name in other)
+        )
+    return wrapper.model
 
 
 def _elsewhere(config: TrainConfig, step: int) -> TrainConfig:

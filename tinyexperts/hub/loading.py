@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from tinyexperts.errors import InputError
+from tinyexperts.hub.checked_weights import check_weights
 from tinyexperts.hub.record import Replacement, read_record
 from tinyexperts.hub.replacing import place
 
 
-def load_replaced(folder: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
+def load_replaced(folder: str | PathLike[str], **kwargs: Any) -> Any:
     """Load a model with the layers that `replace_feed_forward` put into it before it was saved.
 
     The model is made with these layers in place before any weight is read: the class is that which was saved, and no
@@ -24,13 +26,16 @@ def load_replaced(folder: str | PathLike[str], **kwargs: Any) -> PreTrainedModel
         **kwargs: those of `from_pretrained`, such as dtype or device_map.
 
     Returns:
-        The model, in evaluation mode as `from_pretrained` gives it.
+        The model, in evaluation mode as `from_pretrained` gives it; with output_loading_info=True, and what that tells.
 
     Raises:
         InputError: a configuration that records no replaced layers, or a layer that isn't one of this package; a class
-            that transformers doesn't have; a checkpoint that lacks a tensor, has one too many, or one of another shape.
+            that transformers doesn't have; a checkpoint that lacks a tensor, has one too many, one of another shape, or
+            one that is not finite.
     """
+    of_weights = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype", "output_loading_info") if name in kwargs}
     config, kwargs = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+    with_info = of_weights.pop("output_loading_info", False)
     replacements = read_record(config)
     if not replacements:
         raise InputError(
@@ -44,12 +49,11 @@ def load_replaced(folder: str | PathLike[str], **kwargs: Any) -> PreTrainedModel
             )
     saved_class = _saved_class(folder, config)
     model, info = _class_with(replacements, saved_class).from_pretrained(
-        folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        folder, config=config, **(kwargs | of_weights | {"output_loading_info": True, "ignore_mismatched_sizes": True})
     )
-    _refuse_partial(folder, info)
+    check_weights(model, info, source=Path(folder))
     model.__class__ = saved_class
-    assert isinstance(model, PreTrainedModel)
-    return model
+    return (model, info) if with_info else model
 
 
 def _saved_class(folder: str | PathLike[str], config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -73,15 +77,3 @@ def _class_with(replacements: dict[int, Replacement], saved_class: type[PreTrain
         place(self, new)
 
     return type(saved_class.__name__, (saved_class,), {"__init__": __init__, "__module__": saved_class.__module__})
-
-
-def _refuse_partial(folder: str | PathLike[str], info: dict[str, Any]) -> None:
-    for what, names in (
-        ("has no", info["missing_keys"]),
-        ("has no place in the model for", info["unexpected_keys"]),
-        ("has another shape of", [each[0] for each in info["mismatched_keys"]]),
-    ):
-        if names:
-            first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            raise InputError(f"the checkpoint {folder} must hold the model's tensors, and {what} {first}")
-    assert not info["error_msgs"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -40,7 +40,7 @@ def model_card(run: Path, config: TrainConfig, *, step: int, name: str, license_
     """
     described = run_folder.described(run)
     versions = described.get("versions", {})
-    evaluation = _content(run / "evaluation.json")
+    evaluation = run_folder.read_record(run / "evaluation.json")
     index = _index_of(config.data)
     layer = config.model.expert_layer
     head = ModelCardData(
@@ -64,10 +64,10 @@ def model_card(run: Path, config: TrainConfig, *, step: int, name: str, license_
     parts = [
         f"---\n{head.to_yaml()}\n---",
         f"# {name}",
-        f"A small language model trained from nothing with tinyexperts: {_KINDS[type(layer)]}. It continues text; it "
-        "was not taught to follow instructions, to be right, or to be harmless.",
+        f"A small language model, {_beginning(config, described)} with tinyexperts: {_KINDS[type(layer)]}. It "
+        "continues text; it was not made to follow instructions, to be right, or to be harmless.",
         "## Use",
-        f"```\npip install 'tinyexperts[hf]'\ntinyexperts serve {name}\n```",
+        "With tinyexperts and its extra `hf` installed:",
         "```python\nimport tinyexperts.hub  # registers the model with transformers\n"
         "from transformers import pipeline\n\n"
         f'print(pipeline("text-generation", "{name}")("The city of", max_new_tokens=8))\n```',
@@ -104,13 +104,15 @@ def _training_rows(
     tokens = step * config.tokens_per_step
     yield "data set", f"{config.data.name} (sha256 {described.get('data_sha256', 'unknown')[:12]})"
     if index is not None:
-        yield "text", ", ".join(f"{key} {_without_folders(value)}" for key, value in index.corpus.items())
+        yield "text", ", ".join(f"{key} {value}" for key, value in _without_folders(index.corpus).items())
         yield "tokens of its training part", f"{index.splits['train'].num_tokens:,}"
     yield "steps", f"{step:,} of {config.tokens_per_step:,} tokens"
     yield "tokens seen", f"{tokens:,}"
     if flops:
         yield "training FLOPs", f"{tokens * flops['total']:.3g}, of which {tokens * flops['router']:.3g} choose experts"
     rates = config.optimizer
+    if config.teaching is not None:
+        yield "training before", "that of another run; its text, tokens and FLOPs are not counted here"
     yield (
         "learning rates",
         f"matrices {rates.matrix_learning_rate:g}, embedding {rates.embedding_learning_rate:g}, head "
@@ -151,15 +153,20 @@ def _table(columns: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _without_folders(value: str) -> str:
-    """Return a value of the index with the names of files, but not the folders of this machine."""
-    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in value.split(" "))
+def _beginning(config: TrainConfig, described: Mapping[str, Any]) -> str:
+    """Return how its weights came about."""
+    if config.teaching is not None:
+        return f"taught ({config.teaching.train}) what the data set below holds, after another training,"
+    return "taught after another training" if "base_sha256" in described else "trained from nothing"
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """Return the content of a file that the run may lack."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return content
+def _without_folders(corpus: Mapping[str, str]) -> dict[str, str]:
+    """Return the description of a corpus without the names of files, which tell of the machine that they lie on."""
+    if corpus.get("kind") == "files":
+        return {"kind": "files"}
+    if corpus.get("kind") == "facts":
+        return {**corpus, "table": re.split(r"[/\\\\]", corpus["table"])[-1]} if "table" in corpus else dict(corpus)
+    return dict(corpus)
 
 
 def _index_of(data: Path) -> DatasetIndex | None:

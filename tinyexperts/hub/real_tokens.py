@@ -67,7 +67,21 @@ class _KeepAttentionMask:
 
 
 def looks_at_other_tokens(layer: nn.Module) -> bool:
-    """Return True for a layer whose output for a token may depend on the others of its batch."""
+    """Return True for a layer whose output for a token may depend on the others of its batch.
+
+    Raises:
+        InputError: a module that holds such a layer and can't be given a mask for it.
+    """
+    inside = [each for each in layer.modules() if _depends_on_batch(each)]
+    if inside and not isinstance(layer, FeedForward):
+        raise InputError(
+            f"a {type(inside[0]).__name__} inside {type(layer).__name__} can't be told which tokens are padding: "
+            "return the layer itself, or one that computes each token by itself (of query norms 'layer' or 'none')"
+        )
+    return bool(inside)
+
+
+def _depends_on_batch(layer: nn.Module) -> bool:
     if isinstance(layer, ProductKeyLayer):
         return layer.router.query_norm == "batch"
     return isinstance(layer, ExpertChoiceMoE)

@@ -59,8 +59,9 @@ def replace_feed_forward(model: AnyModel, layers: Iterable[int], make: Callable[
     for number in numbers:
         if number in recorded:
             raise InputError(
-                f"block {number} must have a feed-forward layer of {type(model).__name__}, got one replaced before, "
-                f"by {recorded[number].class_name}"
+                f"block {number} must have a feed-forward layer of {type(model).__name__}, got one replaced before, by "
+                f"{recorded[number].class_name}, as the configuration says: load_replaced loads such a model, and "
+                "models that share a configuration need one each"
             )
         old = getattr(blocks[number], _name_of_feed_forward(blocks[number], number))
         weight = _weight_of(old, f"the feed-forward layer {type(old).__name__} of block {number}")
@@ -72,6 +73,7 @@ def replace_feed_forward(model: AnyModel, layers: Iterable[int], make: Callable[
             raise InputError("make must return a layer with its whole table, got one whose table ranks share")
         layer.to(device=weight.device, dtype=weight.dtype)
         _check_output(layer, weight, width)
+        looks_at_other_tokens(layer)
         for each in layer.modules():  # model.init_weights() would draw them again, as it draws the layers of theirs
             each._is_hf_initialized = True  # type: ignore[assignment]
         new[number] = (layer.train(old.training), replacement_of(layer, num_outputs))
@@ -106,6 +108,13 @@ class _AsTuple:
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> tuple[Tensor | None, ...]:
         return (output, *(None for _ in range(self.num_outputs - 1)))
+
+
+def feed_forward_of(model: PreTrainedModel, number: int) -> nn.Module:
+    """Return the feed-forward layer of a block of a decoder."""
+    block = decoder_blocks(model)[number]
+    layer: nn.Module = getattr(block, _name_of_feed_forward(block, number))
+    return layer
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:

@@ -10,6 +10,7 @@ from tinyexperts.data import printable
 from tinyexperts.errors import InputError
 from tinyexperts.extras import require_extra
 from tinyexperts.hub.causal_lm import TinyExpertsForCausalLM
+from tinyexperts.training import choose_device
 from tinyexperts.training.config import path_of
 
 
@@ -33,7 +34,7 @@ def serve(
         dtype (str): the type of the weights: auto takes that of the files; float32, bfloat16, float16.
 
     Raises:
-        InputError: no exported model there, or a port out of range.
+        InputError: no exported model there, a port out of range, or a device that is missing.
         MissingExtra: the extra serve is not installed.
     """
     require_extra("serve", __name__)
@@ -45,6 +46,7 @@ def serve(
             )
     if not 0 < port < 2**16:
         raise InputError(f"port must be between 1 and 65535, got {port}")
+    device = str(choose_device(device))
     from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import chdir
 from typing import Any
 
 from tinyexperts.data import Tokenizer, printable
@@ -18,6 +18,7 @@ from tinyexperts.hub.causal_lm import TinyExpertsForCausalLM
 from tinyexperts.hub.tokenizer import to_transformers
 from tinyexperts.training import choose_device, load_model
 from tinyexperts.training.config import path_of
+from tinyexperts.training.run_folder import read_record
 from tinyexperts.training.trained_run import set_threads
 
 StrPath = str | os.PathLike[str]
@@ -33,13 +34,14 @@ def evaluate_tasks(
     device: str = "auto",
     threads: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Evaluate the model of a run on tasks of lm-eval; the results are kept in its folder, tasks.json.
+    """Evaluate the model of a run on tasks of lm-eval; results on all questions are kept in its folder, tasks.json.
 
     Args:
         run (StrPath): folder of the run.
         tasks (Sequence[str]): names of tasks: those in `task_files`, or else lm-eval's own, most of which download
             their questions.
-        task_files (StrPath | None): folder with the YAML of tasks, such as `data fetch-tasks` writes.
+        task_files (StrPath | None): folder with the YAML of tasks, such as `data fetch-tasks` writes. Files that they
+            name lie in it.
         max_questions (int | None): the first questions of each task alone; None: all.
         batch_size (int): questions in one forward pass.
         device (str): auto is cuda where there is one, else cpu.
@@ -53,10 +55,12 @@ def evaluate_tasks(
         MissingExtra: the extra eval is not installed.
     """
     require_extra("eval", __name__)
+    if not tasks:
+        raise InputError("give the name of a task at least, got none")
     require_at_least(1, "max_questions", max_questions)
     require_at_least(1, "batch_size", batch_size)
     set_threads(threads)
-    run = path_of("run", run)
+    run = path_of("run", run).resolve()
     own = load_model(run, device=choose_device(device))
     tokenizer = Tokenizer.load(run / "tokenizer.json")
 
@@ -64,7 +68,7 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    folder = None if task_files is None else path_of("task_files", task_files)
+    folder = None if task_files is None else path_of("task_files", task_files).resolve()
     if folder is not None and not folder.is_dir():
         raise InputError(f"no such folder of tasks: {printable(folder)} (tinyexperts data fetch-tasks writes one)")
     manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=folder is None)
@@ -85,20 +89,23 @@ def evaluate_tasks(
     )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        found = simple_evaluate(
-            model=model,
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=max_questions,
-            bootstrap_iters=1000,
-            log_samples=False,
-        )
+        with chdir(folder or "."):
+            found = simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=max_questions,
+                bootstrap_iters=1000,
+                log_samples=False,
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # of the data sets of tasks
         raise InputError(f"a task of {', '.join(tasks)} can't be evaluated: {' '.join(str(error).split())}") from error
     measures = {name: _numbers(found["results"][name]) for name in found["results"]}
     counts = {name: count["effective"] for name, count in found["n-samples"].items()}
-    content = {name: {"num_questions": counts.get(name), **values} for name, values in measures.items()}
-    write_atomically(Path(run, "tasks.json"), json.dumps(content, indent=2))
+    if max_questions is None:
+        content = read_record(run / "tasks.json")
+        content |= {name: {"num_questions": counts.get(name), **values} for name, values in measures.items()}
+        write_atomically(run / "tasks.json", json.dumps(content, indent=2))
     return measures
 
 

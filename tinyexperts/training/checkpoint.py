@@ -268,6 +268,11 @@ def load_model(run: str | os.PathLike[str], *, device: torch.device | str = "cpu
     Raises:
         InputError: no run, no checkpoint, a damaged one, or weights that are not finite.
     """
+    return load_model_and_step(run, device=device)[0]
+
+
+def load_model_and_step(run: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> tuple[Transformer, int]:
+    """Load the model of a run as `load_model` does; return it with the step of its checkpoint."""
     run = path_of("run", run)
     config = read_config(run)
     found = checkpoints(run)
@@ -277,7 +282,7 @@ def load_model(run: str | os.PathLike[str], *, device: torch.device | str = "cpu
         with torch.device("cpu"):  # whatever torch's default one is
             model = Transformer(config.model)
         load_checkpoint(found[-1], model)
-        return model.to(device).eval()
+        return model.to(device).eval(), int(found[-1].name.removeprefix("step-"))
 
 
 def keep_weights(run: str | os.PathLike[str]) -> None:

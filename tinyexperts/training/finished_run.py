@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,43 +21,49 @@ from tinyexperts.training.config import TrainConfig
 
 
 def write_finished_run(
-    config: TrainConfig, model: Transformer, *, step: int, tokenizer: Path, description: Mapping[str, Any]
+    folder: Path,
+    config: TrainConfig,
+    model: Transformer,
+    *,
+    step: int,
+    tokenizer: Path,
+    description: Mapping[str, Any],
 ) -> None:
-    """Write a run that has made all its steps; it appears as a whole or not at all.
+    """Write a run that has made all its steps.
 
     Args:
-        config (TrainConfig): how the weights were trained, and the run's folder.
+        folder (Path): where to write it (`new_folder`).
+        config (TrainConfig): how the weights were trained, and the run's own folder. That the model was taught stays in
+            its description alone.
         model (Transformer): the model, whose configuration replaces that of `config`.
         step (int): the number of steps that were made.
         tokenizer (Path): the tokenizer.json.
         description (Mapping[str, Any]): the content of run.json.
-
-    Raises:
-        InputError: the folder exists.
     """
     finished = replace(config, model=model.config, num_steps=step, training_flops=None, teaching=None)
-    with new_folder(config.run) as folder:
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        write_atomically(folder / "run.json", json.dumps(description, indent=2))
-        write_atomically(folder / "config.json", config_file.to_json(finished))
-        save_checkpoint(folder, step, model, [], {"step": step, "seconds": 0.0, "losses": []}, keep=1)
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    write_atomically(folder / "run.json", json.dumps(description, indent=2))
+    write_atomically(folder / "config.json", config_file.to_json(finished))
+    save_checkpoint(folder, step, model, [], {"step": step, "seconds": 0.0, "losses": []}, keep=1)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Make a folder under another name, which gets its own when it is whole.
+    """Make a folder under another name, which gets its own when it is whole; open it before long work.
 
     Args:
         path (Path): the folder.
 
     Raises:
-        InputError: it exists.
+        InputError: it exists, or can't be made.
     """
     if path.exists():
         raise InputError(f"the folder {printable(path)} exists: choose another")
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"the folder {printable(path)} can't be made: {error.strerror}") from None
     try:
         yield partial
         partial.rename(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 import shlex
 import statistics
@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from tinyexperts.data import TokenDataset
-from tinyexperts.errors import InputError
 from tinyexperts.evaluation import Evaluation, evaluate
 from tinyexperts.layers import ProductKeyLayer, TableBits
 from tinyexperts.layers.table_layer import check_table_bits
 from tinyexperts.model import Transformer, generate
 from tinyexperts.training import run_folder
-from tinyexperts.training.checkpoint import checkpoints, load_model
+from tinyexperts.training.checkpoint import load_model_and_step
 from tinyexperts.training.config import path_of
 from tinyexperts.training.device import choose_device
-from tinyexperts.training.finished_run import write_finished_run
+from tinyexperts.training.finished_run import new_folder, write_finished_run
 from tinyexperts.training.trained_run import set_threads
 
 StrPath = str | os.PathLike[str]
@@ -87,34 +86,31 @@ def quantize_run(
     check_table_bits(bits)
     set_threads(threads)
     run, output = path_of("run", run), path_of("output", output)
-    if output.exists():
-        raise InputError(f"the folder {output} exists: choose another")
     config = run_folder.read_config(run)
     folder = config.data if data is None else path_of("data", data)
     dataset, remarks = None, list[str]()
-    if data is not None or folder.is_dir():
-        dataset = TokenDataset.open(folder)
-        run_folder.check_tokenizer(run, dataset)
-    else:
-        remarks.append(f"not evaluated: the run's data set {folder} is gone (--data names another folder)")
-    where = choose_device(device)
-    model, quantized = load_model(run, device=where), load_model(run, device=where)
-    quantized.quantize_(bits)
-    speeds = _tokens_per_second([model, quantized])
-    step = json.loads((checkpoints(run)[-1] / "manifest.json").read_text(encoding="utf-8"))["step"]
-    before, after = (_measured(each, dataset, speed) for each, speed in zip((model, quantized), speeds, strict=True))
-    description = run_folder.described(run) | {
-        "command": "quantize_run(...), from Python" if command is None else shlex.join(("tinyexperts", *command)),
-    }
-    write_finished_run(
-        replace(config, run=output),
-        quantized.cpu(),
-        step=step,
-        tokenizer=run / "tokenizer.json",
-        description=description,
-    )
-    if after.evaluation is not None and data is None:
-        after.evaluation.save(output)
+    with new_folder(output) as new:
+        if data is not None or folder.is_dir():
+            dataset = TokenDataset.open(folder)
+            run_folder.check_tokenizer(run, dataset)
+        else:
+            remarks.append(f"not evaluated: the run's data set {folder} is gone (--data names another folder)")
+        where = choose_device(device)
+        model, step = load_model_and_step(run, device=where)
+        quantized = copy.deepcopy(model)
+        quantized.quantize_(bits)
+        speeds = _tokens_per_second([model, quantized])
+        before, after = (
+            _measured(each, dataset, speed) for each, speed in zip((model, quantized), speeds, strict=True)
+        )
+        description = run_folder.described(run) | {
+            "command": "quantize_run(...), from Python" if command is None else shlex.join(("tinyexperts", *command)),
+        }
+        tokenizer = run / "tokenizer.json"
+        own = replace(config, run=output)
+        write_finished_run(new, own, quantized.cpu(), step=step, tokenizer=tokenizer, description=description)
+        if after.evaluation is not None and data is None:
+            after.evaluation.save(new)
     return Quantized(before=before, after=after, remarks=tuple(remarks))
 
 

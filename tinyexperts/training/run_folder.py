@@ -155,9 +155,28 @@ def check_data(run: Path, dataset: TokenDataset, teaching_digest: str | None = N
 
 
 def described(run: Path) -> dict[str, Any]:
-    """Return a run's description, run.json; empty where there is none."""
-    path = run / "run.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Return a run's description, run.json; empty where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return read_record(run / "run.json")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the content of one of a run's files of JSON; empty where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it must hold an object, got {type(content).__name__}")
     return content
 
 

@@ -96,4 +96,9 @@ def kept_memories(past: list[PastRun]) -> tuple[tuple[MemoryConfig, ...], tuple[
             f"{teaching.base}, from which {past[-1].run} was taught, is gone or another run by now: what it knew is "
             "neither asked nor gone over"
         )
+    elif "base_sha256" in described(past[-1].run):  # imported, or quantized
+        remarks.append(
+            f"{past[-1].run} comes from a run that was taught, which is not here: what that knew before is neither "
+            "asked nor gone over"
+        )
     return tuple(memories), tuple(remarks)

@@ -95,8 +95,13 @@ def evaluate_run(
         name = f"{printable(folder)} ({split})"
     if text.text_loss:
         remarks.append(str(text.text_loss))
+    is_own = not files and data is None and split == "validation" and max_tokens is None
+    known = run_folder.described(run).get("data_sha256")
+    if is_own and known is not None and known != dataset.sha256:
+        is_own = False
+        remarks.append(f"not kept: {name} holds other tokens than those that the run was trained on")
     evaluation = evaluate(model, text, batch_size=batch_size, max_tokens=max_tokens, statements=statements)
-    if not files and data is None and split == "validation" and max_tokens is None:
+    if is_own:
         evaluation.save(run)
     return RunEvaluation(evaluation=evaluation, text=name, remarks=tuple(remarks))
 
