@@ -162,8 +162,14 @@ except ImportError as error:
             ["export", "x", "y", "--license", "mit"],
             "tinyexperts.hub needs the extra hf, of which transformers",
         ),
-        ("hf", ["serve", "x"], "tinyexperts.hub.serving needs the extra serve, of which fastapi, "),
-        ("hf", ["evaluate", "x", "--tasks", "y"], "tinyexperts.hub.tasks needs the extra eval, of which lm_"),
+        pytest.param(
+            *("hf", ["serve", "x"], "tinyexperts.hub.serving needs the extra serve, of which fastapi, "),
+            marks=pytest.mark.slow,  # imports transformers
+        ),
+        pytest.param(
+            *("hf", ["evaluate", "x", "--tasks", "y"], "tinyexperts.hub.tasks needs the extra eval, of which lm_"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_verb_without_its_extra_is_one_sentence(installed, words, sentence):

@@ -94,6 +94,7 @@ def test_weights_that_were_trained_on_come_back_too(exported, tmp_path):
     assert torch.equal(back.norm.weight, model.model.norm.weight)
 
 
+@pytest.mark.slow
 def test_remote_code_is_one_line_that_needs_the_package(exported):
     code = """
 import sys

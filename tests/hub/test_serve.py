@@ -44,7 +44,8 @@ def served(folder, *options):
             process.communicate()
 
 
-@pytest.mark.parametrize("options", [(), pytest.param(("--continuous-batching",), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--continuous-batching",)])
 def test_completions_chats_and_streams_are_the_run_s_own(facts_run, exported_once, options):
     prompt, asked = "The floor of k3", {"max_tokens": 6, "temperature": 0}
     expected = generate_text(facts_run, prompt, temperature=0, max_new_tokens=6)
