@@ -13,9 +13,17 @@ import peer_packages
 import pytest
 import torch
 from peer_package_parts import exactness, facts, pairs, step_memory, tables
-from peer_package_parts.layers import Foreign, Sizes, imported, peer_pytorch, product_key_memory
+from peer_package_parts.layers import (
+    Foreign,
+    Sizes,
+    imported,
+    peer_pytorch,
+    peer_pytorch_started_as_ours,
+    product_key_memory,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
+from tinyexperts import PEER
 from tinyexperts.bench import timing
 from tinyexperts.errors import InputError
 
@@ -243,6 +251,18 @@ def test_each_parameter_is_trained_once_at_its_rate(fact_data, name):
     assert found == {key: (ours if "experts" in found else theirs)[key] for key in found}
 
 
+def test_a_layer_of_theirs_that_starts_as_ours_has_weights_of_our_sizes():
+    torch.manual_seed(0)
+    sizes = Sizes(d_model=24, num_experts=1024, num_heads=3, experts_per_head=4, query_dim=10)
+    theirs = imported(peer_pytorch_started_as_ours(sizes))
+    ours = PEER(24, 1024, num_heads=3, experts_per_head=4, query_dim=10, shared_sub_keys=False)
+    for their, our in zip(theirs.experts.unbind(1), ours.experts.unbind(1), strict=True):
+        assert their.std().item() == pytest.approx(our.std().item(), rel=0.02)
+    their, our = (layer.router.query.weight.std().item() for layer in (theirs, ours))
+    assert their == pytest.approx(our, rel=0.1)
+    torch.testing.assert_close(theirs.router.sub_keys.norm(dim=-1), ours.router.sub_keys.norm(dim=-1))
+
+
 def test_rates_are_tried_until_the_best_is_at_no_end():
     def runs_of(losses):
         asked = []
@@ -293,7 +313,7 @@ def test_the_table_of_facts_has_means_and_paired_differences():
         "runs": [fact_run(0, 5.0, recall=0.25), fact_run(1, 9.0)],
     }
     cells = tables.facts_table({"peer": peer, "peer-pytorch": theirs}).splitlines()[-1].split(" | ")
-    assert cells[1] == "0.004 (diverged) **0.001 (7.25)**"
+    assert cells[1] == "the layer: 0.004 (diverged) **0.001 (7.25)**"
     assert cells[5] == "7.00 ± 2.83"
     half = 12.706204736 * math.sqrt(2) / math.sqrt(2)  # Student's factor for two seeds; differences 1 and 3
     assert cells[6] == f"+2.00 (\N{MINUS SIGN}{half - 2:.2f} to +{half + 2:.2f})"
@@ -306,14 +326,14 @@ def test_the_tables_show_the_numbers_of_the_files(measured, tmp_path):
     files = copy.deepcopy(files)
     assert all(file["machine"]["peers"]["product-key-memory"] == "0.3.0" for file in files.values())
     step = files["speed"]["results"][0]["step"]
-    step["ratio"]["median"], step["seconds"]["median"], step["our_seconds"]["median"] = 77.125, 0.5, 0.25
+    step["ratio"]["median"], step["seconds"]["median"], step["our_seconds"]["median"] = 77.125, 1.5, 0.00025
     files["exactness"]["results"][0]["shares"]["ties"] = 0.875
     files["memory"]["results"][0]["activation_bytes_per_token"] = 12.5 * 1024
     for name, file in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(file))
     text = peer_packages.tables_of(tmp_path)
     assert "| **77.12**" in text
-    assert "; 500 / 250 |" in text
+    assert "; 1,500 / 0.25 |" in text
     assert "| 100 / 87.5 / 100 % |" in text
     assert "| 12.5 |" in text
     assert "Known facts" not in text

@@ -21,7 +21,14 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from peer_package_parts.layers import Foreign, Sizes, imported, peer_pytorch, product_key_memory
+from peer_package_parts.layers import (
+    Foreign,
+    Sizes,
+    imported,
+    peer_pytorch,
+    peer_pytorch_started_as_ours,
+    product_key_memory,
+)
 from tinyexperts.data import PrepareConfig, prepare
 from tinyexperts.data.facts.table import AIRPORTS
 from tinyexperts.errors import InputError
@@ -99,6 +106,13 @@ METHODS = {
         rate=4e-3,
         rate_of="the layer",
         make=partial(peer_pytorch, non_competing_scores=False),
+    ),
+    "peer-pytorch-our-start": Method(
+        label="the same, initial weights as ours",
+        experts_per_head=16,
+        rate=4e-3,
+        rate_of="the layer",
+        make=peer_pytorch_started_as_ours,
     ),
     "peer-pytorch-default": Method(
         label="PEER-pytorch, default (1 a head)",

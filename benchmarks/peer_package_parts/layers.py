@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
 import PEER_pytorch
+import torch
+import torch.nn.functional as F
 from product_key_memory import PKM
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ class Sizes:
     query_dim: int = 128
 
 
-def peer_pytorch(sizes: Sizes, **options: Any) -> nn.Module:
+def peer_pytorch(sizes: Sizes, **options: Any) -> Any:
     """Make their PEER: by default a single expert a head, as its own default is."""
     return PEER_pytorch.PEER(
         sizes.d_model,
@@ -37,12 +39,24 @@ def peer_pytorch(sizes: Sizes, **options: Any) -> nn.Module:
     )
 
 
+@torch.no_grad()
+def peer_pytorch_started_as_ours(sizes: Sizes) -> nn.Module:
+    """Make their PEER of K experts a head, with initial weights drawn as those of ours instead of N(0, 1) tables."""
+    layer = peer_pytorch(sizes, non_competing_scores=False)
+    std = 1 / math.sqrt(sizes.d_model)
+    nn.init.normal_(layer.weight_down_embed.weight, std=std)
+    nn.init.normal_(layer.weight_up_embed.weight, std=std / 2)
+    nn.init.normal_(layer.to_queries[0].weight, std=std)
+    layer.keys.copy_(F.normalize(torch.randn_like(layer.keys), dim=-1))
+    return layer
+
+
 def product_key_memory(sizes: Sizes, **options: Any) -> nn.Module:
     """Make their PKM."""
     return PKM(
         sizes.d_model,
         heads=sizes.num_heads,
-        num_keys=isqrt(sizes.num_experts),
+        num_keys=math.isqrt(sizes.num_experts),
         topk=sizes.experts_per_head,
         dim_head=sizes.query_dim // 2,
         **options,

@@ -84,7 +84,7 @@ def facts_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append(
             (
                 method.label,
-                " ".join(_rate(each, first["rate"]) for each in found["tuning"]),
+                f"{method.rate_of}: {' '.join(_rate(each, first['rate']) for each in found['tuning'])}",
                 f"{first['num_steps']:,}",
                 f"{first['training_flops']:.3g}",
                 f"{format_count(first['active_parameters'])} / {format_count(first['total_parameters'])}",
@@ -119,8 +119,12 @@ def _powers(numbers: Sequence[int]) -> str:
 
 def _ratio(found: Mapping[str, Any]) -> str:
     ratio = found["ratio"]
-    seconds = " / ".join(f"{1e3 * found[name]['median']:.3g}" for name in ("seconds", "our_seconds"))
+    seconds = " / ".join(_milliseconds(found[name]["median"]) for name in ("seconds", "our_seconds"))
     return f"**{ratio['median']:.2f}** ({ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}); {seconds}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
 
 
 def _by_seed(found: Mapping[str, Any], measure: str) -> dict[int, float]:
