@@ -2,7 +2,7 @@
 
 Four parts: how many of the true top-k each retrieves; the times of a forward pass and of a training step; the memory of
 a step; and the loss on facts after equal training FLOPs. Each part writes a file, and tables.md shows all that are in
-the folder. Facts take about half an hour; their runs are kept, and those that are missing are trained. Run:
+the folder. Facts take some 45 minutes of one core; their runs are kept, and those that are missing are trained. Run:
 
 python benchmarks/peer_packages.py --output runs/peer-packages
 (pip install PEER-pytorch==0.2.2 product-key-memory==0.3.0)

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import peer_packages
 import pytest
@@ -346,3 +347,12 @@ def test_a_folder_of_other_facts_is_one_sentence(tmp_path, monkeypatch, capsys):
         peer_packages.main()
     assert stop.value.code == 2
     assert "give another --output" in capsys.readouterr().err
+
+
+def test_the_page_has_the_tables_of_the_files():
+    root = Path(__file__).parents[1]
+    page = (root / "docs/results/peer-packages.md").read_text()
+    lines = peer_packages.tables_of(root / "benchmarks/results/peer_packages").splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) > 40
+    assert [line for line in page.splitlines() if line.startswith("|")] == rows
