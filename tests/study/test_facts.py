@@ -80,6 +80,25 @@ def planned(loss, scale) -> list[list]:
     return stages
 
 
+def test_a_setting_is_tuned_on_while_its_last_value_is_the_best() -> None:
+    base = scale_of_facts().base.optimizer.table_learning_rate
+
+    def loss(run) -> float:
+        if run.axes["stage"] == "tuning" and run.method == "pkm" and "table" in run.name:
+            return abs(math.log(run.config.optimizer.table_learning_rate / (24 * base)))  # between x16 and x32
+        return 10.0
+
+    stages = planned(loss, scale_of_facts())
+    tried = [[run.name for run in runs if run.method == "pkm" and "table" in run.name] for runs in stages[:6]]
+    assert tried == [
+        ["tune-pkm-table-x0.5-seed0", "tune-pkm-table-x2-seed0"],
+        *([f"tune-pkm-table-x{factor}-seed0"] for factor in (4, 8, 16, 32, 64)),
+    ]
+    (rate,) = {run.config.optimizer.table_learning_rate for runs in stages[6:] for run in runs if run.method == "pkm"}
+    assert rate == 32 * base  # ln(32 / 24) is less than ln(24 / 16)
+    assert {run.config.optimizer.table_learning_rate for run in stages[-1] if run.method == "peer"} == {base}
+
+
 def test_a_budget_is_compared_before_the_next_larger_one_is_begun() -> None:
     budgets = [{run.axes["budget"] for run in runs} for runs in planned(made_up_loss, scale_of_facts())]
     assert [budget for budget in budgets if budget] == [

@@ -23,18 +23,19 @@ _MAX_MOVES = 2
 
 
 def stages(scale: Scale) -> tuple[Stage, ...]:
-    """Return the stages: tuning, its squares, then by budget the widths around the best, and fresh seeds at the best.
+    """Return the stages: tuning, then by budget the widths around the best, and fresh seeds at the best.
 
-    Then each method is timed at its best widths. The last budget is spent on fresh seeds alone, at the best widths of
-    the budget before.
+    A setting is tuned on, by further powers of a factor, while its best value is the last one tried. Then each method
+    is timed at its best widths. The last budget is spent on fresh seeds alone, at the best widths of the budget before.
     """
-    tune, tune_further, *_ = isoflop.stages(scale)
+    tune, *_ = isoflop.stages(scale)
+    tune_on = [isoflop.tuned_on(scale, power) for power in range(2, isoflop.MAX_POWER + 1)]
     of_budgets: list[Stage] = []
     for budget in scale.budgets:
         of_budgets.append(partial(_runs_around_best, scale, budget))
         of_budgets += [partial(_runs_beyond_ends, scale, budget)] * _MAX_MOVES
         of_budgets += [partial(_fresh_runs, scale, budget), partial(_further_fresh_runs, scale, budget)]
-    return tune, tune_further, *of_budgets, partial(_timed_runs, scale), partial(_last_runs, scale)
+    return tune, *tune_on, *of_budgets, partial(_timed_runs, scale), partial(_last_runs, scale)
 
 
 def _runs_around_best(scale: Scale, budget: float, losses: Mapping[str, float]) -> list[GridRun]:

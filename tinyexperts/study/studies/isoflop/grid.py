@@ -13,7 +13,7 @@ from tinyexperts.study.grid import GridRun, Stage
 from tinyexperts.study.scales import Scale
 
 # What a method's tuning changes, one at a time, by which factors; dense is tuned as hard as the others. Where a factor
-# wins, its square is tried, too.
+# wins, its square is tried, too, and so on while the last power is the best.
 _TUNED_WITHOUT_TABLE = (
     "optimizer.matrix_learning_rate",
     "optimizer.embedding_learning_rate",
@@ -22,6 +22,7 @@ _TUNED_WITHOUT_TABLE = (
 )
 _TUNED = (*_TUNED_WITHOUT_TABLE, "optimizer.table_learning_rate")
 _FACTORS = (0.5, 2.0)
+MAX_POWER = 6
 
 
 def stages(scale: Scale) -> tuple[Stage, ...]:
@@ -32,13 +33,6 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
             _tuning_run(scale, method, label, **changes)
             for method in scale.layers
             for label, changes in _variants(scale, method, _FACTORS)
-        ]
-
-    def tune_further(losses: Mapping[str, float]) -> list[GridRun]:
-        return [
-            _tuning_run(scale, method, label, **changes)
-            for method in scale.layers
-            for label, changes in _further_variants(scale, method, losses)
         ]
 
     def measure(losses: Mapping[str, float]) -> list[GridRun]:
@@ -59,7 +53,25 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
             if (width := best_width(scale, method, losses, scale.budgets[-1])) is not None
         ]
 
-    return tune, tune_further, measure, extend
+    return tune, tuned_on(scale, 2), measure, extend
+
+
+def tuned_on(scale: Scale, power: int) -> Stage:
+    """Return the stage of the next power of each factor whose last one is the best of its setting.
+
+    Args:
+        scale (Scale): the scale.
+        power (int): the power, from 2 to MAX_POWER.
+    """
+
+    def tune_further(losses: Mapping[str, float]) -> list[GridRun]:
+        return [
+            _tuning_run(scale, method, label, **changes)
+            for method in scale.layers
+            for label, changes in _further_variants(scale, method, losses, power)
+        ]
+
+    return tune_further
 
 
 def runs_at(
@@ -100,12 +112,14 @@ def _changed(scale: Scale, setting: str, factor: float) -> tuple[str, float]:
     return f"{name}-x{factor:g}", max(1, round(value)) if setting == "batch_size" else value
 
 
-def _further_variants(scale: Scale, method: str, losses: Mapping[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the squares of the factors that are the best of their settings."""
+def _further_variants(
+    scale: Scale, method: str, losses: Mapping[str, float], power: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a power of the factors of which the power before is the best of their settings."""
     for setting, best in _best_settings(scale, method, losses).items():
         for factor in _FACTORS:
-            label, value = _changed(scale, setting, factor**2)
-            if _changed(scale, setting, factor)[1] == best and value != best:
+            label, value = _changed(scale, setting, factor**power)
+            if _changed(scale, setting, factor ** (power - 1))[1] == best and value != best:
                 yield label, {setting: value}
 
 
@@ -119,7 +133,8 @@ def _best_settings(scale: Scale, method: str, losses: Mapping[str, float]) -> di
     default = loss("default")
     best: dict[str, float] = {}
     chosen: dict[str, Any] = {}
-    for label, changes in _variants(scale, method, (*_FACTORS, *(factor**2 for factor in _FACTORS))):
+    tried = [factor**power for power in range(1, MAX_POWER + 1) for factor in _FACTORS]
+    for label, changes in _variants(scale, method, tried):
         for setting, value in changes.items():
             if loss(label) < best.get(setting, default):
                 best[setting], chosen[setting] = loss(label), value
