@@ -85,7 +85,10 @@ def test_tokens_of_any_type_are_summed_in_fp32_or_wider(bits, dtype, tolerance):
 
 
 @both_implementations
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float64))],
+)
 def test_scales_of_groups_are_read_in_any_type(dtype):
     x, experts, ids, weights = problem(2, model_dim=70)
     table, scales = quantize_groups(experts)
