@@ -69,14 +69,7 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
         """
         super().__init__(config)
         self.model = Transformer(config.transformer())
-        for number, block in enumerate(self.model.blocks):  # what attention functions of transformers look for
-            for name, value in (
-                ("layer_idx", number),
-                ("is_causal", True),
-                ("num_key_value_groups", block.attention.num_heads // block.attention.key_value_heads),
-                ("config", config),
-            ):
-                setattr(block.attention, name, value)
+        self._describe_attention()
         self.gradient_checkpointing = False
         self._checkpoint_every = 1
         self.post_init()
@@ -91,12 +84,23 @@ class TinyExpertsForCausalLM(PreTrainedModel, GenerationMixin):
         """
         with torch.device("meta"):
             wrapper = cls(TinyExpertsConfig.of(model.config, **others))
-        for own, meant in zip(model.blocks, wrapper.model.blocks, strict=True):
-            for name in ("layer_idx", "is_causal", "num_key_value_groups", "config"):
-                setattr(own.attention, name, getattr(meant.attention, name))
         wrapper.model = model
+        wrapper._describe_attention()
         wrapper.train(model.training)
         return wrapper
+
+    def _describe_attention(self) -> None:
+        """Give each attention layer what the attention functions of transformers look for."""
+        for number, block in enumerate(self.model.blocks):
+            attention = block.attention
+            described = {
+                "layer_idx": number,
+                "is_causal": True,
+                "num_key_value_groups": attention.num_heads // attention.key_value_heads,
+                "config": self.config,
+            }
+            for name, value in described.items():
+                setattr(attention, name, value)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave the weights that the modules drew when they were made; loading refuses to lack any."""
