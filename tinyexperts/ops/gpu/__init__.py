@@ -1,0 +1,1 @@
+"""What the operators' Triton kernels share: when they run, and how they are launched."""
