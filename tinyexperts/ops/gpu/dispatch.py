@@ -172,9 +172,9 @@ def _check(kernel: GpuKernel, plan: Hashable, portable: Callable[..., Any], argu
     except Exception as error:  # whatever the compiler or the driver raises: plain torch is there instead
         return f"{type(error).__name__}: {error}"
     for number, (output, truth) in enumerate(zip(_tensors(found), _tensors(expected), strict=True)):
-        error = relative_error(output, truth)
-        if not error <= TOLERANCES.get(output.dtype, 0.0):
-            return f"output {number} differs by {error:.2g} of its norm"
+        distance = relative_error(output, truth)
+        if not distance <= TOLERANCES.get(output.dtype, 0.0):
+            return f"output {number} differs by {distance:.2g} of its norm"
     return None
 
 
