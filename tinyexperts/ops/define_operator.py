@@ -1,22 +1,27 @@
-"""The definition of the operators: portable code, a kernel for CPUs, and fp32 sums whatever autocast asks for."""
+"""The definition of the operators: portable code, kernels by device, and fp32 sums whatever autocast asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch._library.custom_ops import CustomOpDef
 
-from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
+from tinyexperts.ops.cpu.compile import CPU_KERNELS_RUN
+from tinyexperts.ops.gpu.dispatch import on_gpu
 
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
 
 
 def define_operator(
-    name: str, portable: Callable[..., object], cpu_kernel: Callable[..., object] | None = None
+    name: str,
+    portable: Callable[..., object],
+    cpu_kernel: Callable[..., object] | None = None,
+    gpu_kernel: str | None = None,
+    mutates_args: Sequence[str] = (),
 ) -> CustomOpDef:
-    """Define an operator that changes none of its arguments.
+    """Define an operator.
 
     PyTorch's dispatcher switches autocast off for it, whichever kernel runs; without autocast this costs nothing.
 
@@ -24,13 +29,17 @@ def define_operator(
         name (str): the name under torch.ops.tinyexperts.
         portable (callable): the function in plain torch, for devices without a kernel.
         cpu_kernel (callable | None): the function for CPUs, with the same arguments.
+        gpu_kernel (str | None): "module:name" of Triton's kernels for CUDA devices, with the same arguments.
+        mutates_args (Sequence[str]): names of the arguments that it changes.
 
     Returns:
         The operator.
     """
-    operator = torch.library.custom_op(f"tinyexperts::{name}", portable, mutates_args=())
-    if cpu_kernel is not None and not JIT_IS_DISABLED:
+    operator = torch.library.custom_op(f"tinyexperts::{name}", portable, mutates_args=mutates_args)
+    if cpu_kernel is not None and CPU_KERNELS_RUN:
         operator.register_kernel("cpu", cpu_kernel)
+    if gpu_kernel is not None:
+        operator.register_kernel("cuda", on_gpu(gpu_kernel, portable))
 
     def call_outside(device_type: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tinyexperts.errors import InputError
 from tinyexperts.ops.expert_mlp.deferred import pending_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.expert_mlp.table_gradient_gpu import GpuTableGradient
 from tinyexperts.ops.rank_groups import RankGroups
 from tinyexperts.optim.sparse_gradients import coalesced_gradient
 
@@ -46,7 +47,7 @@ def clip_gradient_norm_(
         raise InputError(f"max_norm must be positive, or None to measure only, got {max_norm}")
     parts: list[Tensor] = []
     gradients: list[Tensor] = []
-    deferred: list[TableGradient] = []
+    deferred: list[TableGradient | GpuTableGradient] = []
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is None:
             continue
@@ -72,7 +73,7 @@ def clip_gradient_norm_(
     for gradient in parts + gradients:
         gradient.mul_(factor.to(gradient.device))
     for pairs in deferred:
-        pairs.scale_(float(factor))
+        pairs.scale_(factor)
     return total_norm
 
 
@@ -82,7 +83,7 @@ def _is_part(gradient: Tensor) -> TypeGuard[DTensor]:
     return isinstance(gradient, DTensor)
 
 
-def _norm(gradients: list[Tensor], deferred: list[TableGradient]) -> Tensor:
+def _norm(gradients: list[Tensor], deferred: list[TableGradient | GpuTableGradient]) -> Tensor:
     # torch's norm of nothing is on its default device, which may not be the parameters'.
     total_norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device="cpu")
     if deferred:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tinyexperts.errors import InputError
 from tinyexperts.ops.cpu import simd
 from tinyexperts.ops.cpu.kernel_cache import KernelCache
+from tinyexperts.ops.kernels_setting import SETTING
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -41,6 +42,9 @@ if JIT_IS_DISABLED:
         "NUMBA_DISABLE_JIT is set, so that the CPU's kernels can't be compiled: layers run in plain torch, and slower",
         stacklevel=2,
     )
+
+CPU_KERNELS_RUN = not JIT_IS_DISABLED and SETTING != "portable"
+"""False where operators run in plain torch on CPUs too."""
 
 
 def kernel(function: _Function) -> _Function:

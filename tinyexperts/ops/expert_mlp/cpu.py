@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, array_of_weights, inlined, kernel
 from tinyexperts.ops.cpu.threads import parallel_for
-from tinyexperts.ops.expert_mlp.portable import accumulation_dtype, coefficients, derivatives
+from tinyexperts.ops.expert_mlp.portable import accumulation_dtype, coefficients, derivatives, spread_rows
 from tinyexperts.ops.expert_mlp.row_sums import find_touched_rows, sum_gradient_rows
 from tinyexperts.ops.expert_mlp.simd import (
     add_1,
@@ -119,6 +119,11 @@ def gradient_rows(
     """Return the touched rows [R], ascending, and their gradients [R, E, D], in the table's type."""
     rows, order, starts = find_touched_rows(ids_MP)
     return rows, sum_gradient_rows(order, starts, factors_EMP, x_MD, grad_y_MD).to(experts_NED.dtype)
+
+
+def dense_gradient(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor) -> Tensor:
+    """Return the gradient of the whole table [N, E, D], in its type."""
+    return spread_rows(*gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED), experts_NED.shape)
 
 
 def min_tokens(experts_NED: Tensor, num_retrieved: int) -> int:

@@ -12,7 +12,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,24 +20,26 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
+from tinyexperts.ops.cpu.compile import CPU_KERNELS_RUN
 from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.expert_mlp.table_gradient_gpu import GpuTableGradient, supports_deferred_on_gpu
 
-# The tables of the scopes that this thread is in; a backward pass on the CPU runs in the thread that calls it.
-_deferring: ContextVar[tuple[Tensor, ...]] = ContextVar("deferring", default=())
+# The name of the tables of the scopes that this thread is in. torch keeps them: a backward pass on the CPU runs in the
+# thread that calls it, one on a GPU in a thread of the engine, which gets torch's objects of the calling thread.
+_DEFERRING = "tinyexperts_deferring"
 
 
 class DeferredGradient(Tensor):
     """The gradient of a table [N, E, D] (sparse_coo, of the table's type), written out at its first use as a tensor."""
 
-    def __new__(cls, table: Tensor, pending: TableGradient) -> DeferredGradient:
+    def __new__(cls, table: Tensor, pending: TableGradient | GpuTableGradient) -> DeferredGradient:
         return Tensor._make_wrapper_subclass(
             cls, table.shape, dtype=table.dtype, device=table.device, layout=torch.sparse_coo
         )
 
-    def __init__(self, table: Tensor, pending: TableGradient) -> None:
-        self.pending: TableGradient | None = pending
+    def __init__(self, table: Tensor, pending: TableGradient | GpuTableGradient) -> None:
+        self.pending: TableGradient | GpuTableGradient | None = pending
         """The gradient in deferred form; None once it has been written out."""
         self._written: Tensor | None = None
 
@@ -68,14 +69,19 @@ class DeferredGradient(Tensor):
         return self.written().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def pending_gradient(gradient: Tensor) -> TableGradient | None:
+def pending_gradient(gradient: Tensor) -> TableGradient | GpuTableGradient | None:
     """Return a gradient's deferred form; None where it is, or has been, written out."""
     return gradient.pending if isinstance(gradient, DeferredGradient) else None
 
 
 def supports_deferred(table: Tensor) -> bool:
-    """Return True for contiguous tables on the CPU in fp32 or fp64, where there are kernels that sum their rows."""
-    has_kernels = table.device.type == "cpu" and not JIT_IS_DISABLED
+    """Return True for tables whose rows a step can sum: contiguous ones that there are kernels for.
+
+    On the CPU these are of fp32 or fp64, on CUDA devices of fp32, bf16 or fp16.
+    """
+    if table.device.type == "cuda":
+        return supports_deferred_on_gpu(table)
+    has_kernels = table.device.type == "cpu" and CPU_KERNELS_RUN
     return has_kernels and table.dtype in (torch.float32, torch.float64) and table.is_contiguous()
 
 
@@ -87,21 +93,29 @@ def deferred_table_gradients(tables: Iterable[Tensor]) -> Iterator[None]:
         tables (Iterable[Tensor]): parameters that `supports_deferred` accepts.
 
     Raises:
-        InputError: a table that is no leaf, is not on the CPU, is of another type, or has a hook.
+        InputError: a table that is no leaf, that `supports_deferred` refuses, or that has a hook.
     """
     tables = tuple(tables)
     for table in tables:
         if not supports_deferred(table) or not table.is_leaf:
             raise InputError(
-                "gradients are deferred for tables that are contiguous leaves on the CPU in fp32 or fp64, got "
-                f"{table.dtype} on {table.device.type}"
+                "gradients are deferred for tables that are contiguous leaves on the CPU in fp32 or fp64, or on a CUDA "
+                f"device with Triton's kernels, got {table.dtype} on {table.device.type}"
             )
         _check_hooks(table)
-    token = _deferring.set(_deferring.get() + tables)
+    before = _deferring()
+    torch._C._stash_obj_in_tls(_DEFERRING, before + tables)
     try:
         yield
     finally:
-        _deferring.reset(token)
+        torch._C._stash_obj_in_tls(_DEFERRING, before)
+
+
+def _deferring() -> tuple[Tensor, ...]:
+    if not torch._C._is_key_in_tls(_DEFERRING):
+        return ()
+    tables: tuple[Tensor, ...] = torch._C._get_obj_in_tls(_DEFERRING)
+    return tables
 
 
 def find_deferring_table(reference: weakref.ref[Tensor], gradient_dtype: torch.dtype, *, sparse: bool) -> Tensor | None:
@@ -115,14 +129,18 @@ def find_deferring_table(reference: weakref.ref[Tensor], gradient_dtype: torch.d
     Raises:
         InputError: a layer whose gradient is dense, or a hook that wants the gradient.
     """
-    tables = _deferring.get()
+    tables = _deferring()
     if not tables:
         return None
     table = reference()
     if table is None or not any(table is each for each in tables) or not table.requires_grad:
         return None
-    # Sums of another type than the table's (fp64 tokens, an fp32 table) are rounded when they are written out.
-    if gradient_dtype != table.dtype or torch.is_grad_enabled() or not _accumulates(table):
+    # Sums of another type than the step's (fp64 tokens, an fp32 table) are rounded when they are written out.
+    if (
+        gradient_dtype != torch.promote_types(table.dtype, torch.float32)
+        or torch.is_grad_enabled()
+        or not _accumulates(table)
+    ):
         return None
     if not sparse:
         raise InputError("a deferred gradient is sparse, and the layer's gradient is dense: make it with sparse=True")
@@ -130,7 +148,7 @@ def find_deferring_table(reference: weakref.ref[Tensor], gradient_dtype: torch.d
     return table
 
 
-def defer_gradient(table: Tensor, pending: TableGradient) -> None:
+def defer_gradient(table: Tensor, pending: TableGradient | GpuTableGradient) -> None:
     """Accumulate a gradient in `.grad`; where there is none yet it stays in deferred form."""
     gradient = DeferredGradient(table, pending)
     if table.grad is None:

@@ -21,6 +21,7 @@ from tinyexperts.ops.expert_mlp.int4 import num_groups, packed_bytes
 from tinyexperts.ops.expert_mlp.portable import accumulation_dtype
 from tinyexperts.ops.expert_mlp.row_sums import sparse_gradient
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.expert_mlp.table_gradient_gpu import GpuTableGradient
 from tinyexperts.ops.forward_mode import refuse_forward_mode
 
 
@@ -113,7 +114,11 @@ def _check_scales(x_MD: Tensor, experts_NED: Tensor, scales: Tensor | None) -> N
         raise InputError(f"scales must be floats {letters} = {shape}, got {scales.dtype} {list(scales.shape)}")
 
 
-_expert_mlp = define_operator("expert_mlp", portable.expert_mlp, cpu.expert_mlp)
+_GPU_KERNELS = "tinyexperts.ops.expert_mlp.gpu"
+
+_expert_mlp = define_operator(
+    "expert_mlp", portable.expert_mlp, cpu.expert_mlp, gpu_kernel=f"{_GPU_KERNELS}:EXPERT_MLP"
+)
 
 
 @_expert_mlp.register_fake
@@ -143,7 +148,12 @@ def _break_graph_before_sparse_gradient(experts_NED: Tensor) -> None:
         raise DynamicOutputShapeException(torch.ops.tinyexperts.expert_mlp.default)
 
 
-_expert_mlp_backward = define_operator("expert_mlp_backward", portable.expert_mlp_backward, cpu.expert_mlp_backward)
+_expert_mlp_backward = define_operator(
+    "expert_mlp_backward",
+    portable.expert_mlp_backward,
+    cpu.expert_mlp_backward,
+    gpu_kernel=f"{_GPU_KERNELS}:EXPERT_MLP_BACKWARD",
+)
 
 
 @_expert_mlp_backward.register_fake
@@ -161,7 +171,12 @@ def _(
 
 
 # The number R of its rows depends on the data.
-_gradient_rows = define_operator("expert_mlp_gradient_rows", portable.gradient_rows, cpu.gradient_rows)
+_gradient_rows = define_operator(
+    "expert_mlp_gradient_rows",
+    portable.gradient_rows,
+    cpu.gradient_rows,
+    gpu_kernel=f"{_GPU_KERNELS}:GRADIENT_ROWS",
+)
 
 
 @_gradient_rows.register_fake
@@ -172,17 +187,13 @@ def _(
     return ids_MP.new_empty((num_rows,)), experts_NED.new_empty((num_rows, *experts_NED.shape[1:]))
 
 
-def _sum_dense_gradient(
-    ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor
-) -> Tensor:
-    """Return the gradient of the whole table [N, E, D]."""
-    rows, grad_rows_RED = _gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)
-    grad_experts_NED: Tensor = grad_rows_RED.new_zeros(experts_NED.shape)
-    return grad_experts_NED.index_copy_(0, rows, grad_rows_RED)
-
-
 # An operator of its own, since torch.compile takes none whose output's shape depends on the data.
-_dense_gradient = define_operator("expert_mlp_dense_gradient", _sum_dense_gradient)
+_dense_gradient = define_operator(
+    "expert_mlp_dense_gradient",
+    portable.dense_gradient,
+    cpu.dense_gradient,
+    gpu_kernel=f"{_GPU_KERNELS}:DENSE_GRADIENT",
+)
 
 
 @_dense_gradient.register_fake
@@ -202,7 +213,9 @@ def make_table_gradient(
 ) -> Tensor | None:
     """Return the table's gradient, sparse or dense as `ctx` says; None where it is deferred."""
     if (table := find_deferring_table(ctx.table, factors_EMP.dtype, sparse=ctx.sparse)) is not None:
-        defer_gradient(table, TableGradient(ids_MP, factors_EMP, x_MD, grad_y_MD))
+        operands = ids_MP, factors_EMP, x_MD, grad_y_MD
+        on_cpu = table.device.type == "cpu"
+        defer_gradient(table, TableGradient(*operands) if on_cpu else GpuTableGradient(*operands, table))
         return None
     if ctx.sparse:
         rows, grad_rows_RED = _gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED)

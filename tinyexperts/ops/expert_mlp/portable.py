@@ -202,3 +202,13 @@ def gradient_rows(
                 per_sample_weights=factors[first:last],
             )
     return rows, sums_RED.to(experts_NED.dtype)
+
+
+def dense_gradient(ids_MP: Tensor, factors_EMP: Tensor, x_MD: Tensor, grad_y_MD: Tensor, experts_NED: Tensor) -> Tensor:
+    """Return the gradient of the whole table [N, E, D], in its type."""
+    return spread_rows(*gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, experts_NED), experts_NED.shape)
+
+
+def spread_rows(rows: Tensor, grad_rows_RED: Tensor, shape: torch.Size) -> Tensor:
+    """Return a table of zeros with the touched rows in their places."""
+    return grad_rows_RED.new_zeros(shape).index_copy_(0, rows, grad_rows_RED)

@@ -3,7 +3,8 @@
 Written out, the gradient of the touched rows is the largest tensor of a training step, and writing and reading it costs
 as much as the experts' forward pass. What it is made of is small: a factor for each pair and vector, the tokens, and
 the gradient of their outputs. row_adam/fused.py sums each row when it updates it. It is for tables on the CPU in fp32
-or fp64; deferred.py decides when a backward pass keeps its gradient in this form.
+or fp64 (table_gradient_gpu.py has those of CUDA devices); deferred.py decides when a backward pass keeps its gradient
+in this form.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class TableGradient:
         parallel_for(_sum_squares, _NUM_PARTS, *self.kernel_arguments(), shape, len(rows), array_of(sums))
         return sums.sum()
 
-    def scale_(self, factor: float) -> None:
+    def scale_(self, factor: Tensor) -> None:
         """Multiply the gradient."""
         self.factors_EMP.mul_(factor)
 

@@ -1,4 +1,4 @@
-"""Adam on the touched rows straight from a gradient in deferred form; must match row_adam_ to the bit.
+"""Adam on the touched rows straight from a gradient in deferred form; on the CPU it must match row_adam_ to the bit.
 
 Each row's gradient is summed into a buffer that stays in the cache and used there; it is never written to memory.
 """
@@ -12,8 +12,13 @@ from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, kernel
 from tinyexperts.ops.cpu.threads import parallel_for
+from tinyexperts.ops.expert_mlp import portable as portable_experts
 from tinyexperts.ops.expert_mlp.row_sums import sum_gradient_row
+from tinyexperts.ops.expert_mlp.sorted_pairs import ids_of_pairs
 from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
+from tinyexperts.ops.expert_mlp.table_gradient_gpu import GpuTableGradient
+from tinyexperts.ops.gpu.dispatch import on_gpu
+from tinyexperts.ops.row_adam import portable
 from tinyexperts.ops.row_adam.cpu import constants, update_elements, update_vectors
 
 # Touched rows between the one that is updated and the one that is prefetched: as in cpu.py.
@@ -26,7 +31,7 @@ def row_adam_fused_(
     experts: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    gradient: TableGradient,
+    gradient: TableGradient | GpuTableGradient,
     *,
     learning_rate: float,
     beta1: float,
@@ -39,6 +44,11 @@ def row_adam_fused_(
 
     It is for tables that `supports_deferred` accepts.
     """
+    if isinstance(gradient, GpuTableGradient):
+        tables = experts.detach(), exp_avg, exp_avg_sq
+        operands = *gradient.pairs, gradient.factors_EMP, gradient.x_MD, gradient.grad_y_MD
+        _row_adam_on_gpu(*tables, *operands, learning_rate, beta1, beta2, eps, weight_decay, step)
+        return
     rows, _, _ = gradient.touched
     num_experts, num_vectors, dim = experts.shape
     one_a_vector = exp_avg_sq.dim() < experts.dim()
@@ -56,6 +66,26 @@ def row_adam_fused_(
         constants(values.dtype, learning_rate, beta1, beta2, eps, weight_decay, step),
         min_items=_MIN_ROWS,
     )
+
+
+def _portable_row_adam_(
+    experts: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    sorted_experts: Tensor,
+    order: Tensor,
+    factors_EMP: Tensor,
+    x_MD: Tensor,
+    grad_y_MD: Tensor,
+    *constants: float,
+) -> None:
+    """Write the gradient out and use it."""
+    ids_MP = ids_of_pairs(sorted_experts, order, factors_EMP.shape[2])
+    gradient = portable_experts.gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, factors_EMP)
+    portable.row_adam_(experts, exp_avg, exp_avg_sq, *gradient, *constants)  # type: ignore[arg-type]
+
+
+_row_adam_on_gpu = on_gpu("tinyexperts.ops.row_adam.fused_gpu:ROW_ADAM_FUSED", _portable_row_adam_)
 
 
 @kernel

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.errors import InputError
-from tinyexperts.ops.cpu.compile import JIT_IS_DISABLED
+from tinyexperts.ops.define_operator import define_operator
 from tinyexperts.ops.row_adam import cpu, portable
 
 
@@ -68,10 +68,10 @@ def row_adam_(
         _row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step)
 
 
-_row_adam_ = torch.library.custom_op(
-    "tinyexperts::row_adam_", portable.row_adam_, mutates_args=("experts", "exp_avg", "exp_avg_sq")
+_row_adam_ = define_operator(
+    "row_adam_",
+    portable.row_adam_,
+    cpu.row_adam_,
+    gpu_kernel="tinyexperts.ops.row_adam.gpu:ROW_ADAM",
+    mutates_args=("experts", "exp_avg", "exp_avg_sq"),
 )
-
-# Devices without a kernel run the portable function.
-if not JIT_IS_DISABLED:
-    _row_adam_.register_kernel("cpu", cpu.row_adam_)

@@ -1,0 +1,51 @@
+"""The constants with which Triton's kernels are launched: a small table by the number of columns, and no search.
+
+A program holds whole vectors of D elements in registers. A warp has 256 columns of them: sums over D then stay inside a
+warp up to D = 256, and each lane loads 16 bytes at once (bf16), or twice (fp32). Four rows are loaded together, so that
+enough bytes are under way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_DIM = 8192
+"""The widest vector that a program holds in registers."""
+MAX_PAIRS = 1 << 30
+"""The pairs of a token and an expert that the kernels count in 32 bits."""
+
+_COLUMNS_PER_WARP = 256
+_MIN_BLOCK = 32
+_MAX_WARPS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """The shape of a program's work."""
+
+    block: int
+    """Columns of a vector that a program holds, a power of two."""
+    rows: int
+    """Vectors of experts that are loaded together."""
+    warps: int
+    """Warps of a program."""
+
+
+def launch_for(dim: int, *, num_vectors: int = 1, columns_per_number: int = 1) -> Launch:
+    """Return the launch for vectors of D elements.
+
+    Args:
+        dim (int): numbers that are stored for a vector: D, or ceil(D / 2) bytes of a table in 4 bits.
+        num_vectors (int): vectors of an expert that are held at the same time.
+        columns_per_number (int): columns that a stored number has, 2 for 4 bits.
+    """
+    block = max(_MIN_BLOCK, next_power_of_2(dim))
+    warps = min(max(block * columns_per_number // _COLUMNS_PER_WARP, 1), _MAX_WARPS)
+    # Beyond 16 warps a lane has more columns; fewer rows at a time then leave the registers enough.
+    held = block * columns_per_number * num_vectors // (warps * _COLUMNS_PER_WARP)
+    return Launch(block=block, rows=4 if held <= 3 else 2 if held <= 4 else 1, warps=warps)
+
+
+def next_power_of_2(number: int) -> int:
+    """Return the smallest power of two that is not less than a positive number."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,107 @@
+"""Adam on the touched rows of a table by a Triton kernel; must match reference.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyexperts.ops.gpu.dispatch import BeyondLimits, GpuKernel
+from tinyexperts.ops.gpu.launch import MAX_DIM, launch_for
+from tinyexperts.ops.row_adam.portable import bias_corrected_rate
+from tinyexperts.ops.row_adam.triton_update import update_rows
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_VECTORS = 65535
+_CHECKED_ROWS, _CHECKED_EXPERTS = 5, 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsPlan:
+    """The constants of the kernel."""
+
+    dtypes: tuple[torch.dtype, ...]
+    num_vectors: int
+    dim: int
+    one_a_vector: bool
+
+
+def adam_constants(
+    learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
+) -> tuple[float, float, float, float, float]:
+    """Return the constants of a step as `update_vector` takes them."""
+    rate = bias_corrected_rate(learning_rate, beta1, beta2, step)
+    return 1 - beta1, 1 - beta2, rate, eps, 1 - learning_rate * weight_decay
+
+
+def _plan(experts: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, grad_rows: Tensor, *_: float) -> RowsPlan:
+    one_a_vector = exp_avg_sq.dim() < experts.dim()
+    dim = experts.shape[-1] if experts.dim() > 1 else 1
+    num_vectors = math.prod(experts.shape[1:-1])
+    if not 1 <= dim <= MAX_DIM:
+        raise BeyondLimits(f"the last dimension must be between 1 and {MAX_DIM}, got {dim}")
+    if not 1 <= num_vectors <= _MAX_VECTORS:
+        raise BeyondLimits(f"a row must have between 1 and {_MAX_VECTORS} vectors, got {num_vectors}")
+    tables = (experts, exp_avg, exp_avg_sq)
+    dtypes = tuple(t.dtype for t in (*tables, grad_rows))
+    if not set(dtypes) <= set(_FLOATS):
+        raise BeyondLimits(f"tables, moments and gradients must be fp32, bf16 or fp16, got {dtypes}")
+    if not all(table.is_contiguous() for table in tables):
+        raise BeyondLimits("the table and its moments must be contiguous")
+    return RowsPlan(dtypes=dtypes, num_vectors=num_vectors, dim=dim, one_a_vector=one_a_vector)
+
+
+def _row_adam_(
+    plan: RowsPlan,
+    experts: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: Tensor,
+    grad_rows: Tensor,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in tinyexperts.ops.row_adam_."""
+    if not len(rows):
+        return
+    launch = launch_for(plan.dim)
+    update_rows[(len(rows), plan.num_vectors)](
+        *(experts, exp_avg, exp_avg_sq, rows.contiguous(), grad_rows.contiguous(), len(experts)),
+        *adam_constants(learning_rate, beta1, beta2, eps, weight_decay, step),
+        V=plan.num_vectors,
+        D=plan.dim,
+        BLOCK=launch.block,
+        ONE_A_VECTOR=plan.one_a_vector,
+        num_warps=launch.warps,
+    )
+
+
+def example_tables(*tables: Tensor) -> list[Tensor]:
+    """Return a table and its two moments, small and of the kinds of given ones."""
+    draw = torch.Generator(tables[0].device).manual_seed(0)
+    shapes = [(_CHECKED_EXPERTS, *each.shape[1:]) for each in tables]
+    numbers = [
+        torch.randn(shape, generator=draw, device=each.device) for shape, each in zip(shapes, tables, strict=True)
+    ]
+    numbers[2].square_()
+    return [each.to(like.dtype) for each, like in zip(numbers, tables, strict=True)]
+
+
+def _example(
+    experts: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, grad_rows: Tensor, *_: float
+) -> tuple[Any, ...]:
+    tables = example_tables(experts, exp_avg, exp_avg_sq)
+    chosen = torch.arange(_CHECKED_EXPERTS - _CHECKED_ROWS, _CHECKED_EXPERTS, device=rows.device).flip(0)
+    gradients = tables[0][:_CHECKED_ROWS].to(grad_rows.dtype)
+    return *tables, chosen, gradients, 0.01, 0.9, 0.99, 1e-8, 0.1, 3
+
+
+ROW_ADAM = GpuKernel(plan=_plan, run=_row_adam_, example=_example, num_changed=3)
+"""The update of given rows."""

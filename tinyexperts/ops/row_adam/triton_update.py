@@ -1,0 +1,84 @@
+"""Triton's kernels of Adam on the touched rows of a table; they must match reference.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def update_vector(
+    table_ptr: Any,
+    first_ptr: Any,
+    second_ptr: Any,
+    element: Any,
+    vector: Any,
+    grad: Any,
+    inside: Any,
+    gain_1: Any,
+    gain_2: Any,
+    rate: Any,
+    eps: Any,
+    keep: Any,
+    D: tl.constexpr,
+    ONE_A_VECTOR: tl.constexpr,
+) -> None:
+    """Update the elements of one vector, and both of its moments, by its gradient (fp32).
+
+    Args:
+        element: the places of the vector's elements in the table and in the first moment, [BLOCK].
+        vector: the place of the vector among all vectors, for a second moment of one number a vector.
+        gain_1, gain_2: 1 - beta1 and 1 - beta2.
+        rate: the learning rate times both bias corrections.
+        keep: what weight decay leaves of a value.
+    """
+    value = tl.load(table_ptr + element, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(first_ptr + element, mask=inside, other=0.0).to(tl.float32)
+    if ONE_A_VECTOR:
+        squares = tl.sum(tl.where(inside, grad * grad, 0.0), 0) / D
+        second = tl.load(second_ptr + vector).to(tl.float32)
+        second += gain_2 * (squares - second)
+        tl.store(second_ptr + vector, second.to(second_ptr.dtype.element_ty))
+    else:
+        second = tl.load(second_ptr + element, mask=inside, other=0.0).to(tl.float32)
+        second += gain_2 * (grad * grad - second)
+        tl.store(second_ptr + element, second.to(second_ptr.dtype.element_ty), mask=inside)
+    first += gain_1 * (grad - first)
+    tl.store(first_ptr + element, first.to(first_ptr.dtype.element_ty), mask=inside)
+    value = keep * value - rate * (first / (tl.sqrt(second) + eps))
+    tl.store(table_ptr + element, value.to(table_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def update_rows(
+    table_ptr: Any,
+    first_ptr: Any,
+    second_ptr: Any,
+    rows_ptr: Any,
+    grad_ptr: Any,
+    num_rows: Any,
+    gain_1: Any,
+    gain_2: Any,
+    rate: Any,
+    eps: Any,
+    keep: Any,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ONE_A_VECTOR: tl.constexpr,
+) -> None:
+    """Update a vector of a touched row: tables [N, V, D], rows [R] (int64), gradients [R, V, D]."""
+    place = tl.program_id(0).to(tl.int64)
+    v = tl.program_id(1)
+    row = tl.load(rows_ptr + place)
+    tl.device_assert((row >= 0) & (row < num_rows), "rows must be between 0 and N - 1")
+    d = tl.arange(0, BLOCK)
+    inside = d < D
+    grad = tl.load(grad_ptr + (place * V + v) * D + d, mask=inside, other=0.0).to(tl.float32)
+    vector = row * V + v
+    update_vector(
+        *(table_ptr, first_ptr, second_ptr, vector * D + d, vector, grad, inside),
+        *(gain_1, gain_2, rate, eps, keep, D, ONE_A_VECTOR),
+    )
