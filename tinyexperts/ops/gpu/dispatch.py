@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import re
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -32,6 +32,10 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 class BeyondLimits(Exception):
     """Operands that Triton's kernels don't take; the message says why."""
+
+
+class _CantBeLoaded(Exception):
+    """A module of kernels that Python can't import; the message says why."""
 
 
 def _as_they_are(outputs: Any) -> Any:
@@ -57,6 +61,8 @@ class GpuKernel:
     compared: Callable[[Any], Any] = _as_they_are
 
 
+_REPORT = "Please report this text as an issue of tinyexperts"
+
 # What the check of a device, an operation and a plan found: None if it passed, else the fault.
 _faults: dict[tuple[torch.device, str, Hashable], str | None] = {}
 
@@ -70,20 +76,19 @@ def on_gpu(place: str, portable: Callable[..., Any]) -> Callable[..., Any]:
 
     The function raises InputError where the setting "triton" asks for kernels that can't be used.
     """
-    module, name = place.split(":")
 
     @functools.wraps(portable)
     def call(*arguments: Any) -> Any:
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
         reason = why_not(device)
         if reason is None:
-            kernel: GpuKernel = getattr(importlib.import_module(module), name)
             try:
+                kernel = _load(place)
                 plan = kernel.plan(*arguments)
-                reason = _fault(device, name, kernel, plan, portable, arguments)
+                reason = _fault(device, place, kernel, plan, portable, arguments)
                 if reason is None:
                     return kernel.run(plan, *arguments)
-            except BeyondLimits as limit:
+            except (BeyondLimits, _CantBeLoaded) as limit:
                 reason = str(limit)
         if SETTING == "triton":
             raise InputError(f"{VARIABLE}=triton, and Triton's kernel of {portable.__name__} can't be used: {reason}")
@@ -111,10 +116,15 @@ def _missing_on(index: int) -> str | None:
 
 def missing(is_amd: bool, device_name: str, capability: tuple[int, int]) -> str | None:
     """Return what a device lacks for Triton's kernels; None if nothing."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        version = triton_version()
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            return f"Triton can't be imported: {error}"
         return "Triton is not installed: pip install 'tinyexperts[gpu]'"
-    version = triton_version()
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+    except (ImportError, OSError) as error:  # OSError: a library that it needs
+        return f"Triton can't be imported: {error}"
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_TRITON:
         return f"Triton must be {'.'.join(map(str, OLDEST_TRITON))} or newer, found {version}"
     if is_amd:
         if SETTING == "triton":
@@ -132,26 +142,52 @@ def triton_version() -> str:
     return version
 
 
+# The modules that can't be imported, and why.
+_unloadable: dict[str, str] = {}
+
+
+def _load(place: str) -> GpuKernel:
+    """Return the GpuKernel at "module:name"; raises _CantBeLoaded, and tells it once."""
+    module, name = place.split(":")
+    if module not in _unloadable:
+        try:
+            kernel: GpuKernel = getattr(importlib.import_module(module), name)
+            return kernel
+        except Exception as error:  # whatever another version of Triton raises
+            _unloadable[module] = f"{module} can't be imported: {type(error).__name__}: {error}"
+            if SETTING == "auto":
+                warnings.warn(
+                    f"some operators run in plain torch from now on: {_unloadable[module]} "
+                    f"(torch {torch.__version__}, Triton {triton_version()}). {_REPORT}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+    raise _CantBeLoaded(_unloadable[module])
+
+
 def _fault(
     device: torch.device,
-    name: str,
+    place: str,
     kernel: GpuKernel,
     plan: Hashable,
     portable: Callable[..., Any],
     arguments: Sequence[Any],
 ) -> str | None:
     """Return what is wrong with the kernels of a plan on a device, None if nothing; checked once."""
-    key = (device, name, plan)
+    key = (device, place, plan)
     if key not in _faults:
         if is_capturing(device):
-            return "a kernel is checked at its first use, and that is inside of a graph's capture: run it once before"
+            reason = "a kernel is checked at its first use, and that is inside of a graph's capture: run it once before"
+            if SETTING == "auto":
+                warnings.warn(f"{portable.__name__} runs in plain torch: {reason}", RuntimeWarning, stacklevel=3)
+            return reason
         _faults[key] = fault = _check(kernel, plan, portable, arguments)
         if fault is not None and SETTING == "auto":
             warnings.warn(
                 f"{portable.__name__} runs in plain torch from now on, since Triton's kernel fails its check: {fault} "
-                f"({describe(device)}; {plan}). Please report this text as an issue of tinyexperts",
+                f"({describe(device)}; {plan}). {_REPORT}",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
     return _faults[key]
 
@@ -169,19 +205,21 @@ def describe(device: torch.device) -> str:
 
 def _check(kernel: GpuKernel, plan: Hashable, portable: Callable[..., Any], arguments: Sequence[Any]) -> str | None:
     """Return how the kernels of a plan differ from plain torch in fp64, on small operands; None if they don't."""
-    operands = kernel.example(*arguments)
-    wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in operands]
     try:
+        operands = kernel.example(*arguments)
+        wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in operands]
         found, expected = kernel.run(plan, *operands), portable(*wide)
         if kernel.num_changed:
             found, expected = operands[: kernel.num_changed], wide[: kernel.num_changed]
+        outputs, truths = (_tensors(kernel.compared(each)) for each in (found, expected))
+        for number, (output, truth) in enumerate(zip(outputs, truths, strict=True)):
+            distance = relative_error(output, truth)  # waits for the device, whose errors show here
+            if not distance <= TOLERANCES.get(output.dtype, 0.0):
+                return f"output {number} differs by {distance:.2g} of its norm"
+    except (BeyondLimits, torch.OutOfMemoryError):  # they say nothing about the kernel
+        raise
     except Exception as error:  # whatever the compiler or the driver raises: plain torch is there instead
         return f"{type(error).__name__}: {error}"
-    outputs, truths = (_tensors(kernel.compared(each)) for each in (found, expected))
-    for number, (output, truth) in enumerate(zip(outputs, truths, strict=True)):
-        distance = relative_error(output, truth)
-        if not distance <= TOLERANCES.get(output.dtype, 0.0):
-            return f"output {number} differs by {distance:.2g} of its norm"
     return None
 
 
