@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The tests of a file share what takes long to make: processes, a report, compiled kernels.
 PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Triton reads the variable when it is imported, so these tests have processes of their own. There is no Triton but on Linux.
+INTERPRETED = ! $(BIN)/python -c "import triton" 2> /dev/null || TRITON_INTERPRET=1 $(PYTEST) tests/gpu/interpreted
 
 .PHONY: setup demo teach model test test-all test-python lint types types-of-newest dist clean
 
@@ -54,9 +56,11 @@ types-of-newest:
 
 test: lint
 	$(PYTEST) -m "not slow"
+	$(INTERPRETED) -m "not slow"
 
 test-all: lint
 	$(PYTEST)
+	$(INTERPRETED)
 
 test-python:
 	$(MAKE) setup VENV=.venv-other
