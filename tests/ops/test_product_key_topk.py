@@ -359,3 +359,40 @@ def test_autocast_changes_no_bit():
     assert got[0].dtype == torch.float32
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems(), st.sampled_from([1 << 27, 60]), st.sampled_from([1 << 25, 1]))
+def test_what_accelerators_run_in_plain_torch_equals_brute_force(problem, elements, ties):
+    query, keys, k = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable, "_CHUNK_ELEMENTS_OF_ACCELERATORS", elements)
+        patch.setattr(portable, "_CHUNK_TIES_OF_ACCELERATORS", ties)
+        scores, ids = portable._with_one_wait(query, keys, k)
+    expected_scores, expected_ids = reference.product_key_topk(query, keys, k)
+    assert torch.equal(ids, expected_ids)
+    assert torch.equal(scores, expected_scores)
+
+
+def test_what_accelerators_run_keeps_nan_and_valid_ids():
+    keys = torch.zeros(2, 16, 1)
+    keys[0, :3] = torch.inf
+    keys[1, 5:7] = -torch.inf
+    keys[1, 8:] = torch.inf
+    query = torch.tensor([[[1.0, 1.0]], [[0.5, 0.0]], [[torch.nan, 1.0]]])
+    expected, _ = portable.product_key_topk(query, keys, 16)
+    scores, ids = portable._with_one_wait(query, keys, 16)
+    assert torch.equal(scores.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
+    assert all(len(row.unique()) == 16 for row in ids.flatten(0, 1))
+
+
+def test_gradients_of_what_accelerators_run_reach_rows_with_ties():
+    generator = torch.Generator().manual_seed(12)
+    query = torch.randint(-1, 2, (5, 2, 4), generator=generator).float()
+    keys, grad = torch.randint(-1, 2, (2, 2, 9, 2), generator=generator).float(), torch.randn(5, 2, 4)
+    results = []
+    for function in (portable._with_one_wait, reference.product_key_topk):
+        leaves = [query.clone().requires_grad_(), keys.clone().requires_grad_()]
+        function(*leaves, 4)[0].backward(grad)
+        results.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*results)

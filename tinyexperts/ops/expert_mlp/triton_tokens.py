@@ -70,7 +70,8 @@ def vectors_of(
     """Return the numbers of some vectors of the table, [ROWS, BLOCK] of both halves; without the scales of int8."""
     WIDTH: tl.constexpr = (D + 1) // 2 if BITS == 4 else D
     mask = live[:, None] & (stored < WIDTH)[None, :]
-    numbers = tl.load(table_ptr + vectors[:, None] * WIDTH + stored[None, :], mask=mask, other=0)
+    NOTHING: tl.constexpr = 0.0 if BITS >= 16 else 0
+    numbers = tl.load(table_ptr + vectors[:, None] * WIDTH + stored[None, :], mask=mask, other=NOTHING)
     if BITS == 4:
         NUM_GROUPS: tl.constexpr = (D + 31) // 32
         groups = scales_ptr + vectors[:, None] * NUM_GROUPS + (stored // 16)[None, :]

@@ -45,9 +45,16 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
     return scores, ids
 
 
-_product_key_topk = define_operator("product_key_topk", portable.product_key_topk, cpu.product_key_topk)
+_GPU = "tinyexperts.ops.product_key_topk.gpu"
+
+_product_key_topk = define_operator(
+    "product_key_topk", portable.product_key_topk, cpu.product_key_topk, f"{_GPU}:PRODUCT_KEY_TOPK"
+)
 _product_key_topk_backward = define_operator(
-    "product_key_topk_backward", portable.product_key_topk_backward, cpu.product_key_topk_backward
+    "product_key_topk_backward",
+    portable.product_key_topk_backward,
+    cpu.product_key_topk_backward,
+    f"{_GPU}:PRODUCT_KEY_TOPK_BACKWARD",
 )
 
 

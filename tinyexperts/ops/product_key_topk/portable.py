@@ -12,10 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements of the scores (both halves, all heads) that one chunk of tokens may hold: 16 MiB of fp32.
+# Elements of the scores (both halves, all heads) that one chunk of tokens may hold: 16 MiB of fp32 on the CPU, and
+# 512 MiB elsewhere, where each chunk costs the launches of some 30 kernels.
 _CHUNK_ELEMENTS = 1 << 22
-# Pairs that one chunk of tied rows may hold: 8 MiB of ids.
+_CHUNK_ELEMENTS_OF_ACCELERATORS = 1 << 27
+# Pairs that one chunk of tied rows may hold: 8 MiB of ids on the CPU, 256 MiB elsewhere.
 _CHUNK_TIES = 1 << 20
+_CHUNK_TIES_OF_ACCELERATORS = 1 << 25
 
 
 def half_scores(query_MHQ: Tensor, sub_keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,30 +43,50 @@ def candidate_places(k: int, num_places: int) -> tuple[list[tuple[int, int]], li
 
 def _top_k_of_sums(scores_1: Tensor, scores_2: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the scores and ids of the top k of all sums of two rows, both [F, K], from scores [F, S] a half."""
-    num_sub_keys = scores_1.shape[-1]
     with torch.no_grad():
         chosen = _ids_of_top_k(scores_1, scores_2, k)
-    # Summed again, so that the gradient of a score reaches the halves of its own pair, where others tie with it too.
-    scores = scores_1.gather(1, chosen // num_sub_keys) + scores_2.gather(1, chosen % num_sub_keys)
-    return scores, chosen
+    return _sums_at(scores_1, scores_2, chosen), chosen
+
+
+def _sums_at(scores_1: Tensor, scores_2: Tensor, ids: Tensor) -> Tensor:
+    """Return the scores of ids [F, K]; the gradient of each reaches the halves of its own pair alone, ties or not."""
+    num_sub_keys = scores_1.shape[-1]
+    return scores_1.gather(1, ids // num_sub_keys) + scores_2.gather(1, ids % num_sub_keys)
 
 
 def _ids_of_top_k(scores_1: Tensor, scores_2: Tensor, k: int) -> Tensor:
-    num_sub_keys = scores_1.shape[-1]
-    num_places = min(k + 1, num_sub_keys)
-    best_1, index_1 = scores_1.topk(num_places)
-    best_2, index_2 = scores_2.topk(num_places)
-    candidates, frontier = (torch.tensor(pairs, device=scores_1.device) for pairs in candidate_places(k, num_places))
-    sums = best_1[:, candidates[:, 0]] + best_2[:, candidates[:, 1]]
-    ids = index_1[:, candidates[:, 0]] * num_sub_keys + index_2[:, candidates[:, 1]]
+    sums, ids, beyond = _candidates(scores_1, scores_2, *_places(scores_1, k))
     top, position = sums.topk(min(k + 1, sums.shape[-1]))
     chosen = ids.gather(1, position[:, :k])
 
-    beyond = best_1[:, frontier[:, 0]] + best_2[:, frontier[:, 1]] if len(frontier) else sums[:, :0]
     tied_inside = (top[:, 1:] == top[:, :-1]).any(1)
     tied_outside = (beyond == top[:, k - 1 : k]).any(1)
     settled: Tensor = _with_ties_settled(chosen, tied_inside, tied_outside, scores_1, scores_2, sums, ids)
     return settled
+
+
+def _places(scores: Tensor, k: int) -> tuple[int, Tensor, Tensor]:
+    """Return how many places of a half are looked at, the candidates and the frontier, on the device of the scores."""
+    num_places = min(k + 1, scores.shape[-1])
+    # From memory of the host, "non_blocking" copies what is so short without waiting for the device.
+    candidates, frontier = (
+        torch.tensor(pairs, device="cpu").to(scores.device, non_blocking=True)
+        for pairs in candidate_places(k, num_places)
+    )
+    return num_places, candidates, frontier
+
+
+def _candidates(
+    scores_1: Tensor, scores_2: Tensor, num_places: int, candidates: Tensor, frontier: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the candidates' sums and ids, both [F, C], and the sums of the frontier, [F, ..]."""
+    num_sub_keys = scores_1.shape[-1]
+    best_1, index_1 = scores_1.topk(num_places)
+    best_2, index_2 = scores_2.topk(num_places)
+    sums = best_1[:, candidates[:, 0]] + best_2[:, candidates[:, 1]]
+    ids = index_1[:, candidates[:, 0]] * num_sub_keys + index_2[:, candidates[:, 1]]
+    beyond = best_1[:, frontier[:, 0]] + best_2[:, frontier[:, 1]] if len(frontier) else sums[:, :0]
+    return sums, ids, beyond
 
 
 # Which rows tie depends on the data, so this is not compiled. The public decorator, torch.compiler.disable, imports the
@@ -115,13 +138,16 @@ def _settle_ties(scores_1: Tensor, scores_2: Tensor, sums: Tensor, ids: Tensor, 
     return _sorted_by_score_and_id(all_scores, all_ids, k)
 
 
-def tokens_per_chunk(num_heads: int, num_sub_keys: int) -> int:
+def tokens_per_chunk(num_heads: int, num_sub_keys: int, *, on_cpu: bool = True) -> int:
     """Return the number of tokens whose scores fit a chunk, so that [M, H, S] never exists whole."""
-    return max(1, _CHUNK_ELEMENTS // (2 * num_heads * num_sub_keys))
+    elements = _CHUNK_ELEMENTS if on_cpu else _CHUNK_ELEMENTS_OF_ACCELERATORS
+    return max(1, elements // (2 * num_heads * num_sub_keys))
 
 
 def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the scores and ids of the top k experts of each query, both [M, H, K]; autograd can differentiate it."""
+    if query_MHQ.device.type != "cpu":
+        return _with_one_wait(query_MHQ, sub_keys, k)
     num_heads = query_MHQ.shape[1]
     scores, ids = [], []
     for chunk in torch.split(query_MHQ, tokens_per_chunk(num_heads, sub_keys.shape[-2])):
@@ -130,6 +156,51 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
         scores.append(top_scores.view(len(chunk), num_heads, k))
         ids.append(top_ids.view(len(chunk), num_heads, k))
     return torch.cat(scores), torch.cat(ids)
+
+
+def _with_one_wait(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Retrieve as product_key_topk, but ask an accelerator only once, at the end, which rows tie.
+
+    To ask means to wait until all that was asked for before is done.
+    """
+    num_heads, num_sub_keys = query_MHQ.shape[1], sub_keys.shape[-2]
+    scores, ids, tied = [], [], []
+    for chunk in torch.split(query_MHQ, tokens_per_chunk(num_heads, num_sub_keys, on_cpu=False)):
+        scores_1, scores_2 = (half.flatten(0, 1) for half in half_scores(chunk, sub_keys))
+        with torch.no_grad():
+            sums, candidate_ids, beyond = _candidates(scores_1, scores_2, *_places(scores_1, k))
+            chosen = _sorted_by_score_and_id(sums, candidate_ids, k)
+            tied_outside = (beyond == sums.topk(k).values[:, -1:]).any(1)
+            tied.append(tied_outside & ~sums.amax(1).isnan())
+        scores.append(_sums_at(scores_1, scores_2, chosen))
+        ids.append(chosen)
+    settled: tuple[Tensor, Tensor] = _with_tied_rows_settled(
+        torch.cat(scores), torch.cat(ids), torch.cat(tied), query_MHQ, sub_keys
+    )
+    top_scores, top_ids = (each.view(len(query_MHQ), num_heads, k) for each in settled)
+    return top_scores, top_ids
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _with_tied_rows_settled(
+    scores: Tensor, ids: Tensor, tied: Tensor, query_MHQ: Tensor, sub_keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the scores and ids [F, K]; rows that tie outside of the candidates are computed again from their query."""
+    k, num_heads, num_sub_keys = ids.shape[1], query_MHQ.shape[1], sub_keys.shape[-2]
+    most_rows = min(
+        _CHUNK_TIES_OF_ACCELERATORS // (k * num_sub_keys), tokens_per_chunk(num_heads, num_sub_keys, on_cpu=False)
+    )
+    for rows in torch.split(tied.nonzero().flatten(), max(1, most_rows)):
+        # The scores of all heads, so that it makes no difference whether they share their sub-keys.
+        tokens, heads = rows // num_heads, rows % num_heads
+        each = torch.arange(len(rows), device=rows.device)
+        scores_1, scores_2 = (half[each, heads] for half in half_scores(query_MHQ[tokens], sub_keys))
+        with torch.no_grad():
+            sums, candidate_ids, _ = _candidates(scores_1, scores_2, *_places(scores_1, k))
+            chosen = _settle_ties(scores_1, scores_2, sums, candidate_ids, k)
+        scores = scores.index_copy(0, rows, _sums_at(scores_1, scores_2, chosen))
+        ids = ids.index_copy(0, rows, chosen)
+    return scores, ids
 
 
 def product_key_topk_backward(
@@ -143,7 +214,7 @@ def product_key_topk_backward(
     keys = sub_keys.to(dtype).view(-1, 2, num_sub_keys, half_dim)
     grad_query = torch.empty_like(query_MHQ, dtype=dtype, memory_format=torch.contiguous_format)
     grad_keys = torch.zeros_like(keys, memory_format=torch.contiguous_format)
-    chunk = tokens_per_chunk(num_heads, 2 * ids.shape[-1] * half_dim)
+    chunk = tokens_per_chunk(num_heads, 2 * ids.shape[-1] * half_dim, on_cpu=query_MHQ.device.type == "cpu")
     for start in range(0, len(query_MHQ), chunk):
         tokens = slice(start, start + chunk)
         grad = grad_scores[tokens]
