@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
@@ -114,9 +115,19 @@ def make_config(tiny_data, tmp_path):
     return make
 
 
-@pytest.fixture(params=["cpu", "portable"])
-def kernels(request):
-    """Run a test with the CPU's kernels, and with what devices without kernels run."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cpu", "portable"])
+def kernels(request, monkeypatch):
+    """Run a test with the CPU's kernels, and with what devices without kernels run.
+
+    With TRITON_INTERPRET=1 in the environment: with Triton's kernels, interpreted.
+    """
+    if request.param == "triton":
+        from triton_on_cpu import replace_cpu_kernels
+
+        replace_cpu_kernels(monkeypatch)
     with without_kernels() if request.param == "portable" else nullcontext():
         yield request.param
 

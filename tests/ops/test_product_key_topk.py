@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +13,12 @@ from hypothesis import strategies as st
 from tinyexperts.bench.measurement import torch_threads
 from tinyexperts.errors import InputError
 from tinyexperts.ops import product_key_topk
-from tinyexperts.ops.product_key_topk import cpu, portable, reference
+from tinyexperts.ops.product_key_topk import portable, reference
 
 pytestmark = pytest.mark.usefixtures("kernels")
+
+# Triton's interpreter takes a second a row.
+EXAMPLES = 10 if os.environ.get("TRITON_INTERPRET") == "1" else 300
 
 
 @st.composite
@@ -42,7 +48,7 @@ def problems(draw):
     return query, keys, k
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(problems())
 def test_equals_brute_force_over_all_scores(problem):
     query, keys, k = problem
@@ -331,8 +337,9 @@ def test_chunks_and_threads_change_neither_results_nor_gradients(monkeypatch, ke
     keys = torch.randn((2, 9, 4) if shared else (2, 2, 9, 4), generator=generator).mul(8).round() / 8
     grad = torch.randn(137, 2, 3, generator=generator)
     results = []
+    module = importlib.import_module(portable.__name__.replace("portable", kernels.replace("triton", "gpu")))
     for elements, threads in ((1 << 22, 1), (1 << 22, 2), (100, 1), (1000, 2)):
-        monkeypatch.setattr(cpu if kernels == "cpu" else portable, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
         leaves = [query.clone().requires_grad_(), keys.clone().requires_grad_()]
         with torch_threads(threads):
             scores, ids = product_key_topk(*leaves, 3)
@@ -361,7 +368,7 @@ def test_autocast_changes_no_bit():
     assert torch.equal(got[1], expected[1])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(problems(), st.sampled_from([1 << 27, 60]), st.sampled_from([1 << 25, 1]))
 def test_what_accelerators_run_in_plain_torch_equals_brute_force(problem, elements, ties):
     query, keys, k = problem

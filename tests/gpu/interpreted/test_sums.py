@@ -81,6 +81,24 @@ def test_gradients_equal_the_reference(num_vectors, tile, name):
     assert squares.double().sum().item() == pytest.approx(values.square().sum().item(), rel=1e-5)
 
 
+def test_operands_that_are_not_contiguous():
+    ids, factors, x, grad_y = operands_of("uniform", 2, torch.float32)
+    spread = ids.T.contiguous().T, factors.mT.contiguous().mT, x.T.contiguous().T, grad_y.T.contiguous().T
+    assert not any(operand.is_contiguous() for operand in spread)
+    table = torch.empty(23, 2, 7)
+    for kernel in (gpu.GRADIENT_ROWS, gpu.DENSE_GRADIENT):
+        first, second = (
+            kernel.run(kernel.plan(*operands, table), *operands, table)[-1]
+            for operands in ((ids, factors, x, grad_y), spread)
+        )
+        assert torch.equal(first, second)
+    expected = truth(ids, factors, x, grad_y)[1]
+    assert (
+        relative_error(gpu.GRADIENT_ROWS.run(gpu.GRADIENT_ROWS.plan(*spread, table), *spread, table)[1], expected)
+        <= IN_FP32
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_narrow_table_gets_sums_that_are_rounded_once(dtype):
     ids, factors = torch.ones(1, 600, dtype=torch.int64), torch.full((1, 1, 600), 1 / 512)

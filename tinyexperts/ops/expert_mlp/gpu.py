@@ -325,7 +325,7 @@ def sum_by_expert(
     num_tiles = triton.cdiv(num_pairs, plan.tile)
     parts = x_MD.new_empty((num_tiles, 2, num_vectors, plan.dim), dtype=torch.float32)
     triton_segments.sum_tiles[(num_tiles,)](
-        *(experts, order, places, factors_EMP, x_MD.contiguous(), grad_y_MD.contiguous()),
+        *(experts, order, places, factors_EMP.contiguous(), x_MD.contiguous(), grad_y_MD.contiguous()),
         *(parts, out, *moments, num_pairs, num_retrieved, *constants),
         **shared,
     )

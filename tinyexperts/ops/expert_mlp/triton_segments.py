@@ -9,8 +9,6 @@ atomics, and the bits depend on the inputs and the size of the tiles alone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -22,31 +20,31 @@ DENSE, ROWS, ADAM, NORM = 0, 1, 2, 3
 
 
 @triton.jit
-def _squares(sums: Any, inside: Any) -> Any:
+def _squares(sums: tl.tensor, inside: tl.tensor) -> tl.tensor:
     return tl.sum(tl.where(inside, sums * sums, 0.0), 0)
 
 
 @triton.jit
 def _finish(
-    out_ptr: Any,
-    first_ptr: Any,
-    second_ptr: Any,
-    row: Any,
-    sum_u: Any,
-    sum_w: Any,
-    sum_v: Any,
-    d: Any,
-    inside: Any,
-    gain_1: Any,
-    gain_2: Any,
-    rate: Any,
-    eps: Any,
-    keep: Any,
+    out_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    second_ptr: tl.tensor,
+    row: tl.tensor,
+    sum_u: tl.tensor,
+    sum_w: tl.tensor,
+    sum_v: tl.tensor,
+    d: tl.tensor,
+    inside: tl.tensor,
+    gain_1: tl.tensor,
+    gain_2: tl.tensor,
+    rate: tl.tensor,
+    eps: tl.tensor,
+    keep: tl.tensor,
     E: tl.constexpr,
     D: tl.constexpr,
     MODE: tl.constexpr,
     ONE_A_VECTOR: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Use the sums of a row; return those of their squares for NORM."""
     element = row * (E * D) + d
     squares = 0.0
@@ -82,23 +80,23 @@ def _finish(
 
 @triton.jit(do_not_specialize=["num_pairs", "num_retrieved"])
 def sum_tiles(
-    sorted_ids_ptr: Any,
-    order_ptr: Any,
-    places_ptr: Any,
-    factors_ptr: Any,
-    x_ptr: Any,
-    grad_y_ptr: Any,
-    parts_ptr: Any,
-    out_ptr: Any,
-    first_ptr: Any,
-    second_ptr: Any,
-    num_pairs: Any,
-    num_retrieved: Any,
-    gain_1: Any,
-    gain_2: Any,
-    rate: Any,
-    eps: Any,
-    keep: Any,
+    sorted_ids_ptr: tl.tensor,
+    order_ptr: tl.tensor,
+    places_ptr: tl.tensor,
+    factors_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    grad_y_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    second_ptr: tl.tensor,
+    num_pairs: tl.tensor,
+    num_retrieved: tl.tensor,
+    gain_1: tl.tensor,
+    gain_2: tl.tensor,
+    rate: tl.tensor,
+    eps: tl.tensor,
+    keep: tl.tensor,
     E: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -159,18 +157,18 @@ def sum_tiles(
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def add_parts(
-    sorted_ids_ptr: Any,
-    places_ptr: Any,
-    parts_ptr: Any,
-    out_ptr: Any,
-    first_ptr: Any,
-    second_ptr: Any,
-    num_pairs: Any,
-    gain_1: Any,
-    gain_2: Any,
-    rate: Any,
-    eps: Any,
-    keep: Any,
+    sorted_ids_ptr: tl.tensor,
+    places_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    second_ptr: tl.tensor,
+    num_pairs: tl.tensor,
+    gain_1: tl.tensor,
+    gain_2: tl.tensor,
+    rate: tl.tensor,
+    eps: tl.tensor,
+    keep: tl.tensor,
     E: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -10,8 +10,6 @@ only.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -19,7 +17,7 @@ ACTIVATION_CODES = {None: 0, "gelu": 1, "relu": 2, "relu2": 3, "silu": 4}
 
 
 @triton.jit
-def activate(h: Any, ACTIVATION: tl.constexpr) -> Any:
+def activate(h: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """Return act(h)."""
     if ACTIVATION == 1:
         return 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
@@ -31,7 +29,7 @@ def activate(h: Any, ACTIVATION: tl.constexpr) -> Any:
 
 
 @triton.jit
-def derivative(h: Any, ACTIVATION: tl.constexpr) -> Any:
+def derivative(h: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """Return act'(h)."""
     if ACTIVATION == 1:
         return 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
@@ -45,7 +43,7 @@ def derivative(h: Any, ACTIVATION: tl.constexpr) -> Any:
 
 
 @triton.jit
-def columns_of(stored: Any, D: tl.constexpr, BITS: tl.constexpr) -> Any:
+def columns_of(stored: tl.tensor, D: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
     """Return the columns of the numbers that are stored at a place, and whether they exist: of both halves."""
     if BITS == 4:
         group = stored // 16
@@ -59,14 +57,14 @@ def columns_of(stored: Any, D: tl.constexpr, BITS: tl.constexpr) -> Any:
 
 @triton.jit
 def vectors_of(
-    table_ptr: Any,
-    scales_ptr: Any,
-    vectors: Any,
-    live: Any,
-    stored: Any,
+    table_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    vectors: tl.tensor,
+    live: tl.tensor,
+    stored: tl.tensor,
     D: tl.constexpr,
     BITS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Return the numbers of some vectors of the table, [ROWS, BLOCK] of both halves; without the scales of int8."""
     WIDTH: tl.constexpr = (D + 1) // 2 if BITS == 4 else D
     mask = live[:, None] & (stored < WIDTH)[None, :]
@@ -85,7 +83,9 @@ def vectors_of(
 
 
 @triton.jit
-def scaled(products: Any, scales_ptr: Any, vectors: Any, live: Any, BITS: tl.constexpr) -> Any:
+def scaled(
+    products: tl.tensor, scales_ptr: tl.tensor, vectors: tl.tensor, live: tl.tensor, BITS: tl.constexpr
+) -> tl.tensor:
     """Return products times the scale that int8 has for each vector."""
     if BITS == 8:
         return products * tl.load(scales_ptr + vectors, mask=live, other=0.0).to(tl.float32)
@@ -94,7 +94,9 @@ def scaled(products: Any, scales_ptr: Any, vectors: Any, live: Any, BITS: tl.con
 
 
 @triton.jit
-def products_of(first: Any, second: Any, operand_1: Any, operand_2: Any, BITS: tl.constexpr) -> Any:
+def products_of(
+    first: tl.tensor, second: tl.tensor, operand_1: tl.tensor, operand_2: tl.tensor, BITS: tl.constexpr
+) -> tl.tensor:
     """Return the products [ROWS] of vectors with a token, both in halves."""
     if BITS == 4:
         return tl.sum(first * operand_1[None, :] + second * operand_2[None, :], 1)
@@ -104,15 +106,15 @@ def products_of(first: Any, second: Any, operand_1: Any, operand_2: Any, BITS: t
 
 @triton.jit(do_not_specialize=["num_tokens", "num_experts"])
 def forward(
-    x_ptr: Any,
-    table_ptr: Any,
-    scales_ptr: Any,
-    ids_ptr: Any,
-    weights_ptr: Any,
-    y_ptr: Any,
-    pre_ptr: Any,
-    num_tokens: Any,
-    num_experts: Any,
+    x_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    pre_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    num_experts: tl.tensor,
     P: tl.constexpr,
     E: tl.constexpr,
     D: tl.constexpr,
@@ -174,17 +176,17 @@ def forward(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_experts"])
 def backward(
-    grad_y_ptr: Any,
-    table_ptr: Any,
-    scales_ptr: Any,
-    ids_ptr: Any,
-    weights_ptr: Any,
-    pre_ptr: Any,
-    grad_x_ptr: Any,
-    grad_weights_ptr: Any,
-    factors_ptr: Any,
-    num_tokens: Any,
-    num_experts: Any,
+    grad_y_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    pre_ptr: tl.tensor,
+    grad_x_ptr: tl.tensor,
+    grad_weights_ptr: tl.tensor,
+    factors_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    num_experts: tl.tensor,
     P: tl.constexpr,
     E: tl.constexpr,
     D: tl.constexpr,

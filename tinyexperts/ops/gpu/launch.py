@@ -13,6 +13,12 @@ MAX_DIM = 8192
 """The widest vector that a program holds in registers."""
 MAX_PAIRS = 1 << 30
 """The pairs of a token and an expert that the kernels count in 32 bits."""
+MAX_REGISTERS = 168
+"""The registers that a lane may take.
+
+12 warps of a multiprocessor are then resident. Each has four rows of 512 bytes or more under way, 24 KB in all, about
+what the memory of an H100 needs to be busy (3.3 TB/s x 0.8 us / 132).
+"""
 
 _COLUMNS_PER_WARP = 256
 _MIN_BLOCK = 32
@@ -41,9 +47,11 @@ def launch_for(dim: int, *, num_vectors: int = 1, columns_per_number: int = 1) -
     """
     block = max(_MIN_BLOCK, next_power_of_2(dim))
     warps = min(max(block * columns_per_number // _COLUMNS_PER_WARP, 1), _MAX_WARPS)
-    # Beyond 16 warps a lane has more columns; fewer rows at a time then leave the registers enough.
+    # A lane has more columns where there are no more warps, and twice as many numbers as bytes of 4 bits: fewer rows at
+    # a time then leave the registers enough. Nothing spills (tests/gpu/compiled).
     held = block * columns_per_number * num_vectors // (warps * _COLUMNS_PER_WARP)
-    return Launch(block=block, rows=4 if held <= 3 else 2 if held <= 4 else 1, warps=warps)
+    fewer = held > 3 or (columns_per_number == 2 and num_vectors > 1)
+    return Launch(block=block, rows=1 if held > 4 else 2 if fewer else 4, warps=warps)
 
 
 def next_power_of_2(number: int) -> int:

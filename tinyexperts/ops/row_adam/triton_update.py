@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def update_vector(
-    table_ptr: Any,
-    first_ptr: Any,
-    second_ptr: Any,
-    element: Any,
-    vector: Any,
-    grad: Any,
-    inside: Any,
-    gain_1: Any,
-    gain_2: Any,
-    rate: Any,
-    eps: Any,
-    keep: Any,
+    table_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    second_ptr: tl.tensor,
+    element: tl.tensor,
+    vector: tl.tensor,
+    grad: tl.tensor,
+    inside: tl.tensor,
+    gain_1: tl.tensor,
+    gain_2: tl.tensor,
+    rate: tl.tensor,
+    eps: tl.tensor,
+    keep: tl.tensor,
     D: tl.constexpr,
     ONE_A_VECTOR: tl.constexpr,
 ) -> None:
@@ -53,17 +51,17 @@ def update_vector(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def update_rows(
-    table_ptr: Any,
-    first_ptr: Any,
-    second_ptr: Any,
-    rows_ptr: Any,
-    grad_ptr: Any,
-    num_rows: Any,
-    gain_1: Any,
-    gain_2: Any,
-    rate: Any,
-    eps: Any,
-    keep: Any,
+    table_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    second_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    grad_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    gain_1: tl.tensor,
+    gain_2: tl.tensor,
+    rate: tl.tensor,
+    eps: tl.tensor,
+    keep: tl.tensor,
     V: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
