@@ -55,7 +55,9 @@ def test_from_a_folder_of_text_to_a_model_that_speaks(run_cli, folder_of_text, t
     ]
     code, _, err = run_cli(*training)
     assert code == 0, err
-    assert "20 steps on cpu in fp32, blocks not compiled; table gradients sparse" in " ".join(err.split())
+    assert "20 steps on cpu in fp32, blocks not compiled; numba kernels; table gradients sparse" in " ".join(
+        err.split()
+    )
     code, out, err = run_cli(*training)
     assert (code, out) == (2, "")
     assert err == f"tinyexperts: the run folder {run} exists: add --resume to go on with it, or choose another --run\n"

@@ -41,11 +41,13 @@ def test_a_tiny_run_reports_everything(run_cli, monkeypatch, tmp_path):
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
     code, out, err = run_cli(*TINY)
     assert code == 0, err
-    for heading in ("of the limit", "embedding_bag", "KiB kept/token", "dense, equal time", "runs/bench/layer.json"):
+    headings = "of the limit", "embedding_bag", "KiB kept/token", "dense, equal time"
+    for heading in (*headings, "measured with numba kernels", "runs/bench/layer.json"):
         assert heading in out
     report = json.loads((tmp_path / "runs/bench/layer.json").read_text())
     assert report["skipped"] == []
     assert report["machine"]["versions"]["torch"] == torch.__version__
+    assert report["machine"]["kernels"] == "numba kernels"
     configuration = report["configuration"]
     assert (configuration["d_model"], configuration["ids"], configuration["repeats"]) == ([D], ["uniform", "zipf"], 1)
     assert configuration["rivals"] == list(BASELINES)

@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -24,6 +25,7 @@ from tinyexperts.bench.contestants import make_layer
 from tinyexperts.bench.measurement import Measurement, measure_setting, to_json
 from tinyexperts.errors import InputError, require_at_least
 from tinyexperts.files import write_atomically
+from tinyexperts.ops.kernels_on import kernels_on
 from tinyexperts.training.config import path_of
 
 
@@ -128,6 +130,7 @@ def run_layer_benchmark(config: LayerBenchmarkConfig) -> list[Measurement]:
             del layer  # before the next one is made
     write_atomically(config.output / "layer.svg", str(view.figure(measurements)))
     _print(measurements, skipped)
+    print(f"measured with {kernels_on(torch.device('cpu'))}")
     print(f"{config.output / 'layer.json'}, {config.output / 'layer.svg'}")
     return measurements
 
@@ -175,7 +178,7 @@ def _name(d_model: int, num_experts: int) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what the numbers depend on: the processor, its cores, the versions, and whether memory has huge pages."""
+    """Return what the numbers depend on: the processor, its cores, the versions, the kernels, memory's huge pages."""
     versions: dict[str, str | None] = {}
     for package in ("tinyexperts", "torch", "numpy", "numba", "PEER-pytorch"):
         try:
@@ -188,6 +191,7 @@ def describe_machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
+        "kernels": kernels_on(torch.device("cpu")),
         "huge_pages": _read(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE"),
     }

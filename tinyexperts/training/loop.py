@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 from tinyexperts.data import TokenSplit
 from tinyexperts.errors import EarlyExit, InputError
 from tinyexperts.evaluation import measure_facts, measure_perplexity
+from tinyexperts.layers import PEERConfig, ProductKeyMemoryConfig
+from tinyexperts.ops.kernels_on import kernels_on
 from tinyexperts.optim import cosine, scale_learning_rates, warmup_stable_decay
 from tinyexperts.training import run_folder
 from tinyexperts.training.checkpoint import (
@@ -112,7 +114,7 @@ def train(
         stop = stack.enter_context(_stop_signal())
         bar.say(
             f"{config.run}: {run.num_steps:,} steps on {_place(run)} in {run.precision}, {run.compilation_choice}; "
-            f"{run.table_choice}"
+            f"{_tables(run)}"
         )
         _steps(run, state, metrics, bar, stop, command)
 
@@ -122,6 +124,13 @@ def _place(run: Run) -> str:
     if run.ranks.mesh is None:
         return str(run.device)
     return f"{run.ranks.size} ranks ({' x '.join(map(str, run.ranks.mesh.shape))}) on {run.device.type}"
+
+
+def _tables(run: Run) -> str:
+    """Return the code that runs the tables and what becomes of their gradients, in words."""
+    if not isinstance(run.config.model.expert_layer, PEERConfig | ProductKeyMemoryConfig):
+        return run.table_choice
+    return f"{kernels_on(run.device)}; {run.table_choice}"
 
 
 def _steps(
