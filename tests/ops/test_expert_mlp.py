@@ -178,6 +178,11 @@ def test_saves_no_gathered_rows():
         ({"ids": torch.zeros(5, 6, dtype=torch.int32)}, "must be int64, got torch.int32"),
         ({"weights": torch.zeros(5, 5)}, r"\[5, 6\] and \[5, 5\]"),
         ({"experts": torch.zeros(23, 4, 7)}, r"got \[23, 4, 7\]"),
+        (
+            {"x": torch.zeros(5, 0), "experts": torch.zeros(23, 2, 0)},
+            r"at least 1, got x \[5, 0\] and experts \[23, 2, 0\]",
+        ),
+        ({"experts": torch.zeros(23, 2, 7, device="meta")}, "one device, got x on cpu, experts on meta, ids on cpu, w"),
     ],
 )
 def test_bad_input_is_refused(change, message, kernels):

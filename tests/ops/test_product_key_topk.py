@@ -315,6 +315,11 @@ def test_non_contiguous_inputs_equal_contiguous_ones():
         assert torch.equal(got, expected)
 
 
+def test_operands_on_several_devices_are_refused():
+    with pytest.raises(InputError, match="product_key_topk must be on one device, got query on cpu, sub_keys on meta"):
+        product_key_topk(torch.ones(3, 1, 4), torch.ones(2, 9, 2, device="meta"), 3)
+
+
 @pytest.mark.parametrize(
     ("query_shape", "key_shape", "k", "message"),
     [

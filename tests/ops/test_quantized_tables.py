@@ -145,13 +145,17 @@ def strided(tensor):
 @both_implementations
 @each_kind
 @pytest.mark.parametrize("which", [0, 1, 2, 3, 4])
-def test_operands_that_are_not_contiguous_equal_contiguous_ones(bits, which):
+def test_operands_that_are_not_contiguous_equal_contiguous_ones(bits, which, kernels):
     x, experts, ids, weights = problem(2, num_tokens=9, num_experts=50, model_dim=77, retrieved=6)
     table, scales = QUANTIZE[bits](experts)
     operands = [x, table, ids, weights, scales]
     expected = results(*operands[:4], "gelu", scales)
     operands[which] = strided(operands[which])
-    assert_equal(results(*operands[:4], "gelu", operands[4]), expected)
+    found = results(*operands[:4], "gelu", operands[4])
+    if kernels == "triton" and which == 1:  # its kernels take contiguous tables only: this one goes to plain torch
+        assert_close(found, expected, 1e-6)
+    else:
+        assert_equal(found, expected)
 
 
 @both_implementations

@@ -344,6 +344,8 @@ def test_row_adam_says_what_is_wrong_with_its_input(kernels: str) -> None:
         row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows[:3], step=1, **HYPERPARAMETERS)
     with pytest.raises(InputError, match=r"the table's shape \[11, 2, 3\]"):
         row_adam_(experts, exp_avg[:4], exp_avg_sq, rows, grad_rows, step=1, **HYPERPARAMETERS)
+    with pytest.raises(InputError, match=r"one device, got experts on cpu, .* rows on cpu, grad_rows on meta"):
+        row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows.to("meta"), step=1, **HYPERPARAMETERS)
     with pytest.raises(InputError, match="counted from 1, got 0"):
         row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, step=0, **HYPERPARAMETERS)
     if kernels == "triton":  # rows are not read before a kernel runs, but in it (TRITON_DEBUG=1)

@@ -47,8 +47,8 @@ class RowSparseAdam(torch.optim.Optimizer):
             running mean over steps of the mean over D of the squared gradient. "row" nearly halves the state.
         fused (bool): backward passes in `deferred_gradients([optimizer])` keep each table's gradient as the pairs that
             it is made of, and `step` sums a row when it updates it, so that the gradient is never written out. It is
-            for tables on the CPU in fp32 or fp64, equals the step without it to the bit, and changes nothing outside
-            that scope.
+            for tables on the CPU in fp32 or fp64, where it equals the step without it to the bit, and for those on a
+            CUDA device with Triton's kernels. It changes nothing outside that scope.
 
     Raises:
         InputError: a negative lr, eps or weight_decay, betas outside [0, 1), another second_moment, "row" for a table
@@ -98,8 +98,8 @@ class RowSparseAdam(torch.optim.Optimizer):
         for table in group["params"] if group["fused"] else ():
             if not supports_deferred(table):
                 raise InputError(
-                    "fused is for contiguous tables on the CPU in fp32 or fp64, got "
-                    f"{table.dtype} on {table.device.type}"
+                    "fused is for contiguous tables on the CPU in fp32 or fp64, or on a CUDA device with Triton's "
+                    f"kernels, got {table.dtype} on {table.device.type}"
                 )
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from tinyexperts.errors import InputError
 from tinyexperts.ops.activation import check_activation
 from tinyexperts.ops.define_operator import define_operator
+from tinyexperts.ops.devices import check_one_device
 from tinyexperts.ops.expert_mlp import cpu, portable
 from tinyexperts.ops.expert_mlp.deferred import defer_gradient, find_deferring_table
 from tinyexperts.ops.expert_mlp.int4 import num_groups, packed_bytes
@@ -55,8 +56,9 @@ def expert_mlp(
         y_MD (dtype of x, [M, D]): sums kept in fp32 (fp64 for fp64).
 
     Raises:
-        InputError: shapes that don't fit each other, ids that are not int64, an unknown activation, an id outside
-            0..N - 1, an integer table without its scales or another with scales, a forward-mode derivative
+        InputError: shapes that don't fit each other, D = 0, operands on several devices, ids that are not int64, an
+            unknown activation, an id outside 0..N - 1 (checked on the CPU; Triton's kernels check it with
+            TRITON_DEBUG=1), an integer table without its scales or another with scales, a forward-mode derivative
             (torch.func.jvp).
 
     Differentiable once and in reverse mode only.
@@ -64,6 +66,7 @@ def expert_mlp(
     if experts_NED.dim() != 3 or not 1 <= experts_NED.shape[1] <= 3:
         raise InputError(f"experts must be [N, E, D] with E = 1, 2 or 3, got {list(experts_NED.shape)}")
     _check_width(x_MD, experts_NED)
+    check_one_device("expert_mlp", x=x_MD, experts=experts_NED, ids=ids_MP, weights=weights_MP, scales=scales)
     if ids_MP.dim() != 2 or ids_MP.shape != weights_MP.shape or ids_MP.shape[0] != x_MD.shape[0]:
         raise InputError(
             f"ids and weights must be [M, P] with M = {x_MD.shape[0]}, "
@@ -93,6 +96,8 @@ def _check_width(x_MD: Tensor, experts_NED: Tensor) -> None:
             )
     elif x_MD.dim() != 2 or x_MD.shape[1] != width:
         raise InputError(f"x must be [M, D] with D = {width}, got {list(x_MD.shape)}")
+    if width == 0:
+        raise InputError(f"D must be at least 1, got x {list(x_MD.shape)} and experts {list(experts_NED.shape)}")
 
 
 def _check_scales(x_MD: Tensor, experts_NED: Tensor, scales: Tensor | None) -> None:

@@ -18,8 +18,10 @@ from tinyexperts.ops.cpu.huge_pages import prefer_huge_pages
 from tinyexperts.ops.expert_mlp.int4 import unpack_groups
 from tinyexperts.ops.indices import check_indices
 
-# Elements of gathered vectors [m, P, D] that one chunk of tokens may hold: 2 MiB of fp32 stay in the cache.
+# Elements of gathered vectors [m, P, D] that one chunk of tokens may hold: 2 MiB of fp32 stay in the cache of a CPU. On
+# an accelerator each chunk costs launches, and 512 MiB are little.
 _CHUNK_ELEMENTS = 1 << 19
+_CHUNK_ELEMENTS_OF_ACCELERATORS = 1 << 27
 
 
 def accumulation_dtype(x_MD: Tensor, experts_NED: Tensor) -> torch.dtype:
@@ -41,6 +43,11 @@ def derivatives(pre_activations_FMP: Tensor, activation: str) -> Tensor:
     return torch.stack([derivative * pre_activations_FMP[1], activate(pre_activations_FMP[0], activation)])
 
 
+def chunk_elements(device: torch.device) -> int:
+    """Return the elements of gathered vectors that one chunk may hold."""
+    return _CHUNK_ELEMENTS if device.type == "cpu" else _CHUNK_ELEMENTS_OF_ACCELERATORS
+
+
 class _Vectors:
     """The vectors of a table's experts, as numbers of type `dtype`, for the tokens that retrieved them.
 
@@ -56,8 +63,9 @@ class _Vectors:
         if scales is not None:
             self._flat_scales = (scales.unsqueeze(2) if scales.dim() == 2 else scales).flatten(0, 1)
         num_tokens, num_retrieved = ids_MP.shape
-        chunk = max(1, min(num_tokens, _CHUNK_ELEMENTS // max(1, num_retrieved * self._dim)))
+        chunk = max(1, min(num_tokens, chunk_elements(experts_NED.device) // max(1, num_retrieved * self._dim)))
         self._chunks = [slice(start, start + chunk) for start in range(0, num_tokens, chunk)]
+        self._on_cpu = experts_NED.device.type == "cpu"
         self._converted = experts_NED.dtype != dtype
         if self._converted:
             self._stored = experts_NED.new_empty(chunk * num_retrieved, experts_NED.shape[2])
@@ -72,7 +80,7 @@ class _Vectors:
 
     def weighted_sum(self, factors_MP: Tensor, vector: int) -> Tensor:
         """Return the sum of factor * vector over each token's experts, [M, D]."""
-        if not self._converted:  # read where they are: 3 times faster on a CPU
+        if not self._converted and self._on_cpu:  # read where they are: 3 times faster there
             positions = self._ids_MP * self._num_vectors + vector
             return F.embedding_bag(positions, self._flat_experts, mode="sum", per_sample_weights=factors_MP)
         out = factors_MP.new_empty((len(factors_MP), self._dim))
@@ -83,8 +91,11 @@ class _Vectors:
     def _gather(self, vector: int, tokens: slice) -> Tensor:
         ids_MP = self._ids_MP[tokens]
         positions = ids_MP.flatten() * self._num_vectors + vector
-        if not self._converted:  # by bags of one: their sum prefetches on a CPU, index_select does not
-            rows = F.embedding_bag(positions[:, None], self._flat_experts, mode="sum")
+        if not self._converted:
+            if self._on_cpu:  # by bags of one: their sum prefetches there, index_select does not
+                rows = F.embedding_bag(positions[:, None], self._flat_experts, mode="sum")
+            else:
+                rows = self._flat_experts.index_select(0, positions)
             return rows.view(*ids_MP.shape, self._dim)
         stored, numbers = self._stored[: len(positions)], self._numbers[: len(positions)]
         torch.index_select(self._flat_experts, 0, positions, out=stored)
@@ -188,7 +199,7 @@ def gradient_rows(
     starts = counts.cumsum(0) - counts
     tokens = order // max(1, ids_MP.shape[1])
     sums_RED = prefer_huge_pages(factors_EMP.new_empty((len(rows), len(operands_MD), model_dim)))
-    chunk = max(1, _CHUNK_ELEMENTS // model_dim)
+    chunk = max(1, chunk_elements(ids_MP.device) // model_dim)
     first_pairs = [*starts[::chunk].tolist(), num_pairs]
     for vector, operand_MD in enumerate(operands_MD):
         factors = factors_EMP[vector].flatten()[order]

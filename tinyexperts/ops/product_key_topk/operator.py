@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.define_operator import define_operator
+from tinyexperts.ops.devices import check_one_device
 from tinyexperts.ops.forward_mode import refuse_forward_mode
 from tinyexperts.ops.product_key_topk import cpu, portable
 
@@ -26,7 +27,8 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
         ids (int64, [M, H, K]): expert (i, j) has the id i*S + j; equal scores go to the lower id.
 
     Raises:
-        InputError: shapes that don't fit each other, k outside 1..S, or a forward-mode derivative (torch.func.jvp).
+        InputError: shapes that don't fit each other, k outside 1..S, operands on several devices, or a forward-mode
+            derivative (torch.func.jvp).
 
     Differentiable once and in reverse mode only.
     """
@@ -40,6 +42,7 @@ def product_key_topk(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> tuple[Tenso
         )
     if not 1 <= k <= num_sub_keys:
         raise InputError(f"k must be between 1 and the number of sub-keys a half, {num_sub_keys}, got {k}")
+    check_one_device("product_key_topk", query=query_MHQ, sub_keys=sub_keys)
     refuse_forward_mode("product_key_topk", query_MHQ, sub_keys)
     scores, ids = _product_key_topk(query_MHQ, sub_keys, k)
     return scores, ids

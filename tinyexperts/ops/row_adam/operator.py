@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tinyexperts.errors import InputError
 from tinyexperts.ops.define_operator import define_operator
+from tinyexperts.ops.devices import check_one_device
 from tinyexperts.ops.row_adam import cpu, portable
 
 
@@ -44,8 +45,8 @@ def row_adam_(
         step (int): number of this step, counted from 1.
 
     Raises:
-        InputError: shapes or a type of `rows` that don't fit, a row outside 0..N - 1 (checked on the CPU; elsewhere
-            indexing asserts it), step < 1.
+        InputError: shapes or a type of `rows` that don't fit, operands on several devices, a row outside 0..N - 1
+            (checked on the CPU; elsewhere indexing asserts it, and Triton's kernel with TRITON_DEBUG=1), step < 1.
     """
     if experts.dim() == 0:
         raise InputError("experts must have at least one dimension, got a scalar")
@@ -61,6 +62,8 @@ def row_adam_(
     if grad_rows.shape != (rows.shape[0], *experts.shape[1:]):
         expected = [rows.shape[0], *experts.shape[1:]]
         raise InputError(f"grad_rows must hold one gradient a row, shape {expected}, got {list(grad_rows.shape)}")
+    tables = {"experts": experts, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    check_one_device("row_adam_", **tables, rows=rows, grad_rows=grad_rows)
     if step < 1:
         raise InputError(f"step must be counted from 1, got {step}")
     # A parameter may be given as it is: an update is never differentiated.
