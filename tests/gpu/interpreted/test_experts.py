@@ -150,6 +150,13 @@ def test_what_is_no_number_reaches_its_tokens_alone(value):
     assert grad_x[[0, 2]].isfinite().all()
 
 
+def test_an_infinite_token_meets_no_rows_that_are_not_there():
+    x = torch.tensor([[float("inf"), 1.0, 2.0]])
+    ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    y, _ = run(gpu.EXPERT_MLP, x, torch.ones(4, 2, 3), ids, weights, "relu", None)
+    assert torch.equal(y, torch.full((1, 3), torch.inf))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_number_is_read_exactly(dtype):
     table = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(128, 1, 512)

@@ -164,7 +164,7 @@ def forward(
             tl.store(pre_ptr + plane * P + pair, g, mask=live)
             coefficient *= g
         coefficient = scaled(coefficient, scales_ptr, vector + (E - 1), live, BITS)
-        coefficient = tl.where(live, coefficient, 0.0)  # 0 times an activation of 0 may be no number
+        coefficient = tl.where(live, coefficient, 0.0)  # an infinite x makes NaN of rows that are not there
         y_1 += tl.sum(v_1 * coefficient[:, None], 0)
         if BITS == 4:
             y_2 += tl.sum(v_2 * coefficient[:, None], 0)
