@@ -156,6 +156,13 @@ def test_the_loss_elsewhere_is_that_of_the_logits(monkeypatch):
     assert model.double().loss(inputs, targets).dtype == torch.float32
 
 
+def test_the_loss_where_torch_has_no_loss_in_chunks(monkeypatch):
+    model, inputs, targets = make(), tokens(seed=1), tokens(seed=2)
+    expected = model.loss(inputs, targets)
+    monkeypatch.delattr(F, "linear_cross_entropy")
+    torch.testing.assert_close(model.loss(inputs, targets), expected)
+
+
 def test_the_first_loss_is_that_of_a_uniform_guess():
     torch.manual_seed(0)
     logits = Transformer(make_config()).eval()(tokens())

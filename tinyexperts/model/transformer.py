@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         """Compute the mean loss, which equals F.cross_entropy of the logits.
 
         On a CPU in fp32 the logits never exist whole: they are made, turned into gradients and forgotten by chunks
-        that stay in the cache.
+        that stay in the cache. (torch 2.13 brought the function for that; older ones make them whole.)
 
         Args:
             tokens (int64, [B, T]): the input.
@@ -174,7 +174,8 @@ class Transformer(nn.Module):
         Raises:
             InputError: as `forward`.
         """
-        if tokens.device.type != "cpu" or self.head.weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        in_chunks = tokens.device.type == "cpu" and self.head.weight.dtype == torch.float32
+        if not in_chunks or torch.is_autocast_enabled("cpu") or not hasattr(F, "linear_cross_entropy"):
             return F.cross_entropy(self(tokens).float().flatten(0, 1), targets.flatten())
         chunk_tokens = max(_LEAST_CHUNK_TOKENS, _CHUNK_LOGITS // self.config.vocab_size)
         return F.linear_cross_entropy(

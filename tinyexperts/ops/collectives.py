@@ -12,11 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Their names before torch 2.13.
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
 
 def all_gather_tokens(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Gather the [M, ...] of each rank as [T*M, ...], rank by rank."""
     out = own.new_empty((group.size() * own.shape[0], *own.shape[1:]))
-    dist.all_gather_single(out, own.contiguous(), group=group)
+    getattr(dist, _ALL_GATHER)(out, own.contiguous(), group=group)
     return out
 
 
@@ -25,7 +29,7 @@ def reduce_scatter_products(parts_FMP: Tensor, group: dist.ProcessGroup) -> Tens
     num_vectors, num_tokens, num_retrieved = parts_FMP.shape
     by_rank = parts_FMP.view(num_vectors, group.size(), -1, num_retrieved).transpose(0, 1).contiguous()
     out = parts_FMP.new_empty((num_vectors, num_tokens // group.size(), num_retrieved))
-    dist.reduce_scatter_single(out, by_rank.flatten(0, 1), group=group)
+    getattr(dist, _REDUCE_SCATTER)(out, by_rank.flatten(0, 1), group=group)
     return out
 
 
