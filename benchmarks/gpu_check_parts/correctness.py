@@ -148,7 +148,7 @@ def _quantized_experts(name: str, size: tuple[int, int, int, int], bits: int, se
 
 def _retrieval(name: str, num_sub_keys: int, k: int, shared: bool, session: Session) -> None:
     """Whole numbers, whose scores are exact and often equal; then normal ones, whose scores are compared."""
-    num_tokens, num_heads, query_dim = (3, 2, 8) if session.mode == "tiny" else (65, 3, 64)
+    num_tokens, num_heads, query_dim = (2, 2, 8) if session.mode == "tiny" else (65, 3, 64)
     draw, device = session.generator(num_sub_keys), session.device
     shapes = (
         (num_tokens, num_heads, query_dim),

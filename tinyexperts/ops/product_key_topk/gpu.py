@@ -52,7 +52,7 @@ class TopKPlan:
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """What the kernels of the backward pass are compiled for."""
+    """The sizes and types that the kernels of the backward pass are compiled for."""
 
     num_sub_keys: int
     k: int
