@@ -6,9 +6,10 @@ import os
 import random
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,17 +120,27 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["cpu", "portable"])
-def kernels(request, monkeypatch):
+def kernels(request):
     """Run a test with the CPU's kernels, and with what devices without kernels run.
 
     With TRITON_INTERPRET=1 in the environment: with Triton's kernels, interpreted.
     """
-    if request.param == "triton":
-        from triton_on_cpu import replace_cpu_kernels
-
-        replace_cpu_kernels(monkeypatch)
-    with without_kernels() if request.param == "portable" else nullcontext():
+    contexts = {"cpu": nullcontext, "portable": without_kernels, "triton": _interpreted}
+    with contexts[request.param]():
         yield request.param
+
+
+@contextmanager
+def _interpreted():
+    import interpreter_bf16
+    import interpreter_checks
+    from gpu_code_on_cpu import gpu_code_on_cpu
+
+    interpreter_bf16.install()
+    interpreter_checks.install()
+    # The interpreter computes with numpy, which warns of infinities and NaN; a GPU does not.
+    with np.errstate(all="ignore"), gpu_code_on_cpu():
+        yield
 
 
 @pytest.fixture

@@ -87,6 +87,7 @@ def test_a_table_that_does_not_fit_is_left_out(session, monkeypatch):
     assert times._operators(32, 64, torch.float32, session) == "left out: the table and its moments don't fit"
 
 
+@pytest.mark.slow
 def test_layers_and_their_rivals(session, monkeypatch):
     def rivals(dim, num_experts):
         left_out = ("torch.compile", "SparseAdam", "a vector")
@@ -105,6 +106,7 @@ def test_layers_and_their_rivals(session, monkeypatch):
     assert "step, ms" not in times._layers(16, 64, 1, session)["ours"]
 
 
+@pytest.mark.slow
 def test_searched_constants(session, compiled, monkeypatch):
     # What was not run has no numbers to compare.
     monkeypatch.setattr(torch.testing, "assert_close", lambda *_, **__: None)
@@ -156,6 +158,7 @@ def run_script(tmp_path, request):
     return run
 
 
+@pytest.mark.slow
 def test_a_share_of_a_dry_run(run_script, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     process = run_script("--dry", "--phases", "correct", "--share", "9/60")

@@ -102,7 +102,14 @@ def test_the_version_is_written_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+", tinyexperts.__version__)
 
 
-@pytest.mark.parametrize(("extra", "rooms"), [("train", TRAIN_ROOMS), ("study", STUDY_ROOMS), ("hf", HF_ROOMS)])
+@pytest.mark.parametrize(
+    ("extra", "rooms"),
+    [
+        ("train", TRAIN_ROOMS),
+        pytest.param("study", STUDY_ROOMS, marks=pytest.mark.slow),
+        pytest.param("hf", HF_ROOMS, marks=pytest.mark.slow),
+    ],
+)
 def test_an_extra_brings_what_its_rooms_import(extra, rooms):
     done = python_with(extra, imports_of(rooms))
     assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr

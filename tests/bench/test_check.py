@@ -12,6 +12,7 @@ from tinyexperts.errors import InputError
 D, N = 16, 64
 
 
+@pytest.mark.slow
 def test_the_kernels_pass_their_check_for_other_tables():
     generator = torch.Generator().manual_seed(1)
     for num_tokens in (1, 100):

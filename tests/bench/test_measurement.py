@@ -47,6 +47,7 @@ def test_without_peer_pytorch_the_rest_is_measured(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_rest_is_measured(monkeypatch):
     def fail(self):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")

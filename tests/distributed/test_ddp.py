@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from ddp_on_ranks import be_told_of_sparse_gradients, train_as_one
 from ranks import run_ranks
 
 
+@pytest.mark.slow
 def test_sparse_gradients_are_told_of():
     run_ranks(be_told_of_sparse_gradients, 2)
 

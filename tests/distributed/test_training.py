@@ -74,7 +74,7 @@ def routes(config):
     ("num_ranks", "mesh", "only"),
     [
         (2, (1, 2), {"sparse", "moe"}),
-        (2, (2, 1), {"short"}),
+        pytest.param(2, (2, 1), {"short"}, marks=pytest.mark.slow),
         (4, (2, 2), {"short", "dense gradients"}),
         pytest.param(4, (2, 2), None, marks=pytest.mark.slow),
     ],
@@ -125,7 +125,8 @@ def cut_back(config, name, step, *, mesh):
     return copy
 
 
-@pytest.mark.parametrize("gradients", ["sparse", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gradients", ["sparse", "dense"])
 def test_any_number_of_ranks_goes_on_from_the_checkpoint_of_any_other(make, gradients):
     options = {"num_steps": 10, "checkpoint.every": 5, "checkpoint.keep": 5, "optimizer.table_gradients": gradients}
     meshes = {1: (1, 1), 2: (1, 2), 4: (2, 2)}

@@ -555,6 +555,7 @@ def test_a_run_that_diverged_is_reported_and_not_tried_again(config, children):
     assert children.started == ()
 
 
+@pytest.mark.slow
 def test_a_run_at_which_another_process_is_at_work_is_waited_for(config, children, tmp_path):
     children.stop_after = 0
     run_study_of_nothing(config)

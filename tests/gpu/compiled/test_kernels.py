@@ -122,6 +122,7 @@ def test_the_experts_kernels_at_all_kinds_of_sizes(launches, storage, num_vector
     check(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("storage", "num_vectors", "dim"), [("fp32", 3, 1024), ("bf16", 1, 100)])
 def test_the_sums_at_all_kinds_of_sizes(launches, storage, num_vectors, dim):
     found = launches("sm_90")

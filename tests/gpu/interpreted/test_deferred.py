@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_code_on_cpu import gpu_code_on_cpu
 from operands import problem, randn
-from triton_on_cpu import replace_cpu_kernels
 
 from tinyexperts.ops import expert_mlp
 from tinyexperts.ops.expert_mlp import deferred, operator
@@ -20,14 +20,14 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Take the twin for CUDA devices for tables on the CPU, of any type."""
-    replace_cpu_kernels(monkeypatch)
     for module in (deferred, row_sparse_adam):
         monkeypatch.setattr(module, "supports_deferred", lambda table: True)
 
     def use_for(table):
         monkeypatch.setattr(operator, "TableGradient", lambda *operands: GpuTableGradient(*operands, table))
 
-    return use_for
+    with gpu_code_on_cpu():
+        yield use_for
 
 
 def steps(use_for, *, fused, second_moment, table_dtype, max_norm, passes=1):

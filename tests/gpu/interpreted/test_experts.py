@@ -90,7 +90,7 @@ def test_a_token_is_split_into_several_programs(splits, storage, launched_kernel
 
 
 def test_few_tokens_are_split_and_many_are_not():
-    for num_tokens, splits in ((1, 32), (256, 8), (5000, 1)):
+    for num_tokens, splits in ((0, 32), (1, 32), (70, 16), (256, 8), (300, 4), (1025, 1), (5000, 1)):
         x, table, ids = torch.empty(num_tokens, 8), torch.empty(9, 2, 8), torch.empty(num_tokens, 128).long()
         assert gpu.EXPERT_MLP.plan(x, table, ids, ids.float(), "gelu", None).splits == splits
 

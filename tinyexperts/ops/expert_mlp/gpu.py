@@ -99,9 +99,10 @@ def _plan(
 
 
 def _split(plan: ExpertsPlan, num_tokens: int) -> ExpertsPlan:
-    """Return the plan with as many programs a token as keep a GPU busy."""
-    most = triton.cdiv(plan.num_retrieved, plan.launch.rows)
-    return replace(plan, splits=max(1, min(most, _ENOUGH_PROGRAMS // max(1, num_tokens))))
+    """Return the plan with as many programs a token as keep a GPU busy: a power of two, so that few are compiled."""
+    most = max(1, triton.cdiv(plan.num_retrieved, plan.launch.rows))
+    enough = max(1, _ENOUGH_PROGRAMS // max(1, num_tokens))
+    return replace(plan, splits=1 << (min(most, enough).bit_length() - 1))
 
 
 def check_limits(dim: int, num_pairs: int, *operands: Tensor) -> None:
