@@ -46,7 +46,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             if outside == source:
                 up = "../" * folder.count("/") + ("../" if folder else "")
                 return f"[{match[1]}]({up}{page_name})"
-        return f"{match[1]} (`{outside}`)" if (ROOT / outside).exists() else match[0]
+        if not (ROOT / outside).exists():
+            return match[0]
+        return f"`{outside}`" if match[1].strip("`") == outside else f"{match[1]} (`{outside}`)"
 
     return _LINK.sub(text_of, markdown)
 
