@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from itertools import product
 from typing import Any
@@ -15,7 +16,7 @@ from tinyexperts.ops.gpu.launch import Launch, launch_for, next_power_of_2
 
 _ROWS, _WARPS = (1, 2, 4, 8), (1, 2, 4, 8, 16)
 _NUM_SHOWN = 4
-_PLACE = "tinyexperts.ops.expert_mlp.gpu.launch_for"
+_PLACES = [f"tinyexperts.ops.expert_mlp.{module}.launch_for" for module in ("gpu", "gpu_sums")]
 
 
 def units(session: Session) -> list[Unit]:
@@ -52,7 +53,9 @@ def _tune(size: tuple[int, int, int, int], dtype: torch.dtype, session: Session)
             if session.seconds_left <= 0 or not 1 <= block // (32 * warps) <= 32:
                 continue
             launch = Launch(block=block, rows=rows, warps=warps)
-            with patch(_PLACE, lambda *_, launch=launch, **__: launch):
+            with ExitStack() as stack:
+                for place in _PLACES:
+                    stack.enter_context(patch(place, lambda *_, launch=launch, **__: launch))
                 try:
                     milliseconds = session.milliseconds(call, 0.05)
                     if name == "forward" and session.runs_kernels:

@@ -10,6 +10,7 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from tinyexperts.ops.expert_mlp import gpu as experts_gpu  # noqa: E402
+from tinyexperts.ops.expert_mlp import gpu_sums  # noqa: E402
 from tinyexperts.ops.expert_mlp.sorted_pairs import sort_pairs  # noqa: E402
 from tinyexperts.ops.gpu.launch import MAX_REGISTERS, launch_for  # noqa: E402
 from tinyexperts.ops.product_key_topk import gpu as topk_gpu  # noqa: E402
@@ -57,10 +58,10 @@ def launch_sums(storage, num_vectors, dim, num_tokens=16, retrieved=8, *, all_us
     x = torch.zeros(num_tokens, dim, dtype=dtype)
     ids = torch.zeros(num_tokens, retrieved, dtype=torch.int64)
     factors = torch.zeros(num_vectors, num_tokens, retrieved)
-    run(experts_gpu.DENSE_GRADIENT, ids, factors, x, x, table)
+    run(gpu_sums.DENSE_GRADIENT, ids, factors, x, x, table)
     if all_uses:
-        run(experts_gpu.GRADIENT_ROWS, ids, factors, x, x, table)
-        run(experts_gpu.SQUARED_NORM, *sort_pairs(ids), factors, x, x)
+        run(gpu_sums.GRADIENT_ROWS, ids, factors, x, x, table)
+        run(gpu_sums.SQUARED_NORM, *sort_pairs(ids), factors, x, x)
     for second in (torch.zeros(table.shape), torch.zeros(table.shape[:2]))[: 2 if all_uses else 1]:
         moments = torch.zeros(table.shape), second
         for seed in (NO_SEED, SEED) if storage == "bf16" else (NO_SEED,):

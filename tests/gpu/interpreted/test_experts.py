@@ -8,7 +8,7 @@ import pytest
 import torch
 from operands import problem, randn
 
-from tinyexperts.ops.expert_mlp import gpu, portable, quantize_groups, quantize_vectors, reference
+from tinyexperts.ops.expert_mlp import gpu, gpu_sums, portable, quantize_groups, quantize_vectors, reference
 from tinyexperts.ops.gpu.dispatch import TOLERANCES, BeyondLimits, relative_error
 
 KINDS = [(1, None), (2, "gelu"), (2, "relu"), (2, "relu2"), (2, "silu"), (3, "gelu"), (3, "relu2")]
@@ -237,4 +237,4 @@ def test_sums_of_table_rows_by_token_and_by_row():
         .double()
         .index_add_(0, rows.flatten(), (factors[..., None] * tokens[:, None]).double().flatten(0, 1))
     )
-    assert relative_error(gpu.sum_by_row(rows, factors, tokens, 20), truth) <= IN_FP32
+    assert relative_error(gpu_sums.sum_by_row(rows, factors, tokens, 20), truth) <= IN_FP32

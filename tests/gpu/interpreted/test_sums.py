@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from operands import randn
 
-from tinyexperts.ops.expert_mlp import gpu, portable
+from tinyexperts.ops.expert_mlp import gpu_sums, portable
 from tinyexperts.ops.expert_mlp.sorted_pairs import ids_of_pairs, places_of_rows, sort_pairs
 from tinyexperts.ops.gpu.dispatch import BeyondLimits, relative_error
 from tinyexperts.ops.row_adam import fused_gpu, reference, rounding
@@ -69,18 +69,18 @@ def test_gradients_equal_the_reference(num_vectors, tile, name):
     table = torch.empty(PROBLEMS[name][1], num_vectors, x.shape[1])
     rows, values = truth(*operands)
     dense = torch.zeros(table.shape, dtype=torch.float64).index_copy_(0, rows, values)
-    for kernel in (gpu.GRADIENT_ROWS, gpu.DENSE_GRADIENT):
+    for kernel in (gpu_sums.GRADIENT_ROWS, gpu_sums.DENSE_GRADIENT):
         plan = replace(kernel.plan(*operands, table), tile=tile)
         found = kernel.run(plan, *operands, table)
-        if kernel is gpu.GRADIENT_ROWS:
+        if kernel is gpu_sums.GRADIENT_ROWS:
             assert torch.equal(found[0], rows)
             assert relative_error(found[1], values) <= IN_FP32
         else:
             assert relative_error(found, dense) <= IN_FP32
             untouched = torch.ones(len(table), dtype=torch.bool).index_fill_(0, rows, value=False)
             assert not found[untouched].any()
-    plan = gpu.SQUARED_NORM.plan(*sort_pairs(ids), *operands[1:])
-    squares = gpu.SQUARED_NORM.run(replace(plan, tile=tile), *sort_pairs(ids), *operands[1:])
+    plan = gpu_sums.SQUARED_NORM.plan(*sort_pairs(ids), *operands[1:])
+    squares = gpu_sums.SQUARED_NORM.run(replace(plan, tile=tile), *sort_pairs(ids), *operands[1:])
     assert squares.double().sum().item() == pytest.approx(values.square().sum().item(), rel=1e-5)
 
 
@@ -89,17 +89,15 @@ def test_operands_that_are_not_contiguous():
     spread = ids.T.contiguous().T, factors.mT.contiguous().mT, x.T.contiguous().T, grad_y.T.contiguous().T
     assert not any(operand.is_contiguous() for operand in spread)
     table = torch.empty(23, 2, 7)
-    for kernel in (gpu.GRADIENT_ROWS, gpu.DENSE_GRADIENT):
+    for kernel in (gpu_sums.GRADIENT_ROWS, gpu_sums.DENSE_GRADIENT):
         first, second = (
             kernel.run(kernel.plan(*operands, table), *operands, table)[-1]
             for operands in ((ids, factors, x, grad_y), spread)
         )
         assert torch.equal(first, second)
     expected = truth(ids, factors, x, grad_y)[1]
-    assert (
-        relative_error(gpu.GRADIENT_ROWS.run(gpu.GRADIENT_ROWS.plan(*spread, table), *spread, table)[1], expected)
-        <= IN_FP32
-    )
+    kernel = gpu_sums.GRADIENT_ROWS
+    assert relative_error(kernel.run(kernel.plan(*spread, table), *spread, table)[1], expected) <= IN_FP32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -107,8 +105,8 @@ def test_a_narrow_table_gets_sums_that_are_rounded_once(dtype):
     ids, factors = torch.ones(1, 600, dtype=torch.int64), torch.full((1, 1, 600), 1 / 512)
     factors[0, 0, 0] = 1.0  # added one by one in bf16 or fp16, the sum would stay there
     ones, table = torch.ones(1, 1, dtype=dtype), torch.empty(2, 1, 1, dtype=dtype)
-    plan = gpu.DENSE_GRADIENT.plan(ids, factors, ones, ones, table)
-    found = gpu.DENSE_GRADIENT.run(plan, ids, factors, ones, ones, table)
+    plan = gpu_sums.DENSE_GRADIENT.plan(ids, factors, ones, ones, table)
+    found = gpu_sums.DENSE_GRADIENT.run(plan, ids, factors, ones, ones, table)
     assert torch.equal(found.flatten(), torch.tensor([0, 1 + 599 / 512]).to(dtype))
 
 
@@ -121,9 +119,9 @@ def test_no_pairs(num_vectors, launched_kernels):
         torch.empty(0, 5),
     )
     table = torch.ones(4, num_vectors, 5)
-    rows, values = gpu.GRADIENT_ROWS.run(gpu.GRADIENT_ROWS.plan(*operands, table), *operands, table)
+    rows, values = gpu_sums.GRADIENT_ROWS.run(gpu_sums.GRADIENT_ROWS.plan(*operands, table), *operands, table)
     assert (rows.shape, values.shape) == ((0,), (0, num_vectors, 5))
-    dense = gpu.DENSE_GRADIENT.run(gpu.DENSE_GRADIENT.plan(*operands, table), *operands, table)
+    dense = gpu_sums.DENSE_GRADIENT.run(gpu_sums.DENSE_GRADIENT.plan(*operands, table), *operands, table)
     assert torch.equal(dense, torch.zeros_like(table))
     assert launched_kernels == []
 
@@ -234,7 +232,7 @@ def test_sums_beyond_the_limits_are_named(change, message):
     operands = {"ids": torch.zeros(1, 3).long(), "factors": torch.ones(2, 1, 3), "x": torch.ones(1, 8)}
     operands |= {"grad_y": torch.ones(1, 8), "table": torch.ones(4, 2, 8)} | change
     with pytest.raises(BeyondLimits, match=message):
-        gpu.GRADIENT_ROWS.plan(*operands.values())
+        gpu_sums.GRADIENT_ROWS.plan(*operands.values())
 
 
 @pytest.mark.parametrize(

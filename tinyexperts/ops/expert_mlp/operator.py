@@ -180,7 +180,7 @@ _gradient_rows = define_operator(
     "expert_mlp_gradient_rows",
     portable.gradient_rows,
     cpu.gradient_rows,
-    gpu_kernel=f"{_GPU_KERNELS}:GRADIENT_ROWS",
+    gpu_kernel=f"{_GPU_KERNELS}_sums:GRADIENT_ROWS",
 )
 
 
@@ -197,7 +197,7 @@ _dense_gradient = define_operator(
     "expert_mlp_dense_gradient",
     portable.dense_gradient,
     cpu.dense_gradient,
-    gpu_kernel=f"{_GPU_KERNELS}:DENSE_GRADIENT",
+    gpu_kernel=f"{_GPU_KERNELS}_sums:DENSE_GRADIENT",
 )
 
 

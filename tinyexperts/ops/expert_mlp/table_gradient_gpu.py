@@ -75,4 +75,4 @@ def _portable_squared_norm(
     return values.square().sum().view(1)
 
 
-_squared_norm = on_gpu("tinyexperts.ops.expert_mlp.gpu:SQUARED_NORM", _portable_squared_norm)
+_squared_norm = on_gpu("tinyexperts.ops.expert_mlp.gpu_sums:SQUARED_NORM", _portable_squared_norm)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 MAX_DIM = 8192
 """The widest vector that a program holds in registers."""
-MAX_PAIRS = 1 << 30
-"""The pairs of a token and an expert that the kernels count in 32 bits."""
 MAX_REGISTERS = 168
 """The registers that a lane may take.
 

@@ -15,9 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from tinyexperts.ops.expert_mlp.gpu import sum_by_row, weighted_sum
+from tinyexperts.ops.expert_mlp.gpu import weighted_sum
+from tinyexperts.ops.expert_mlp.gpu_sums import sum_by_row
 from tinyexperts.ops.gpu.dispatch import BeyondLimits, GpuKernel
 from tinyexperts.ops.gpu.full_precision import full_precision
+from tinyexperts.ops.gpu.limits import FLOATS
 from tinyexperts.ops.product_key_topk.portable import candidate_places
 from tinyexperts.ops.product_key_topk.triton_pairs import pairs
 from tinyexperts.ops.product_key_topk.triton_select import select
@@ -28,7 +30,6 @@ _CHUNK_ELEMENTS = 1 << 23
 _COMPARISONS = 4096
 _MAX_K = 32
 _MAX_INT32 = 2**31 - 1
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXAMPLE_TOKENS = 3
 
 
@@ -88,7 +89,7 @@ def _check_limits(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> None:
     num_rows = query_MHQ.shape[0] * query_MHQ.shape[1]
     num_sub_keys = sub_keys.shape[-2]
     for dtype in (query_MHQ.dtype, sub_keys.dtype):
-        if dtype not in _DTYPES:
+        if dtype not in FLOATS:
             raise BeyondLimits(f"the kernels take fp32, bf16 and fp16, got {dtype}")
     if k > _MAX_K:
         raise BeyondLimits(f"the kernels retrieve up to {_MAX_K} experts for a query, got k = {k}")

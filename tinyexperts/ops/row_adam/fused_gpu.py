@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyexperts.ops.expert_mlp.gpu import FLOATS, SumsPlan, plan_sums, sorted_example, sum_by_expert
+from tinyexperts.ops.expert_mlp.gpu_sums import SumsPlan, plan_sums, sorted_example, sum_by_expert
 from tinyexperts.ops.expert_mlp.triton_segments import ADAM
 from tinyexperts.ops.gpu.dispatch import BeyondLimits, GpuKernel
+from tinyexperts.ops.gpu.limits import FLOATS
 from tinyexperts.ops.row_adam.gpu import adam_constants, example_tables
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tinyexperts.ops.gpu.dispatch import BeyondLimits, GpuKernel
 from tinyexperts.ops.gpu.launch import MAX_DIM, launch_for
+from tinyexperts.ops.gpu.limits import FLOATS
 from tinyexperts.ops.row_adam.portable import bias_corrected_rate
 from tinyexperts.ops.row_adam.triton_update import update_rows
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_VECTORS = 65535
 _CHECKED_ROWS, _CHECKED_EXPERTS = 5, 50
 
@@ -70,7 +70,7 @@ def _plan(
         raise BeyondLimits(f"a row must have between 1 and {_MAX_VECTORS} vectors, got {num_vectors}")
     tables = (experts, exp_avg, exp_avg_sq)
     dtypes = tuple(t.dtype for t in (*tables, grad_rows))
-    if not set(dtypes) <= set(_FLOATS):
+    if not set(dtypes) <= set(FLOATS):
         raise BeyondLimits(f"tables, moments and gradients must be fp32, bf16 or fp16, got {dtypes}")
     if not all(table.is_contiguous() for table in tables):
         raise BeyondLimits("the table and its moments must be contiguous")
