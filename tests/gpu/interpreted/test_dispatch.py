@@ -103,6 +103,29 @@ def test_a_kernel_that_passes_its_check_runs(make_operation, launched_kernels):
     assert (len(launched_kernels), scale.calls) == (3, 1)
 
 
+def test_kernels_and_their_check_are_launched_on_the_device_of_the_operands(make_operation, monkeypatch):
+    """Triton launches on the current device, which may be another one."""
+    events = []
+
+    class Guard:
+        def __init__(self, operand):
+            self.shape = operand.shape
+
+        def __enter__(self):
+            events.append(f"device of {list(self.shape)}")
+
+        def __exit__(self, *error):
+            events.append("device before")
+
+    def run(plan, x, factor):
+        events.append(f"launch with {len(x)} numbers")
+        return _right(plan, x, factor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    make_operation(run=run)(torch.ones(7), 2.0)
+    assert events == ["device of [7]", "launch with 5 numbers", "launch with 7 numbers", "device before"]
+
+
 def test_each_plan_is_checked(make_operation, launched_kernels):
     operation = make_operation(_right)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float32):

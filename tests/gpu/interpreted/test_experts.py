@@ -227,7 +227,7 @@ def test_what_is_beyond_the_limits_is_named(change, message):
 def test_sums_of_table_rows_by_token_and_by_row():
     table, rows, factors = randn(20, 10), torch.randint(20, (5, 7)), randn(5, 7, seed=1)
     for dtype in (torch.float32, torch.bfloat16):
-        found = gpu.weighted_sum(table.to(dtype), rows, factors, dtype)
+        found = gpu.weighted_sum(gpu.plan_weighted_sum(5, 7, 10, dtype, dtype), table.to(dtype), rows, factors)
         truth = torch.einsum("mp,mpd->md", factors.double(), table.to(dtype)[rows].double())
         assert found.dtype == dtype
         assert relative_error(found, truth) <= TOLERANCES[dtype]
@@ -237,4 +237,9 @@ def test_sums_of_table_rows_by_token_and_by_row():
         .double()
         .index_add_(0, rows.flatten(), (factors[..., None] * tokens[:, None]).double().flatten(0, 1))
     )
-    assert relative_error(gpu_sums.sum_by_row(rows, factors, tokens, 20), truth) <= IN_FP32
+    assert (
+        relative_error(
+            gpu_sums.sum_by_row(gpu_sums.plan_sum_by_row(35, 10, tokens.dtype), rows, factors, tokens, 20), truth
+        )
+        <= IN_FP32
+    )

@@ -20,6 +20,7 @@ KINDS = [
     "ascending",
     "best side by side",
     "best in one column",
+    "a few tie",
     "swallowed",
     "huge and tiny",
     "infinite",
@@ -45,6 +46,8 @@ def rows_of(kind: str, num_rows: int, num_sub_keys: int, seed: int = 0) -> torch
         return rows + 10 * (position < num_sub_keys // 8)
     if kind == "best in one column":
         return rows + 10 * (position % 128 == 5)
+    if kind == "a few tie":  # more than a program has slots for
+        return torch.where(position % max(1, num_sub_keys // 40) == 0, 9.0, rows) + 10 * (position > num_sub_keys - 4)
     if kind == "swallowed":  # sums round to the huge ones, which tie then
         rows[:, [num_sub_keys // 3, num_sub_keys // 2]] = 1e30
     if kind == "huge and tiny":
@@ -123,7 +126,8 @@ def test_the_best_of_a_short_row(num_sub_keys, k, kind):
     ("num_sub_keys", "k", "kind"),
     [
         *((100, 16, kind) for kind in ("few levels", "best side by side")),
-        *((1000, 16, kind) for kind in ("normal", "all equal", "best in one column", "not a number")),
+        *((1000, 16, kind) for kind in ("normal", "all equal", "best in one column", "a few tie", "not a number")),
+        *((1000, 32, kind) for kind in ("normal", "few levels")),
     ],
 )
 def test_the_best_of_a_long_row(num_sub_keys, k, kind):
@@ -165,7 +169,7 @@ def test_the_top_k_of_the_sums_of_all_kinds(kind_1, kind_2):
 def operands(dtype: torch.dtype, *, shared: bool, num_sub_keys: int = 12, half: int = 3):
     """Queries and sub-keys whose products are exact: eighths, and a query of zeros."""
     generator = torch.Generator().manual_seed(3)
-    query = torch.randn(3, 2, 2 * half, generator=generator).mul(8).round().div(8)
+    query = torch.randn(2, 2, 2 * half, generator=generator).mul(8).round().div(8)
     query[1, 0] = 0
     shape = (2, num_sub_keys, half) if shared else (2, 2, num_sub_keys, half)
     keys = torch.randn(shape, generator=generator).mul(8).round().div(8)
@@ -203,8 +207,8 @@ def test_operands_that_are_parts_of_others(product_key_topk):
     query, keys = operands(torch.float32, shared=False)
     wide_query, wide_keys = (torch.full((*each.shape, 2), torch.nan) for each in (query, keys))
     wide_query[..., 1], wide_keys[..., 1] = query, keys
-    scores, ids = product_key_topk(wide_query[..., 1], wide_keys[..., 1], 3)
-    expected_scores, expected_ids = reference.product_key_topk(query, keys, 3)
+    scores, ids = product_key_topk(wide_query[..., 1], wide_keys[..., 1], 5)
+    expected_scores, expected_ids = reference.product_key_topk(query, keys, 5)
     assert torch.equal(ids, expected_ids)
     assert torch.equal(scores, expected_scores)
 
@@ -254,7 +258,27 @@ def test_the_check_runs_on_operands_with_few_and_with_many_ties():
     arguments = (grad, ids, query, keys)
     example = gpu.PRODUCT_KEY_TOPK_BACKWARD.example(*arguments)
     assert [each.dtype for each in example] == [each.dtype for each in arguments]
-    assert gpu.PRODUCT_KEY_TOPK_BACKWARD.plan(*example) == gpu.PRODUCT_KEY_TOPK_BACKWARD.plan(*arguments)
+    assert [each.shape[1:] for each in example] == [each.shape[1:] for each in arguments]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2**18])
+def test_the_check_of_the_gradients_runs_the_kernels_of_a_batch_of_any_size(num_tokens):
+    """Small and large batches have other kernels; the plan says which, and the check runs them on few tokens."""
+    query, keys = torch.empty(1).expand(num_tokens, 2, 6), torch.empty(2, 9, 3)
+    ids = torch.empty(1, dtype=torch.int64).expand(num_tokens, 2, 8)
+    arguments = (torch.empty(1).expand(ids.shape), ids, query, keys)
+    plan = gpu.PRODUCT_KEY_TOPK_BACKWARD.plan(*arguments)
+    assert (plan.grad_query.splits, plan.grad_keys.tile) == ((2, 32) if num_tokens == 1 else (1, 128))
+    example = gpu.PRODUCT_KEY_TOPK_BACKWARD.example(*arguments)
+    found = gpu.PRODUCT_KEY_TOPK_BACKWARD.run(plan, *example)
+    torch.testing.assert_close(found, portable.product_key_topk_backward(*example))
+
+
+def test_sub_keys_that_are_wider_than_the_kernels_of_the_gradients_take():
+    query, keys, ids = torch.empty(3, 1, 16386), torch.empty(2, 9, 8193), torch.zeros(3, 1, 4, dtype=torch.int64)
+    gpu.PRODUCT_KEY_TOPK.plan(query, keys, 4)
+    with pytest.raises(BeyondLimits, match="between 1 and 8192, got 8193"):
+        gpu.PRODUCT_KEY_TOPK_BACKWARD.plan(torch.empty(3, 1, 4), ids, query, keys)
 
 
 @pytest.mark.parametrize(

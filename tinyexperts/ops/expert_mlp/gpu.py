@@ -229,19 +229,30 @@ EXPERT_MLP_BACKWARD = GpuKernel(plan=_backward_plan, run=_expert_mlp_backward, e
 """The backward pass up to the factors of the table's gradient."""
 
 
-def weighted_sum(table_RD: Tensor, rows_MP: Tensor, factors_MP: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum over p of factors[m, p] * table[rows[m, p]], [M, D], in a type."""
+def plan_weighted_sum(
+    num_tokens: int, num_retrieved: int, dim: int, table: torch.dtype, out: torch.dtype
+) -> ExpertsPlan:
+    """Return the plan of `weighted_sum` for sizes, and for the types of the table and of the sums.
+
+    Raises:
+        BeyondLimits: sizes that the kernel doesn't take.
+    """
+    check_limits(dim, num_tokens * num_retrieved)
     plan = ExpertsPlan(
-        x=dtype,
-        table=table_RD.dtype,
-        weights=factors_MP.dtype,
+        x=out,
+        table=table,
+        weights=torch.float32,
         scales=None,
         num_vectors=1,
-        dim=table_RD.shape[1],
-        num_retrieved=rows_MP.shape[1],
+        dim=dim,
+        num_retrieved=num_retrieved,
         activation=None,
         splits=1,
     )
-    return _sum_experts(
-        _split(plan, len(rows_MP)), table_RD, table_RD.contiguous().unsqueeze(1), rows_MP, factors_MP, None, factors_MP
-    )
+    return _split(plan, num_tokens)
+
+
+def weighted_sum(plan: ExpertsPlan, table_RD: Tensor, rows_MP: Tensor, factors_MP: Tensor) -> Tensor:
+    """Return the sum over p of factors[m, p] (fp32) * table[rows[m, p]], [M, D], in the plan's type."""
+    table_R1D = table_RD.contiguous().unsqueeze(1)
+    return _sum_experts(plan, table_RD, table_R1D, rows_MP, factors_MP, None, factors_MP)

@@ -55,9 +55,13 @@ def plan_sums(
         table=experts_NED.dtype,
         num_vectors=len(factors_EMP),
         dim=grad_y_MD.shape[1],
-        tile=_TILE if ids_MP.numel() < _MANY_PAIRS else _LARGE_TILE,
+        tile=_tile_for(ids_MP.numel()),
         mode=mode,
     )
+
+
+def _tile_for(num_pairs: int) -> int:
+    return _TILE if num_pairs < _MANY_PAIRS else _LARGE_TILE
 
 
 def sum_by_expert(
@@ -193,11 +197,28 @@ SQUARED_NORM = GpuKernel(
 """The sum of the gradient's squares."""
 
 
-def sum_by_row(rows_MP: Tensor, factors_MP: Tensor, operand_MD: Tensor, num_rows: int) -> Tensor:
+def plan_sum_by_row(num_pairs: int, dim: int, operand: torch.dtype) -> SumsPlan:
+    """Return the plan of `sum_by_row` for sizes and the operand's type.
+
+    Raises:
+        BeyondLimits: sizes that the kernels don't take.
+    """
+    check_limits(dim, num_pairs)
+    return SumsPlan(
+        x=operand,
+        grad_y=operand,
+        table=torch.float32,
+        num_vectors=1,
+        dim=dim,
+        tile=_tile_for(num_pairs),
+        mode=triton_segments.DENSE,
+    )
+
+
+def sum_by_row(plan: SumsPlan, rows_MP: Tensor, factors_MP: Tensor, operand_MD: Tensor, num_rows: int) -> Tensor:
     """Return for each of R rows the sum of factors[m, p] * operand[m] over its pairs, [R, D] (fp32)."""
-    out = operand_MD.new_zeros((num_rows, operand_MD.shape[1]), dtype=torch.float32)
+    out = operand_MD.new_zeros((num_rows, plan.dim), dtype=torch.float32)
     factors_EMP, table = factors_MP.unsqueeze(0), out.unsqueeze(1)
-    plan = plan_sums(rows_MP, factors_EMP, operand_MD, operand_MD, table, triton_segments.DENSE)
     experts, order = sort_pairs(rows_MP)
     sum_by_expert(plan, experts, order, experts, factors_EMP, operand_MD, operand_MD, table, (table, table))
     return out

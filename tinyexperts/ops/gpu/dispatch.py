@@ -79,15 +79,18 @@ def on_gpu(place: str, portable: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(portable)
     def call(*arguments: Any) -> Any:
-        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        operand = next(argument for argument in arguments if isinstance(argument, Tensor))
+        device = operand.device
         reason = why_not(device)
         if reason is None:
             try:
                 kernel = _load(place)
                 plan = kernel.plan(*arguments)
-                reason = _fault(device, place, kernel, plan, portable, arguments)
-                if reason is None:
-                    return kernel.run(plan, *arguments)
+                # Triton launches on the current device, whatever the operands' is.
+                with torch.cuda.device_of(operand):  # type: ignore[no-untyped-call]
+                    reason = _fault(device, place, kernel, plan, portable, arguments)
+                    if reason is None:
+                        return kernel.run(plan, *arguments)
             except (BeyondLimits, _CantBeLoaded) as limit:
                 reason = str(limit)
         if SETTING == "triton":

@@ -15,8 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from tinyexperts.ops.expert_mlp.gpu import weighted_sum
-from tinyexperts.ops.expert_mlp.gpu_sums import sum_by_row
+from tinyexperts.ops.expert_mlp.gpu import ExpertsPlan, plan_weighted_sum, weighted_sum
+from tinyexperts.ops.expert_mlp.gpu_sums import SumsPlan, plan_sum_by_row, sum_by_row
 from tinyexperts.ops.gpu.dispatch import BeyondLimits, GpuKernel
 from tinyexperts.ops.gpu.full_precision import full_precision
 from tinyexperts.ops.gpu.limits import FLOATS
@@ -53,13 +53,10 @@ class TopKPlan:
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """The sizes and types that the kernels of the backward pass are compiled for."""
+    """The plans of the sums that the backward pass is made of."""
 
-    num_sub_keys: int
-    k: int
-    half_dim: int
-    query_dtype: torch.dtype
-    keys_dtype: torch.dtype
+    grad_query: ExpertsPlan
+    grad_keys: SumsPlan
 
 
 def _plan(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> TopKPlan:
@@ -74,7 +71,8 @@ def _plan(query_MHQ: Tensor, sub_keys: Tensor, k: int) -> TopKPlan:
         num_sub_keys % 4 == 0,
         num_best,
         fours=min(4, max(1, triton.next_power_of_2(num_sub_keys) // 128)),
-        slots=max(32, triton.next_power_of_2(num_best)),
+        # Of random scores 1.1 (k = 8) to 1.4 (k = 32) times as many as are wanted reach the threshold of `select`.
+        slots=max(32, triton.next_power_of_2(triton.cdiv(3 * num_best, 2))),
         num_candidates=len(candidates),
         num_frontier=len(frontier),
         candidates=num_places,
@@ -200,14 +198,18 @@ def _backward_plan(grad_scores: Tensor, ids: Tensor, query_MHQ: Tensor, sub_keys
     _check_limits(query_MHQ, sub_keys, k)
     if grad_scores.dtype != torch.float32:
         raise BeyondLimits(f"the kernels take fp32 gradients of the scores, got {grad_scores.dtype}")
-    return BackwardPlan(sub_keys.shape[-2], k, sub_keys.shape[-1], query_MHQ.dtype, sub_keys.dtype)
+    num_halves, half_dim = 2 * ids.shape[0] * ids.shape[1], sub_keys.shape[-1]
+    return BackwardPlan(
+        plan_weighted_sum(num_halves, k, half_dim, sub_keys.dtype, query_MHQ.dtype),
+        plan_sum_by_row(num_halves * k, half_dim, query_MHQ.dtype),
+    )
 
 
 def _backward(
     plan: BackwardPlan, grad_scores: Tensor, ids: Tensor, query_MHQ: Tensor, sub_keys: Tensor
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, k = ids.shape
-    num_sub_keys, half_dim = plan.num_sub_keys, plan.half_dim
+    num_sub_keys, half_dim = sub_keys.shape[-2:]
     # A table of all sub-keys, in which each half of a query chooses k rows.
     table = sub_keys.reshape(-1, half_dim).contiguous()
     first_row = torch.zeros((num_heads, 2), dtype=torch.int64, device=ids.device)
@@ -218,8 +220,8 @@ def _backward(
     rows = rows.view(num_tokens * num_heads * 2, k)
     factors = grad_scores.unsqueeze(2).expand(-1, -1, 2, -1).reshape(rows.shape)
     halves = query_MHQ.reshape(-1, half_dim).contiguous()
-    grad_query = weighted_sum(table, rows, factors, query_MHQ.dtype)
-    grad_keys = sum_by_row(rows, factors, halves, len(table))
+    grad_query = weighted_sum(plan.grad_query, table, rows, factors)
+    grad_keys = sum_by_row(plan.grad_keys, rows, factors, halves, len(table))
     return grad_query.view(query_MHQ.shape), grad_keys.view(sub_keys.shape).to(sub_keys.dtype)
 
 
