@@ -13,7 +13,6 @@ import torch
 from tinyexperts.bench.measurement import torch_threads
 from tinyexperts.errors import InputError
 from tinyexperts.ops.row_adam import cpu, portable, reference, row_adam_
-from tinyexperts.ops.row_adam.rounding import round_stochastically, seed_of
 
 HYPERPARAMETERS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 # Far from every default and large enough that each of them shows in every result.
@@ -91,48 +90,18 @@ def test_row_adam_leaves_untouched_rows_bit_equal(second_moment: str) -> None:
 
 
 @pytest.mark.parametrize("second_moment", ["element", "row"])
-@pytest.mark.parametrize(("dtype", "half_step"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_row_adam_on_low_precision_tables_computes_in_fp32_and_rounds_once(
-    dtype: torch.dtype, half_step: float, second_moment: str
+    dtype: torch.dtype, second_moment: str
 ) -> None:
     experts, exp_avg, exp_avg_sq, rows, grad_rows = example(dtype, second_moment=second_moment)
     wide = [tensor.float().clone() for tensor in (experts, exp_avg, exp_avg_sq)]
+    # The portable order of the sums, to the bit: the reference's rounds another way.
     portable.row_adam_(*wide, rows, grad_rows.float(), *UNUSUAL.values())
     row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, **UNUSUAL)
-    torch.testing.assert_close((exp_avg, exp_avg_sq), tuple(wide[1:]), rtol=1e-6, atol=1e-7)
-    # Half of the way between two numbers of the type, and what the sums differ by.
-    assert ((experts.float() - wide[0]).abs() <= wide[0].abs() * half_step + 1e-7).all()
-
-
-@pytest.mark.parametrize("seed", [None, 7])
-def test_bf16_keeps_what_is_no_number_and_rounds_ties_to_even(seed: int | None) -> None:
-    # Without decay, gradient and moments a step leaves fp32 as it is; then rounding has nothing to do.
-    every = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16).view(1024, 1, 64).clone()
-    zeros, rows = torch.zeros(1024, 1, 64), torch.arange(1024)
-    constants = {"learning_rate": 0.5, "beta1": 0.9, "beta2": 0.99, "eps": 1.0, "step": 1}
-    experts = every.clone()
-    row_adam_(experts, zeros.clone(), zeros.clone(), rows, zeros, **constants, rounding_seed=seed)
-    torch.testing.assert_close(experts, every, rtol=0, atol=0, equal_nan=True)
-    # Beyond the largest number there is no other: infinity if the nearest is wanted, the largest by chance.
-    largest, gradient = torch.full((4, 1, 64), 3.3895e38, dtype=torch.bfloat16), torch.full((4, 1, 64), -1.0)
-    constants |= {"learning_rate": 1e36, "beta1": 0.0, "beta2": 0.0, "eps": 0.0}
-    row_adam_(
-        largest, torch.zeros(4, 1, 64), torch.zeros(4, 1, 64), rows[:4], gradient, **constants, rounding_seed=seed
-    )
-    assert largest.isfinite().all() == (seed is not None)
-    gradient = torch.tensor([0x7FFFFFFF]).int().view(torch.float32).expand(4, 1, 64)
-    row_adam_(
-        largest, torch.zeros(4, 1, 64), torch.zeros(4, 1, 64), rows[:4], gradient, **constants, rounding_seed=seed
-    )
-    assert largest.isnan().all()
-    if seed is None:
-        # Numbers between 1 and 2 and the half of a step more: all of them are ties.
-        numbers = (1 + torch.arange(128) / 128).bfloat16().view(2, 1, 64)
-        found, first = numbers.clone(), torch.full((2, 1, 64), -(2.0**-7))
-        # The first moment is halved, its bias correction doubles it: 0.5 * 2^-7 in all.
-        constants |= {"learning_rate": 0.5, "beta1": 0.5, "eps": 1.0}
-        row_adam_(found, first, torch.zeros(2, 1, 64), torch.arange(2), torch.zeros(2, 1, 64), **constants)
-        assert torch.equal(found, (numbers.float() + 2.0**-8).bfloat16())
+    assert torch.equal(experts, wide[0].to(dtype))
+    assert torch.equal(exp_avg, wide[1])
+    assert torch.equal(exp_avg_sq, wide[2])
 
 
 def test_row_adam_with_no_rows_changes_nothing() -> None:
@@ -365,38 +334,6 @@ def test_tables_of_more_than_2_to_31_elements() -> None:
     torch.testing.assert_close(exp_avg[rows, 0, -1], torch.tensor([0.2, -0.3]))
     assert not experts[[0, 2, 7, num_rows - 2]].any()
     assert exp_avg_sq.count_nonzero() == 2
-
-
-@pytest.mark.parametrize("shape", [(11, 2, 3), (9, 3, 150)])
-@pytest.mark.parametrize("second_moment", ["element", "row"])
-def test_values_are_rounded_by_chance_as_documented(second_moment: str, shape: tuple[int, ...]) -> None:
-    experts, exp_avg, exp_avg_sq, rows, grad_rows = example(torch.bfloat16, second_moment=second_moment, shape=shape)
-    exp_avg, exp_avg_sq, grad_rows = (torch.zeros_like(t) for t in (exp_avg, exp_avg_sq, grad_rows))
-    before, seed = experts.clone(), seed_of(3, 1, 4)
-    # Without a gradient the step is the decay alone, which is exact in fp32: every implementation has the same number.
-    constants = {"learning_rate": 0.5, "beta1": 0.9, "beta2": 0.99, "eps": 1.0, "weight_decay": 2**-5, "step": 4}
-    row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, **constants, rounding_seed=seed)
-    places = torch.arange(before.numel()).view(before.shape)
-    expected = before.clone()
-    expected[rows] = round_stochastically(before[rows].float() * (1 - 2**-6), places[rows], seed)
-    assert torch.equal(experts, expected)
-    assert not torch.equal(experts[rows], (before[rows].float() * (1 - 2**-6)).bfloat16())
-    by_hand = before.clone()
-    reference.row_adam_(by_hand, exp_avg, exp_avg_sq, rows, grad_rows, *constants.values(), seed)
-    assert torch.equal(by_hand, expected)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "seed", "message"),
-    [
-        (torch.float32, 5, "got 5 and a table of torch.float32"),
-        (torch.bfloat16, -1, "got -1"),
-        (torch.bfloat16, 2**32, "got 4294967296"),
-    ],
-)
-def test_a_seed_of_rounding_that_has_no_use_is_refused(dtype: torch.dtype, seed: int, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        row_adam_(*example(dtype), step=1, **HYPERPARAMETERS, rounding_seed=seed)
 
 
 def test_row_adam_says_what_is_wrong_with_its_input(kernels: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, count
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from tinyexperts.ops.expert_mlp.columns import ColumnShard
 from tinyexperts.ops.expert_mlp.deferred import deferred_table_gradients, pending_gradient, supports_deferred
 from tinyexperts.ops.row_adam import row_adam_
 from tinyexperts.ops.row_adam.fused import row_adam_fused_
-from tinyexperts.ops.row_adam.rounding import seed_of
 from tinyexperts.optim.sparse_gradients import rows_and_values
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,17 +47,12 @@ class RowSparseAdam(torch.optim.Optimizer):
             running mean over steps of the mean over D of the squared gradient. "row" nearly halves the state.
         fused (bool): backward passes in `deferred_gradients([optimizer])` keep each table's gradient as the pairs that
             it is made of, and `step` sums a row when it updates it, so that the gradient is never written out. It is
-            for tables on the CPU in fp32, fp64 or bf16, and for those on a CUDA device with Triton's kernels. In fp32
-            and fp64 on the CPU it equals the step without it to the bit; without it the gradient of a bf16 table is
-            rounded once more. It changes nothing outside that scope.
-        stochastic_rounding (bool): values of a bf16 table are rounded up or down by chance, so that steps that are
-            small beside a number are not lost (ops/row_adam/rounding.py). Moments are fp32.
-        rounding_seed (int): what chance depends on, beside the parameter's place in the optimizer and the step.
+            for tables on the CPU in fp32 or fp64, where it equals the step without it to the bit, and for those on a
+            CUDA device with Triton's kernels. It changes nothing outside that scope.
 
     Raises:
-        InputError: a negative lr, eps, weight_decay or rounding_seed, betas outside [0, 1), another second_moment,
-            "row" for a table shared by columns over ranks, fused for a table elsewhere or of another type,
-            stochastic_rounding for one that is not bf16.
+        InputError: a negative lr, eps or weight_decay, betas outside [0, 1), another second_moment, "row" for a table
+            shared by columns over ranks, fused for a table elsewhere or of another type.
     """
 
     def __init__(
@@ -70,8 +64,6 @@ class RowSparseAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         second_moment: str = "element",
         fused: bool = False,
-        stochastic_rounding: bool = False,
-        rounding_seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -80,8 +72,6 @@ class RowSparseAdam(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "second_moment": second_moment,
             "fused": fused,
-            "stochastic_rounding": stochastic_rounding,
-            "rounding_seed": rounding_seed,
         }
         super().__init__(params, defaults)
 
@@ -92,7 +82,7 @@ class RowSparseAdam(torch.optim.Optimizer):
             InputError: an option or a table that the class refuses.
         """
         options = {**self.defaults, **param_group}
-        for name in ("lr", "eps", "weight_decay", "rounding_seed"):
+        for name in ("lr", "eps", "weight_decay"):
             if not options[name] >= 0:
                 raise InputError(f"{name} must not be negative, got {options[name]}")
         if options["second_moment"] not in _SECOND_MOMENTS:
@@ -105,14 +95,11 @@ class RowSparseAdam(torch.optim.Optimizer):
             raise InputError(
                 'second_moment "row" is a mean over D, and a table shared by columns holds a part of D: use "element"'
             )
-        for table in group["params"] if group["stochastic_rounding"] else ():
-            if table.dtype != torch.bfloat16:
-                raise InputError(f"stochastic_rounding is for bf16 tables, got one of {table.dtype}")
         for table in group["params"] if group["fused"] else ():
             if not supports_deferred(table):
                 raise InputError(
-                    "fused is for contiguous tables on the CPU in fp32, fp64 or bf16, or on a CUDA device with "
-                    f"Triton's kernels, got {table.dtype} on {table.device.type}"
+                    "fused is for contiguous tables on the CPU in fp32 or fp64, or on a CUDA device with Triton's "
+                    f"kernels, got {table.dtype} on {table.device.type}"
                 )
 
     @torch.no_grad()
@@ -126,9 +113,8 @@ class RowSparseAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        places = count()
         for group in self.param_groups:
-            for parameter, place in zip(group["params"], places, strict=False):
+            for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 if parameter.grad.layout != torch.sparse_coo:
@@ -149,8 +135,6 @@ class RowSparseAdam(torch.optim.Optimizer):
                     "weight_decay": group["weight_decay"],
                     "step": int(state["step"]),
                 }
-                if group["stochastic_rounding"]:
-                    options["rounding_seed"] = seed_of(group["rounding_seed"], place, options["step"])
                 if (pairs := pending_gradient(parameter.grad)) is not None:
                     row_adam_fused_(*tables, pairs, **options)
                 else:
@@ -163,8 +147,6 @@ class RowSparseAdam(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, fused, strict=True):
             group["fused"] = own
-            for name in ("stochastic_rounding", "rounding_seed"):  # not in states that earlier versions wrote
-                group.setdefault(name, self.defaults[name])
         # torch casts a state to its parameter's type, which would round the fp32 moments of a bf16 table.
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)

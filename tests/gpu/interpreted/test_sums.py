@@ -6,20 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from operands import randn
 
 from tinyexperts.ops.expert_mlp import gpu_sums, portable
 from tinyexperts.ops.expert_mlp.sorted_pairs import ids_of_pairs, places_of_rows, sort_pairs
 from tinyexperts.ops.gpu.dispatch import BeyondLimits, relative_error
-from tinyexperts.ops.row_adam import fused_gpu, reference, rounding
+from tinyexperts.ops.row_adam import fused_gpu, reference
 from tinyexperts.ops.row_adam import gpu as adam_gpu
-from tinyexperts.ops.row_adam.triton_update import round_stochastically
 
 IN_FP32 = 2e-6
 ADAM = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
-CONSTANTS = (1e-2, 0.9, 0.99, 1e-8, 0.1, 3, None)
+CONSTANTS = (1e-2, 0.9, 0.99, 1e-8, 0.1, 3)
 
 # How ids are drawn, with tokens, experts, D, retrieved.
 PROBLEMS = {
@@ -183,41 +180,6 @@ def test_adam_of_given_rows(table_dtype, one_a_vector, shape):
         adam_gpu.ROW_ADAM.run(adam_gpu.ROW_ADAM.plan(*arguments), *arguments)
         if len(rows):
             check_adam(tables, before, rows, gradients)
-
-
-@triton.jit
-def _round(values_ptr, places_ptr, rounded_ptr, seed, n, B: tl.constexpr):
-    d = tl.program_id(0) * B + tl.arange(0, B)
-    value = tl.load(values_ptr + d, mask=d < n, other=0.0)
-    place = tl.load(places_ptr + d, mask=d < n, other=0)
-    tl.store(rounded_ptr + d, round_stochastically(value, place, seed), mask=d < n)
-
-
-def test_rounding_by_chance_has_the_bits_of_plain_torch():
-    special = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 3.4028235e38, torch.inf, -torch.inf, torch.nan])
-    values = torch.cat([randn(300) * 10.0 ** randn(300, seed=1), special])
-    for first_place, seed in ((0, 5), (2**31 - 100, 2**32 - 1), (2**40, 2**31)):
-        places = first_place + torch.arange(len(values))
-        rounded = torch.empty(len(values), dtype=torch.bfloat16)
-        _round[(triton.cdiv(len(values), 128),)](values, places, rounded, seed - (seed >> 31 << 32), len(values), 128)
-        expected = rounding.round_stochastically(values, places, seed)
-        assert torch.equal(rounded.view(torch.int16), expected.view(torch.int16))
-
-
-@pytest.mark.parametrize("one_a_vector", [False, True])
-def test_adam_straight_from_the_pairs_rounds_by_chance(one_a_vector):
-    ids, factors, x, grad_y = operands_of("zipf", 2, torch.float32)
-    before = torch.randn(30, 2, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
-    table, moments = before.clone(), (torch.zeros(30, 2, 40), torch.zeros((30, 2) if one_a_vector else (30, 2, 40)))
-    seed = rounding.seed_of(1, 2, 3)
-    # Without a gradient the step is the decay alone, which is exact in fp32.
-    constants = (0.5, 0.9, 0.99, 1.0, 2**-5, 3, seed)
-    arguments = (table, *moments, *sort_pairs(ids), torch.zeros_like(factors), x, grad_y, *constants)
-    fused_gpu.ROW_ADAM_FUSED.run(fused_gpu.ROW_ADAM_FUSED.plan(*arguments), *arguments)
-    rows, places = ids.unique(), torch.arange(before.numel()).view(before.shape)
-    expected = before.clone()
-    expected[rows] = rounding.round_stochastically(before[rows].float() * (1 - 2**-6), places[rows], seed)
-    assert torch.equal(table, expected)
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,10 @@ def _finish(
     rate: tl.tensor,
     eps: tl.tensor,
     keep: tl.tensor,
-    seed: tl.tensor,
     E: tl.constexpr,
     D: tl.constexpr,
     MODE: tl.constexpr,
     ONE_A_VECTOR: tl.constexpr,
-    BY_CHANCE: tl.constexpr,
 ) -> tl.tensor:
     """Use the sums of a row; return those of their squares for NORM."""
     element = row * (E * D) + d
@@ -60,16 +58,16 @@ def _finish(
         if E > 1:
             update_vector(
                 *(out_ptr, first_ptr, second_ptr, element, row * E, sum_u, inside),
-                *(gain_1, gain_2, rate, eps, keep, seed, D, ONE_A_VECTOR, BY_CHANCE),
+                *(gain_1, gain_2, rate, eps, keep, D, ONE_A_VECTOR),
             )
         if E == 3:
             update_vector(
                 *(out_ptr, first_ptr, second_ptr, element + D, row * E + 1, sum_w, inside),
-                *(gain_1, gain_2, rate, eps, keep, seed, D, ONE_A_VECTOR, BY_CHANCE),
+                *(gain_1, gain_2, rate, eps, keep, D, ONE_A_VECTOR),
             )
         update_vector(
             *(out_ptr, first_ptr, second_ptr, element + (E - 1) * D, row * E + (E - 1), sum_v, inside),
-            *(gain_1, gain_2, rate, eps, keep, seed, D, ONE_A_VECTOR, BY_CHANCE),
+            *(gain_1, gain_2, rate, eps, keep, D, ONE_A_VECTOR),
         )
     else:
         if E > 1:
@@ -80,7 +78,7 @@ def _finish(
     return squares
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_retrieved", "seed"])
+@triton.jit(do_not_specialize=["num_pairs", "num_retrieved"])
 def sum_tiles(
     sorted_ids_ptr: tl.tensor,
     order_ptr: tl.tensor,
@@ -99,14 +97,12 @@ def sum_tiles(
     rate: tl.tensor,
     eps: tl.tensor,
     keep: tl.tensor,
-    seed: tl.tensor,
     E: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     MODE: tl.constexpr,
     ONE_A_VECTOR: tl.constexpr,
-    BY_CHANCE: tl.constexpr,
 ) -> None:
     """Sum the rows that lie inside of a tile, and the parts [tiles, 2, E, D] (fp32) of those that its edges cut."""
     tile = tl.program_id(0).to(tl.int64)
@@ -148,7 +144,7 @@ def sum_tiles(
                     row = tl.load(places_ptr + position).to(tl.int64)
                 squares += _finish(
                     *(out_ptr, first_ptr, second_ptr, row, sum_u, sum_w, sum_v, d, inside),
-                    *(gain_1, gain_2, rate, eps, keep, seed, E, D, MODE, ONE_A_VECTOR, BY_CHANCE),
+                    *(gain_1, gain_2, rate, eps, keep, E, D, MODE, ONE_A_VECTOR),
                 )
             sum_u = tl.zeros([BLOCK], tl.float32)
             sum_w = tl.zeros([BLOCK], tl.float32)
@@ -159,7 +155,7 @@ def sum_tiles(
         tl.store(out_ptr + 2 * tile, squares)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "seed"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def add_parts(
     sorted_ids_ptr: tl.tensor,
     places_ptr: tl.tensor,
@@ -173,14 +169,12 @@ def add_parts(
     rate: tl.tensor,
     eps: tl.tensor,
     keep: tl.tensor,
-    seed: tl.tensor,
     E: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     MODE: tl.constexpr,
     ONE_A_VECTOR: tl.constexpr,
-    BY_CHANCE: tl.constexpr,
 ) -> None:
     """Add the parts of the row that begins in a tile and goes on behind it, tile by tile."""
     tile = tl.program_id(0).to(tl.int64)
@@ -216,7 +210,7 @@ def add_parts(
             row = tl.load(places_ptr + end - 1).to(tl.int64)
         squares += _finish(
             *(out_ptr, first_ptr, second_ptr, row, sum_u, sum_w, sum_v, d, inside),
-            *(gain_1, gain_2, rate, eps, keep, seed, E, D, MODE, ONE_A_VECTOR, BY_CHANCE),
+            *(gain_1, gain_2, rate, eps, keep, E, D, MODE, ONE_A_VECTOR),
         )
     if MODE == 3:
         tl.store(out_ptr + 2 * tile + 1, squares)

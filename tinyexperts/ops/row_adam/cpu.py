@@ -21,7 +21,6 @@ from tinyexperts.ops.cpu.compile import CACHE_LINE_BYTES, array_of, inlined, ker
 from tinyexperts.ops.cpu.threads import parallel_for
 from tinyexperts.ops.indices import check_indices
 from tinyexperts.ops.row_adam import portable
-from tinyexperts.ops.row_adam.cpu_bf16 import CHUNK, update_bf16_elements, update_bf16_vectors
 
 # Touched rows between the one that is updated and the one that is prefetched.
 _AHEAD = 4
@@ -43,18 +42,14 @@ def row_adam_(
     eps: float,
     weight_decay: float,
     step: int,
-    rounding_seed: int | None = None,
 ) -> None:
     """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in tinyexperts.ops.row_adam_."""
     tables = (experts, exp_avg, exp_avg_sq)
-    # What is computed in: the type of the moments.
-    dtype = torch.promote_types(experts.dtype, torch.float32)
-    is_bf16 = experts.dtype == torch.bfloat16
-    has_kernel = (experts.dtype == dtype or is_bf16) and exp_avg.dtype == exp_avg_sq.dtype == dtype
+    dtype = experts.dtype
+    same_type = dtype in (torch.float32, torch.float64) and all(table.dtype == dtype for table in tables)
     # Of a table that is not contiguous a kernel would update a copy.
-    if not has_kernel or not all(table.is_contiguous() for table in tables):
-        rates = learning_rate, beta1, beta2, eps, weight_decay
-        portable.row_adam_(*tables, rows, grad_rows, *rates, step=step, rounding_seed=rounding_seed)
+    if not same_type or not all(table.is_contiguous() for table in tables):
+        portable.row_adam_(*tables, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step)
         return
     if grad_rows.numel() == 0:
         return
@@ -63,20 +58,15 @@ def row_adam_(
     # A row is V vectors of D elements, or W elements. A view: should it ever need a copy, it raises.
     shape = (exp_avg_sq[0].numel(), experts.shape[-1]) if one_a_vector else (experts[0].numel(),)
     values, first_moments = (array_of(table.view(-1, *shape)) for table in (experts, exp_avg))
-    kernels: Any = (_step_of_elements, _step_of_vectors)
-    seed: tuple[int, ...] = ()
-    if is_bf16:
-        kernels, seed = (_step_of_bf16_elements, _step_of_bf16_vectors), (kernel_seed(rounding_seed),)
     parallel_for(
-        kernels[one_a_vector],
+        _step_of_vectors if one_a_vector else _step_of_elements,
         len(rows),
         values,
         first_moments,
         array_of(exp_avg_sq.view(-1, shape[0])),
         array_of(rows),
         array_of(grad_rows.to(dtype).reshape(-1, *shape)),
-        constants(first_moments.dtype, learning_rate, beta1, beta2, eps, weight_decay, step),
-        *seed,
+        constants(values.dtype, learning_rate, beta1, beta2, eps, weight_decay, step),
         min_items=max(1, _MIN_ELEMENTS // math.prod(shape)),
     )
 
@@ -87,47 +77,6 @@ def constants(
     """Return the factors of a step in the numpy type of the computation: Python's numbers would widen fp32 to fp64."""
     rate = portable.bias_corrected_rate(learning_rate, beta1, beta2, step)
     return tuple(np.array([1 - beta1, 1 - beta2, rate, eps, 1 - learning_rate * weight_decay], dtype=dtype))
-
-
-def kernel_seed(rounding_seed: int | None) -> int:
-    """Return the seed of stochastic rounding as kernels take it: -1 to round to the nearest."""
-    return -1 if rounding_seed is None else rounding_seed
-
-
-@kernel
-def _step_of_bf16_elements(
-    experts: Any,
-    exp_avg: Any,
-    exp_avg_sq: Any,
-    rows: Any,
-    grad_rows: Any,
-    constants: Any,
-    seed: int,
-    start: int,
-    stop: int,
-) -> None:
-    buffer = np.empty(CHUNK, dtype=np.float32)
-    for r in range(start, stop):
-        ahead = rows[min(r + _AHEAD, stop - 1)]
-        update_bf16_elements(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad_rows, r, constants, seed, buffer)
-
-
-@kernel
-def _step_of_bf16_vectors(
-    experts: Any,
-    exp_avg: Any,
-    exp_avg_sq: Any,
-    rows: Any,
-    grad_rows: Any,
-    constants: Any,
-    seed: int,
-    start: int,
-    stop: int,
-) -> None:
-    buffer = np.empty(CHUNK, dtype=np.float32)
-    for r in range(start, stop):
-        ahead = rows[min(r + _AHEAD, stop - 1)]
-        update_bf16_vectors(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad_rows, r, constants, seed, buffer)
 
 
 @kernel

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tinyexperts.ops.cpu.compile import array_of, kernel
@@ -20,8 +19,7 @@ from tinyexperts.ops.expert_mlp.table_gradient import TableGradient
 from tinyexperts.ops.expert_mlp.table_gradient_gpu import GpuTableGradient
 from tinyexperts.ops.gpu.dispatch import on_gpu
 from tinyexperts.ops.row_adam import portable
-from tinyexperts.ops.row_adam.cpu import constants, kernel_seed, update_elements, update_vectors
-from tinyexperts.ops.row_adam.cpu_bf16 import CHUNK, update_bf16_elements, update_bf16_vectors
+from tinyexperts.ops.row_adam.cpu import constants, update_elements, update_vectors
 
 # Touched rows between the one that is updated and the one that is prefetched: as in cpu.py.
 _AHEAD = 4
@@ -41,7 +39,6 @@ def row_adam_fused_(
     eps: float,
     weight_decay: float = 0.0,
     step: int,
-    rounding_seed: int | None = None,
 ) -> None:
     """Apply one Adam step in place as tinyexperts.ops.row_adam_ does, with rows and gradients from `gradient`.
 
@@ -50,28 +47,23 @@ def row_adam_fused_(
     if isinstance(gradient, GpuTableGradient):
         tables = experts.detach(), exp_avg, exp_avg_sq
         operands = *gradient.pairs, gradient.factors_EMP, gradient.x_MD, gradient.grad_y_MD
-        _row_adam_on_gpu(*tables, *operands, learning_rate, beta1, beta2, eps, weight_decay, step, rounding_seed)
+        _row_adam_on_gpu(*tables, *operands, learning_rate, beta1, beta2, eps, weight_decay, step)
         return
     rows, _, _ = gradient.touched
     num_experts, num_vectors, dim = experts.shape
     one_a_vector = exp_avg_sq.dim() < experts.dim()
     shape = (num_experts, num_vectors, dim) if one_a_vector else (num_experts, num_vectors * dim)
-    values, first_moments = array_of(experts.detach().view(shape)), array_of(exp_avg.view(shape))
-    kernels: Any = (_step_of_elements, _step_of_vectors)
-    seed: tuple[int, ...] = ()
-    if experts.dtype == torch.bfloat16:
-        kernels, seed = (_step_of_bf16_elements, _step_of_bf16_vectors), (kernel_seed(rounding_seed),)
+    values = array_of(experts.detach().view(shape))
     parallel_for(
-        kernels[one_a_vector],
+        _step_of_vectors if one_a_vector else _step_of_elements,
         len(rows),
         *gradient.kernel_arguments(),
         values,
-        first_moments,
+        array_of(exp_avg.view(shape)),
         array_of(exp_avg_sq.view(shape[:2])),
         array_of(rows),
         (1, num_vectors, dim),
-        constants(first_moments.dtype, learning_rate, beta1, beta2, eps, weight_decay, step),
-        *seed,
+        constants(values.dtype, learning_rate, beta1, beta2, eps, weight_decay, step),
         min_items=_MIN_ROWS,
     )
 
@@ -85,12 +77,12 @@ def _portable_row_adam_(
     factors_EMP: Tensor,
     x_MD: Tensor,
     grad_y_MD: Tensor,
-    *constants: Any,
+    *constants: float,
 ) -> None:
     """Write the gradient out and use it."""
     ids_MP = ids_of_pairs(sorted_experts, order, factors_EMP.shape[2])
     gradient = portable_experts.gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, factors_EMP)
-    portable.row_adam_(experts, exp_avg, exp_avg_sq, *gradient, *constants)
+    portable.row_adam_(experts, exp_avg, exp_avg_sq, *gradient, *constants)  # type: ignore[arg-type]
 
 
 _row_adam_on_gpu = on_gpu("tinyexperts.ops.row_adam.fused_gpu:ROW_ADAM_FUSED", _portable_row_adam_)
@@ -143,54 +135,3 @@ def _step_of_vectors(
         sum_gradient_row(order, starts, factors, x, grad_y, num_retrieved, r, grad, 0)
         ahead = rows[min(r + _AHEAD, stop - 1)]
         update_vectors(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad, 0, constants)
-
-
-@kernel
-def _step_of_bf16_elements(
-    order: Any,
-    starts: Any,
-    factors: Any,
-    x: Any,
-    grad_y: Any,
-    num_retrieved: int,
-    experts: Any,
-    exp_avg: Any,
-    exp_avg_sq: Any,
-    rows: Any,
-    shape: Any,
-    constants: Any,
-    seed: int,
-    start: int,
-    stop: int,
-) -> None:
-    grad, buffer = np.empty(shape, dtype=x.dtype), np.empty(CHUNK, dtype=np.float32)
-    flat_grad = grad.reshape(1, -1)
-    for r in range(start, stop):
-        sum_gradient_row(order, starts, factors, x, grad_y, num_retrieved, r, grad, 0)
-        ahead = rows[min(r + _AHEAD, stop - 1)]
-        update_bf16_elements(experts, exp_avg, exp_avg_sq, rows[r], ahead, flat_grad, 0, constants, seed, buffer)
-
-
-@kernel
-def _step_of_bf16_vectors(
-    order: Any,
-    starts: Any,
-    factors: Any,
-    x: Any,
-    grad_y: Any,
-    num_retrieved: int,
-    experts: Any,
-    exp_avg: Any,
-    exp_avg_sq: Any,
-    rows: Any,
-    shape: Any,
-    constants: Any,
-    seed: int,
-    start: int,
-    stop: int,
-) -> None:
-    grad, buffer = np.empty(shape, dtype=x.dtype), np.empty(CHUNK, dtype=np.float32)
-    for r in range(start, stop):
-        sum_gradient_row(order, starts, factors, x, grad_y, num_retrieved, r, grad, 0)
-        ahead = rows[min(r + _AHEAD, stop - 1)]
-        update_bf16_vectors(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad, 0, constants, seed, buffer)

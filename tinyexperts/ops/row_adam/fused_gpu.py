@@ -32,13 +32,13 @@ def _plan(
     factors_EMP: Tensor,
     x_MD: Tensor,
     grad_y_MD: Tensor,
-    *constants: Any,
+    *_: float,
 ) -> FusedPlan:
     tables = (experts, exp_avg, exp_avg_sq)
     if not all(table.is_contiguous() and table.dtype in FLOATS for table in tables):
         raise BeyondLimits("the table and its moments must be contiguous, and of fp32, bf16 or fp16")
     sums = plan_sums(order, factors_EMP, x_MD, grad_y_MD, experts, ADAM)
-    sums = replace(sums, one_a_vector=exp_avg_sq.dim() < experts.dim(), by_chance=constants[-1] is not None)
+    sums = replace(sums, one_a_vector=exp_avg_sq.dim() < experts.dim())
     return FusedPlan(sums=sums, moments=(exp_avg.dtype, exp_avg_sq.dtype))
 
 
@@ -70,8 +70,7 @@ def _example(
     order: Tensor,
     *operands: Any,
 ) -> tuple[Any, ...]:
-    constants = 0.01, 0.9, 0.99, 1e-8, 0.1, 3, operands[-1]
-    return *example_tables(experts, exp_avg, exp_avg_sq), *sorted_example(*operands[:3]), *constants
+    return *example_tables(experts, exp_avg, exp_avg_sq), *sorted_example(*operands[:3]), 0.01, 0.9, 0.99, 1e-8, 0.1, 3
 
 
 ROW_ADAM_FUSED = GpuKernel(plan=_plan, run=_row_adam_fused_, example=_example, num_changed=3)

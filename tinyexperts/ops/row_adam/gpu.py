@@ -27,40 +27,17 @@ class RowsPlan:
     num_vectors: int
     dim: int
     one_a_vector: bool
-    by_chance: bool
 
 
 def adam_constants(
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    rounding_seed: int | None,
-) -> tuple[float, float, float, float, float, int]:
+    learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
+) -> tuple[float, float, float, float, float]:
     """Return the constants of a step as `update_vector` takes them."""
     rate = bias_corrected_rate(learning_rate, beta1, beta2, step)
-    seed = rounding_seed or 0
-    # As an int32 always: Triton would compile another kernel for a number that needs more bits.
-    return 1 - beta1, 1 - beta2, rate, eps, 1 - learning_rate * weight_decay, seed - (seed >> 31 << 32)
+    return 1 - beta1, 1 - beta2, rate, eps, 1 - learning_rate * weight_decay
 
 
-# PyTorch's dispatcher leaves out a last argument that has its default value.
-def _plan(
-    experts: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    grad_rows: Tensor,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    rounding_seed: int | None = None,
-) -> RowsPlan:
+def _plan(experts: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, grad_rows: Tensor, *_: float) -> RowsPlan:
     one_a_vector = exp_avg_sq.dim() < experts.dim()
     dim = experts.shape[-1] if experts.dim() > 1 else 1
     num_vectors = math.prod(experts.shape[1:-1])
@@ -74,8 +51,7 @@ def _plan(
         raise BeyondLimits(f"tables, moments and gradients must be fp32, bf16 or fp16, got {dtypes}")
     if not all(table.is_contiguous() for table in tables):
         raise BeyondLimits("the table and its moments must be contiguous")
-    by_chance = rounding_seed is not None
-    return RowsPlan(dtypes=dtypes, num_vectors=num_vectors, dim=dim, one_a_vector=one_a_vector, by_chance=by_chance)
+    return RowsPlan(dtypes=dtypes, num_vectors=num_vectors, dim=dim, one_a_vector=one_a_vector)
 
 
 def _row_adam_(
@@ -91,7 +67,6 @@ def _row_adam_(
     eps: float,
     weight_decay: float,
     step: int,
-    rounding_seed: int | None = None,
 ) -> None:
     """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in tinyexperts.ops.row_adam_."""
     if not len(rows):
@@ -99,12 +74,11 @@ def _row_adam_(
     launch = launch_for(plan.dim)
     update_rows[(len(rows), plan.num_vectors)](
         *(experts, exp_avg, exp_avg_sq, rows.contiguous(), grad_rows.contiguous(), len(experts)),
-        *adam_constants(learning_rate, beta1, beta2, eps, weight_decay, step, rounding_seed),
+        *adam_constants(learning_rate, beta1, beta2, eps, weight_decay, step),
         V=plan.num_vectors,
         D=plan.dim,
         BLOCK=launch.block,
         ONE_A_VECTOR=plan.one_a_vector,
-        BY_CHANCE=plan.by_chance,
         num_warps=launch.warps,
     )
 
@@ -121,23 +95,12 @@ def example_tables(*tables: Tensor) -> list[Tensor]:
 
 
 def _example(
-    experts: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    grad_rows: Tensor,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    rounding_seed: int | None = None,
+    experts: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, grad_rows: Tensor, *_: float
 ) -> tuple[Any, ...]:
     tables = example_tables(experts, exp_avg, exp_avg_sq)
     chosen = torch.arange(_CHECKED_EXPERTS - _CHECKED_ROWS, _CHECKED_EXPERTS, device=rows.device).flip(0)
     gradients = tables[0][:_CHECKED_ROWS].to(grad_rows.dtype)
-    return *tables, chosen, gradients, 0.01, 0.9, 0.99, 1e-8, 0.1, 3, rounding_seed
+    return *tables, chosen, gradients, 0.01, 0.9, 0.99, 1e-8, 0.1, 3
 
 
 ROW_ADAM = GpuKernel(plan=_plan, run=_row_adam_, example=_example, num_changed=3)

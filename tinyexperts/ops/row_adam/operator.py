@@ -24,7 +24,6 @@ def row_adam_(
     eps: float,
     weight_decay: float = 0.0,
     step: int,
-    rounding_seed: int | None = None,
 ) -> None:
     """Apply one Adam step in place to the touched rows of a table, as torch.optim.SparseAdam does.
 
@@ -44,13 +43,10 @@ def row_adam_(
         weight_decay (float): as in torch.optim.AdamW: values shrink by learning_rate * weight_decay of themselves
             before the step; those of touched rows only.
         step (int): number of this step, counted from 1.
-        rounding_seed (int | None): None rounds values to the nearest number of the table's type. A seed (made by
-            `rounding.seed_of`, another for each step) rounds those of a bf16 table up or down by chance (rounding.py).
 
     Raises:
         InputError: shapes or a type of `rows` that don't fit, operands on several devices, a row outside 0..N - 1
-            (checked on the CPU; elsewhere indexing asserts it, and Triton's kernel with TRITON_DEBUG=1), step < 1, a
-            seed outside 0..2^32 - 1 or for a table that is not bf16.
+            (checked on the CPU; elsewhere indexing asserts it, and Triton's kernel with TRITON_DEBUG=1), step < 1.
     """
     if experts.dim() == 0:
         raise InputError("experts must have at least one dimension, got a scalar")
@@ -70,15 +66,9 @@ def row_adam_(
     check_one_device("row_adam_", **tables, rows=rows, grad_rows=grad_rows)
     if step < 1:
         raise InputError(f"step must be counted from 1, got {step}")
-    if rounding_seed is not None and (experts.dtype != torch.bfloat16 or not 0 <= rounding_seed < 2**32):
-        raise InputError(
-            "rounding_seed must be between 0 and 2^32 - 1 and is for bf16 tables, "
-            f"got {rounding_seed} and a table of {experts.dtype}"
-        )
     # A parameter may be given as it is: an update is never differentiated.
     with torch.no_grad():
-        constants = learning_rate, beta1, beta2, eps, weight_decay, step, rounding_seed
-        _row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, *constants)
+        _row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step)
 
 
 _row_adam_ = define_operator(

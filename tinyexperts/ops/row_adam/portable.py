@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tinyexperts.ops.indices import check_indices
-from tinyexperts.ops.row_adam.rounding import round_stochastically
 
 
 def bias_corrected_rate(learning_rate: float, beta1: float, beta2: float, step: int) -> float:
@@ -31,7 +30,6 @@ def row_adam_(
     eps: float,
     weight_decay: float,
     step: int,
-    rounding_seed: int | None = None,
 ) -> None:
     """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in tinyexperts.ops.row_adam_."""
     if grad_rows.numel() == 0:
@@ -54,9 +52,4 @@ def row_adam_(
     # The rows are unique, so a copy is exact and, unlike an indexed add, the same on every device.
     exp_avg.index_copy_(0, rows, first.to(exp_avg.dtype))
     exp_avg_sq.index_copy_(0, rows, second.to(exp_avg_sq.dtype))
-    if rounding_seed is None or experts.dtype != torch.bfloat16:
-        experts.index_copy_(0, rows, value.to(experts.dtype))
-        return
-    width = experts[0].numel()
-    places = rows.unsqueeze(1) * width + torch.arange(width, device=rows.device)
-    experts.index_copy_(0, rows, round_stochastically(value, places.view(value.shape), rounding_seed))
+    experts.index_copy_(0, rows, value.to(experts.dtype))

@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyexperts.ops.row_adam.rounding import round_stochastically
-
 
 def row_adam_(
     experts: Tensor,
@@ -26,7 +24,6 @@ def row_adam_(
     eps: float,
     weight_decay: float,
     step: int,
-    rounding_seed: int | None = None,
 ) -> None:
     """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in tinyexperts.ops.row_adam_."""
     dtype = torch.promote_types(experts.dtype, torch.float32)
@@ -39,9 +36,4 @@ def row_adam_(
         # SparseAdam adds eps before it corrects the bias of the second moment.
         denominator = (second.sqrt() + eps) / (1 - beta2**step) ** 0.5
         direction = first / (1 - beta1**step) / (denominator.unsqueeze(-1) if one_a_vector else denominator)
-        value = value - learning_rate * weight_decay * value - learning_rate * direction
-        if rounding_seed is not None and experts.dtype == torch.bfloat16:
-            first_place = row * value.numel()
-            places = torch.arange(first_place, first_place + value.numel(), device=value.device)
-            value = round_stochastically(value, places.view(value.shape), rounding_seed)
-        experts[row] = value
+        experts[row] = value - learning_rate * weight_decay * value - learning_rate * direction

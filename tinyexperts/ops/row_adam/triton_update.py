@@ -7,23 +7,6 @@ import triton.language as tl
 
 
 @triton.jit
-def round_stochastically(value: tl.tensor, place: tl.tensor, seed: tl.tensor) -> tl.tensor:
-    """Round fp32 to bf16 by chance, as rounding.py does, to the bit."""
-    number = place.to(tl.uint32) ^ ((place >> 32).to(tl.uint32) * 0x9E3779B1) ^ seed.to(tl.uint32)
-    number ^= number >> 16
-    number *= 0x7FEB352D
-    number ^= number >> 15
-    number *= 0x846CA68B
-    number ^= number >> 16
-    bits = value.to(tl.uint32, bitcast=True)
-    rounded = bits + (number >> 16)
-    stays_finite = ((bits & 0x7F800000) != 0x7F800000) & ((rounded & 0x7F800000) != 0x7F800000)
-    top = tl.where(stays_finite, rounded, bits) >> 16
-    top = tl.where(value != value, top | 0x40, top)
-    return top.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
 def update_vector(
     table_ptr: tl.tensor,
     first_ptr: tl.tensor,
@@ -37,10 +20,8 @@ def update_vector(
     rate: tl.tensor,
     eps: tl.tensor,
     keep: tl.tensor,
-    seed: tl.tensor,
     D: tl.constexpr,
     ONE_A_VECTOR: tl.constexpr,
-    BY_CHANCE: tl.constexpr,
 ) -> None:
     """Update the elements of one vector, and both of its moments, by its gradient (fp32).
 
@@ -50,7 +31,6 @@ def update_vector(
         gain_1, gain_2: 1 - beta1 and 1 - beta2.
         rate: the learning rate times both bias corrections.
         keep: what weight decay leaves of a value.
-        seed: that of stochastic rounding (int32), where BY_CHANCE asks for it, of a table in bf16.
     """
     value = tl.load(table_ptr + element, mask=inside, other=0.0).to(tl.float32)
     first = tl.load(first_ptr + element, mask=inside, other=0.0).to(tl.float32)
@@ -66,11 +46,10 @@ def update_vector(
     first += gain_1 * (grad - first)
     tl.store(first_ptr + element, first.to(first_ptr.dtype.element_ty), mask=inside)
     value = keep * value - rate * (first / (tl.sqrt(second) + eps))
-    stored = round_stochastically(value, element, seed) if BY_CHANCE else value.to(table_ptr.dtype.element_ty)
-    tl.store(table_ptr + element, stored, mask=inside)
+    tl.store(table_ptr + element, value.to(table_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "seed"])
+@triton.jit(do_not_specialize=["num_rows"])
 def update_rows(
     table_ptr: tl.tensor,
     first_ptr: tl.tensor,
@@ -83,12 +62,10 @@ def update_rows(
     rate: tl.tensor,
     eps: tl.tensor,
     keep: tl.tensor,
-    seed: tl.tensor,
     V: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ONE_A_VECTOR: tl.constexpr,
-    BY_CHANCE: tl.constexpr,
 ) -> None:
     """Update a vector of a touched row: tables [N, V, D], rows [R] (int64), gradients [R, V, D]."""
     place = tl.program_id(0).to(tl.int64)
@@ -101,5 +78,5 @@ def update_rows(
     vector = row * V + v
     update_vector(
         *(table_ptr, first_ptr, second_ptr, vector * D + d, vector, grad, inside),
-        *(gain_1, gain_2, rate, eps, keep, seed, D, ONE_A_VECTOR, BY_CHANCE),
+        *(gain_1, gain_2, rate, eps, keep, D, ONE_A_VECTOR),
     )
