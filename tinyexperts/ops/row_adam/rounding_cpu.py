@@ -1,0 +1,93 @@
+"""A table's elements as the CPU's kernels of a step read and write them.
+
+bf16 is rounded at random as in rounding.py, to the bit, or to nearest.
+
+The code is that of one element: the compiler makes lanes of it with the loop around it. It is written in LLVM's words
+because numba computes with uint32 in 64 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import types
+from numba.extending import intrinsic
+
+from tinyexperts.ops.row_adam.rounding import HIGH_MULTIPLIER, INFINITY, MULTIPLIERS, rounding_key
+
+_BITS, _HALF = ir.IntType(32), ir.IntType(16)
+_SIGN_AND_REST = 0x7FFFFFFF
+
+
+def key_of(seed: int | None) -> Any:
+    """Return the key as kernels take it; None, for which they round to nearest, without a seed."""
+    return None if seed is None else np.uint32(rounding_key(seed))
+
+
+@intrinsic
+def _widened(typing_context: Any, element: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (value,) = arguments
+        if signature.args[0] != types.uint16:
+            return value
+        return builder.bitcast(builder.shl(builder.zext(value, _BITS), _BITS(16)), ir.FloatType())
+
+    return (types.float32 if element == types.uint16 else element)(element), code
+
+
+@intrinsic
+def _narrowed(typing_context: Any, table: Any, value: Any, element: Any, key: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, number, place, key_value = arguments
+        if signature.args[0].dtype != types.uint16:
+            return number
+        bits = builder.bitcast(number, _BITS)
+        is_nearest = isinstance(signature.args[3], types.NoneType)
+        moved = _to_nearest(builder, bits) if is_nearest else _at_random(builder, bits, place, key_value)
+        upper = builder.lshr(moved, _BITS(16))
+        rest = builder.and_(bits, _BITS(_SIGN_AND_REST))
+        is_nan = builder.icmp_unsigned(">", rest, _BITS(INFINITY))
+        # A NaN whose bits are all in the lower half would become an infinity.
+        nan = builder.or_(builder.lshr(bits, _BITS(16)), _BITS(0x40))
+        return builder.trunc(builder.select(is_nan, nan, upper), _HALF)
+
+    return table.dtype(table, value, element, key), code
+
+
+def _to_nearest(builder: Any, bits: Any) -> Any:
+    """Return the bits with a half of the last place added, a little less where that place is even."""
+    is_odd = builder.and_(builder.lshr(bits, _BITS(16)), _BITS(1))
+    return builder.add(bits, builder.add(is_odd, _BITS(0x7FFF)))
+
+
+def _at_random(builder: Any, bits: Any, element: Any, key: Any) -> Any:
+    """Return the bits with random ones added, unless they are, or would be, an infinity or NaN."""
+    moved = builder.add(bits, _random_bits(builder, element, key))
+    is_special = [
+        builder.icmp_unsigned("==", builder.and_(each, _BITS(INFINITY)), _BITS(INFINITY)) for each in (bits, moved)
+    ]
+    return builder.select(builder.or_(*is_special), bits, moved)
+
+
+def _random_bits(builder: Any, element: Any, key: Any) -> Any:
+    """Return 16 random bits of an element (64 bits)."""
+
+    def fold(number: Any, count: int) -> Any:
+        return builder.xor(number, builder.lshr(number, _BITS(count)))
+
+    low = builder.trunc(element, _BITS)
+    high = builder.trunc(builder.lshr(element, element.type(32)), _BITS)
+    number = builder.xor(builder.xor(low, builder.mul(high, _BITS(HIGH_MULTIPLIER))), key)
+    number = builder.mul(fold(number, 16), _BITS(MULTIPLIERS[0]))
+    number = builder.mul(fold(number, 15), _BITS(MULTIPLIERS[1]))
+    return builder.and_(fold(number, 16), _BITS(0xFFFF))
+
+
+# widened(element): its number; that of bf16, which is stored as uint16, in fp32. For kernels only.
+widened: Callable[[Any], Any] = cast(Any, _widened)
+# narrowed(table, value, element, key): what the table stores for a value at the place `element` (int64). Of a bf16
+# table it is rounded, with a key (uint32) at random and with None to nearest.
+narrowed: Callable[[Any, Any, Any, Any], Any] = cast(Any, _narrowed)
