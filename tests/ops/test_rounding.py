@@ -113,7 +113,7 @@ def test_the_cpus_kernels_round_to_nearest_and_widen_as_torch_does() -> None:
 @numba.njit  # type: ignore[untyped-decorator]
 def _round_all(values: Any, table: Any, place: int, key: Any) -> None:
     for i in range(len(values)):
-        table[i] = narrowed(table, values[i], place + i, key)
+        table[i] = narrowed(table, values[i], place, i, key)
 
 
 @numba.njit  # type: ignore[untyped-decorator]

@@ -157,12 +157,13 @@ def update_elements(
         # As slices: indexed by row and element, the loop does not vectorize.
         value, first, second = experts[row, chunk:end], exp_avg[row, chunk:end], exp_avg_sq[row, chunk:end]
         grad = grad_rows[r, chunk:end]
+        start = row * width + chunk
         # The bias corrections and the learning rate are one number, `rate`, and weight decay is `keep`.
         for d in range(end - chunk):
             first[d] += gain1 * (grad[d] - first[d])
             second[d] += gain2 * (grad[d] * grad[d] - second[d])
             new = keep * widened(value[d]) - rate * (first[d] / (math.sqrt(second[d]) + eps))
-            value[d] = narrowed(experts, new, row * width + chunk + d, key)
+            value[d] = narrowed(experts, new, start, d, key)
 
 
 @inlined
@@ -200,7 +201,8 @@ def update_vectors(
             _prefetch_elements(exp_avg, ahead, end - chunk)
             value, first = experts[row, vector, chunk:end], exp_avg[row, vector, chunk:end]
             grad = grad_rows[r, vector, chunk:end]
+            start = (row * num_vectors + vector) * dim + chunk
             for d in range(end - chunk):
                 first[d] += gain1 * (grad[d] - first[d])
                 new = keep * widened(value[d]) - scale * first[d]
-                value[d] = narrowed(experts, new, (row * num_vectors + vector) * dim + chunk + d, key)
+                value[d] = narrowed(experts, new, start, d, key)
