@@ -168,13 +168,9 @@ def quantize_tables_(model: nn.Module, bits: TableBits) -> None:
 
 
 def store_tables_in_bf16_(model: nn.Module) -> None:
-    """Round the tables of all PEER and product-key-memory layers of a model to bf16, one after the other.
-
-    Raises:
-        InputError: a quantized table.
-    """
+    """Round the tables of PEER and product-key-memory layers of a model to bf16; quantized ones stay as they are."""
     for module in model.modules():
-        if isinstance(module, TableLayer):
+        if isinstance(module, TableLayer) and module.table_bits is None:
             module.store_in_bf16_()
 
 

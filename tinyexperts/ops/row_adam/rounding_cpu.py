@@ -41,12 +41,12 @@ def _widened(typing_context: Any, element: Any) -> Any:
 @intrinsic
 def _narrowed(typing_context: Any, table: Any, value: Any, start: Any, d: Any, key: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, number, *place, key_value = arguments
+        _, number, start_value, d_value, key_value = arguments
         if signature.args[0].dtype != types.uint16:
             return number
         bits = builder.bitcast(number, _BITS)
         is_nearest = isinstance(signature.args[4], types.NoneType)
-        moved = _to_nearest(builder, bits) if is_nearest else _at_random(builder, bits, *place, key_value)
+        moved = _to_nearest(builder, bits) if is_nearest else _at_random(builder, bits, start_value, d_value, key_value)
         upper = builder.lshr(moved, _BITS(16))
         rest = builder.and_(bits, _BITS(_SIGN_AND_REST))
         is_nan = builder.icmp_unsigned(">", rest, _BITS(INFINITY))
