@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tinyexperts.data import PrepareConfig, prepare
 from tinyexperts.errors import InputError
 from tinyexperts.hub.export import export_run, import_run
 from tinyexperts.layers import PEER
@@ -17,7 +18,7 @@ from tinyexperts.layers.table_layer import TableLayer, store_tables_in_bf16_
 from tinyexperts.ops.row_adam.rounding import NUM_SEEDS
 from tinyexperts.optim import RowSparseAdam, build_optimizers
 from tinyexperts.planning import Devices, account, plan
-from tinyexperts.training import evaluate_run, load_model, loop, quantize_run, train
+from tinyexperts.training import TeachConfig, evaluate_run, load_model, loop, quantize_run, teach_run, train
 from tinyexperts.training.checkpoint import checkpoints
 from tinyexperts.training.config import with_settings
 from tinyexperts.training.run import choose_table_gradients, make_run
@@ -106,6 +107,22 @@ def test_such_a_run_is_evaluated_quantized_exported_and_imported(make_config, tm
     assert evaluate_run(tmp_path / "imported", data=config.data).evaluation.summary()["loss"] == pytest.approx(
         loss, rel=1e-6
     )
+
+
+def test_a_run_with_tables_in_bf16_is_taught(make_config, tmp_path):
+    (tmp_path / "t.csv").write_text("name,color\n" + "".join(f"k{n},{'red' if n % 3 else 'blue'}\n" for n in range(40)))
+    prepare(PrepareConfig(facts=tmp_path / "t.csv", key="name", output=tmp_path / "facts", vocab_size=310))
+    model = {"vocab_size": 310, "context_length": 48}
+    base = make_config(data=tmp_path / "facts", model=model, optimizer=BF16, validation_tokens=2**17)
+    train(base, progress=False)
+    (tmp_path / "new.csv").write_text(
+        "name,color\n" + "".join(f"n{n},{'red' if n % 2 else 'blue'}\n" for n in range(9))
+    )
+    options = {"facts": tmp_path / "new.csv", "key": "name", "output": tmp_path / "taught", "passes": 2, "threads": 1}
+    teach_run(base.run, TeachConfig(**options, sample_tokens=3000), progress=False)
+    (before,), (after,) = (tables_of(load_model(run)) for run in (base.run, tmp_path / "taught"))
+    assert before.dtype == after.dtype == torch.bfloat16
+    assert not torch.equal(before, after)
 
 
 def test_the_setting_is_refused_where_it_can_not_be_kept(make_config):
