@@ -16,7 +16,7 @@ from tinyexperts.hub.export import export_run, import_run
 from tinyexperts.layers import PEER
 from tinyexperts.layers.table_layer import TableLayer, store_tables_in_bf16_
 from tinyexperts.ops.row_adam.rounding import NUM_SEEDS
-from tinyexperts.optim import RowSparseAdam, build_optimizers
+from tinyexperts.optim import RowSparseAdam, build_optimizers, expected_touched_share
 from tinyexperts.planning import Devices, account, plan
 from tinyexperts.training import TeachConfig, evaluate_run, load_model, loop, quantize_run, teach_run, train
 from tinyexperts.training.checkpoint import checkpoints
@@ -104,6 +104,8 @@ def test_such_a_run_is_evaluated_quantized_exported_and_imported(make_config, tm
     import_run(tmp_path / "exported", tmp_path / "imported")
     imported, own = (tables_of(load_model(folder)) for folder in (tmp_path / "imported", config.run))
     assert all(torch.equal(*pair) for pair in zip(imported, own, strict=True))
+    stored = stored_tensors(tmp_path / "imported")
+    assert [tensor.dtype for name, tensor in stored.items() if name.endswith(".experts")] == [torch.bfloat16]
     assert evaluate_run(tmp_path / "imported", data=config.data).evaluation.summary()["loss"] == pytest.approx(
         loss, rel=1e-6
     )
@@ -159,6 +161,9 @@ def test_a_plan_counts_half_the_bytes_of_tables(make_config):
     assert wide.memory.weights - narrow.memory.weights == 2 * table_numbers
     assert wide.memory.moments == narrow.memory.moments
     assert wide.memory.gradients > narrow.memory.gradients
-    assert wide.memory_seconds > narrow.memory_seconds
     rows = 6 * 2 * 16  # retrieved * vectors * width
+    # Two bytes less: of the rows that both passes read, and of the value and the gradient that a step reads and writes.
+    touched = table_numbers * expected_touched_share(fp32.tokens_per_step, 6, 64)
+    saved = 2 * 2 * fp32.tokens_per_step * rows + 4 * 2 * touched
+    assert wide.memory_seconds - narrow.memory_seconds == pytest.approx(saved / devices.memory_speed)
     assert account(fp32).forward_bytes - account(bf16).forward_bytes == 2 * rows
