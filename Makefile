@@ -14,6 +14,9 @@ PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 # Triton reads the variable when it is imported, so these tests have processes of their own. There is no Triton but on Linux.
 INTERPRETED = ! $(BIN)/python -c "import triton" 2> /dev/null || TRITON_INTERPRET=1 $(PYTEST) tests/gpu/interpreted
 
+# The operators' own tests, which run on interpreted kernels too; "alone" are 65,536 tokens of one element.
+OPERATORS := $(foreach name,expert_mlp row_adam quantized_tables product_key_topk,tests/ops/test_$(name).py)
+
 .PHONY: setup demo teach model test test-all test-python lint types types-of-newest dist clean
 
 setup: $(VENV)/installed
@@ -60,7 +63,7 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
-	$(INTERPRETED)
+	$(INTERPRETED) $(OPERATORS) -k "not alone"
 
 test-python:
 	$(MAKE) setup VENV=.venv-other

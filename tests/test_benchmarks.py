@@ -64,3 +64,14 @@ def test_peer_pytorch_is_a_dependency_of_the_tests_alone():
     project = tomllib.loads((BENCHMARKS.parent / "pyproject.toml").read_text())["project"]
     extras = {None: project["dependencies"], **project["optional-dependencies"]}
     assert [extra for extra, listed in extras.items() if "peer-pytorch" in " ".join(listed).lower()] == ["dev"]
+
+
+def test_steps_with_tables_in_bf16_are_compared_with_those_in_fp32(monkeypatch):
+    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 0)
+    script = runpy.run_path(str(BENCHMARKS / "bf16_training.py"))
+    results = script["measure"](16, 64, num_tokens=8, repeats=1)
+    assert [(each["second_moment"], each["table"]) for each in results] == [
+        (moment, table) for moment in ("element", "row") for table in ("fp32", "bf16", "bf16 to nearest")
+    ]
+    assert all(each["fp32_over_it"]["step"]["median"] > 0 for each in results)
+    assert script["table_of"](results).row_count == 6

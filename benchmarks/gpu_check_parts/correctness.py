@@ -201,21 +201,26 @@ def _adam(name: str, dtype: torch.dtype, one_a_vector: bool, fused: bool, sessio
     wide = [each.double() for each in tables]
     portable_adam.row_adam_(*wide, rows, gradients, *constants.values(), 3)
     runs = []
-    for _ in range(2):
+    # Of a bf16 table once more, rounded stochastically.
+    for seed in (None, None, *((5,) if dtype == torch.bfloat16 else ())):
         changed = [each.clone() for each in tables]
         with poisoned_memory():
             if fused:
                 gradient = GpuTableGradient(ids, factors.clone(), x, grad_y, table)
-                row_adam_fused_(*changed, gradient, **constants, step=3)
+                row_adam_fused_(*changed, gradient, **constants, step=3, rounding_seed=seed)
             else:
-                row_adam_(*changed, rows, gradients.float(), **constants, step=3)
+                row_adam_(*changed, rows, gradients.float(), **constants, step=3, rounding_seed=seed)
         runs.append(tuple(changed))
     if not session.runs_kernels:
         return
     kinds = ("table", "exp_avg", "exp_avg_sq")
     errors = {kind: relative_error(each, truth) for kind, each, truth in zip(kinds, runs[0], wide, strict=True)}
     tolerances = dict.fromkeys(kinds, 1e-5) | {"table": TOLERANCES[dtype], "same bits": _EXACT}
-    session.compare(name, errors | {"same bits": same_bits(*runs)}, tolerances)
+    errors["same bits"] = same_bits(*runs[:2])
+    for rounded in runs[2:]:
+        errors["rounded stochastically"] = relative_error(rounded[0], wide[0])
+        tolerances["rounded stochastically"] = TOLERANCES[dtype]
+    session.compare(name, errors, tolerances)
 
 
 def _large_offsets(session: Session) -> None:

@@ -13,6 +13,7 @@ import torch
 from tinyexperts.bench.measurement import torch_threads
 from tinyexperts.errors import InputError
 from tinyexperts.ops.row_adam import cpu, portable, reference, row_adam_
+from tinyexperts.ops.row_adam.rounding import round_stochastically
 
 HYPERPARAMETERS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 # Far from every default and large enough that each of them shows in every result.
@@ -96,8 +97,10 @@ def test_row_adam_on_low_precision_tables_computes_in_fp32_and_rounds_once(
 ) -> None:
     experts, exp_avg, exp_avg_sq, rows, grad_rows = example(dtype, second_moment=second_moment)
     wide = [tensor.float().clone() for tensor in (experts, exp_avg, exp_avg_sq)]
-    # The portable order of the sums, to the bit: the reference's rounds another way.
-    portable.row_adam_(*wide, rows, grad_rows.float(), *UNUSUAL.values())
+    if dtype == torch.bfloat16:
+        row_adam_(*wide, rows, grad_rows.float(), **UNUSUAL)
+    else:  # without a kernel; the reference's order of the sums rounds another way
+        portable.row_adam_(*wide, rows, grad_rows.float(), *UNUSUAL.values())
     row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, **UNUSUAL)
     assert torch.equal(experts, wide[0].to(dtype))
     assert torch.equal(exp_avg, wide[1])
@@ -113,10 +116,37 @@ def test_row_adam_with_no_rows_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("second_moment", ["element", "row"])
+@pytest.mark.parametrize("dim", [1, 3, 16, 77])
+def test_a_rounding_seed_rounds_the_values_of_the_fp32_step(dim: int, second_moment: str) -> None:
+    tables = example(torch.bfloat16, second_moment=second_moment, shape=(11, 2, dim))
+    tables = (*tables[:3], tables[3].flip(0), tables[4])
+    wide = [tensor.float().clone() for tensor in tables[:3]]
+    row_adam_(*wide, tables[3], tables[4].float(), **UNUSUAL)
+    elements = torch.arange(11 * 2 * dim).view(11, 2, dim)
+    rounded = []
+    for seed in (0, 7, 2**32 - 1):
+        found = [table.clone() for table in tables[:3]]
+        row_adam_(*found, *tables[3:], **UNUSUAL, rounding_seed=seed)
+        # Untouched rows are bf16 already, which rounding leaves.
+        assert torch.equal(found[0], round_stochastically(wide[0], elements, seed))
+        for moment, expected in zip(found[1:], wide[1:], strict=True):
+            assert torch.equal(moment, expected)
+        by_rows = [table.clone() for table in tables[:3]]
+        reference.row_adam_(*by_rows, *tables[3:], *UNUSUAL.values(), seed)
+        assert (found[0] != by_rows[0]).float().mean() < 0.05  # where fp32 differs in its last bits
+        rounded.append(found[0])
+    if dim > 1:
+        assert not torch.equal(rounded[0], rounded[1])
+        assert not torch.equal(rounded[0], wide[0].bfloat16())
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_row_adam_passes_opcheck(dtype: torch.dtype, second_moment: str) -> None:
     tensors = example(dtype, second_moment=second_moment)
-    torch.library.opcheck(torch.ops.tinyexperts.row_adam_.default, (*tensors, 1e-2, 0.9, 0.99, 1e-8, 0.1, 3))
+    options = (1e-2, 0.9, 0.99, 1e-8, 0.1, 3)
+    for seed in ((), (5,)) if dtype == torch.bfloat16 else ((),):
+        torch.library.opcheck(torch.ops.tinyexperts.row_adam_.default, (*tensors, *options, *seed))
 
 
 @pytest.mark.parametrize("second_moment", ["element", "row"])
@@ -231,16 +261,20 @@ def test_weight_decay_equals_adamw_where_every_row_is_touched() -> None:
 
 
 @pytest.mark.parametrize("second_moment", ["element", "row"])
-def test_bit_equal_for_any_number_of_threads(second_moment: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", [None, 3])
+def test_bit_equal_for_any_number_of_threads(
+    seed: int | None, second_moment: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts: list[tuple[int, int]] = []
     name = "_step_of_elements" if second_moment == "element" else "_step_of_vectors"
     kernel = getattr(cpu, name)
     monkeypatch.setattr(cpu, name, lambda *arguments: parts.append(arguments[-2:]) or kernel(*arguments))
     results = []
     for threads in (1, 2):
-        tables = example(second_moment=second_moment, shape=(3000, 2, 77), num_touched=2000)
+        dtype = torch.float32 if seed is None else torch.bfloat16
+        tables = example(dtype, second_moment=second_moment, shape=(3000, 2, 77), num_touched=2000)
         with torch_threads(threads):
-            row_adam_(*tables, **UNUSUAL)
+            row_adam_(*tables, **UNUSUAL, rounding_seed=seed)
         results.append(tables[:3])
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
@@ -348,6 +382,12 @@ def test_row_adam_says_what_is_wrong_with_its_input(kernels: str) -> None:
         row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows.to("meta"), step=1, **HYPERPARAMETERS)
     with pytest.raises(InputError, match="counted from 1, got 0"):
         row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, step=0, **HYPERPARAMETERS)
+    with pytest.raises(InputError, match=r"rounding_seed is for bf16 tables, got one of torch.float32"):
+        row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, step=1, rounding_seed=0, **HYPERPARAMETERS)
+    for seed in (-1, 2**32):
+        tables = experts.bfloat16(), exp_avg, exp_avg_sq
+        with pytest.raises(InputError, match=f"at least 0 and less than 2\\^32, got {seed}"):
+            row_adam_(*tables, rows, grad_rows, step=1, rounding_seed=seed, **HYPERPARAMETERS)
     if kernels == "triton":  # rows are not read before a kernel runs, but in it (TRITON_DEBUG=1)
         return
     for wrong, number in ((rows.clone(), 11), (rows.clone(), -1)):

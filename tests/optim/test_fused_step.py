@@ -8,7 +8,9 @@ import torch
 from tinyexperts import PEER, ProductKeyMemory
 from tinyexperts.bench.measurement import torch_threads
 from tinyexperts.errors import InputError
+from tinyexperts.ops import row_adam_
 from tinyexperts.ops.expert_mlp.deferred import pending_gradient
+from tinyexperts.ops.row_adam.rounding import seed_of_step
 from tinyexperts.optim import RowSparseAdam, clip_gradient_norm_, deferred_gradients
 
 
@@ -52,6 +54,39 @@ def test_equals_the_step_without_it_to_the_bit(kind, second_moment, dtype):
     assert not torch.equal(plain[0], make(kind, dtype).state_dict()["experts"])
 
 
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+@pytest.mark.parametrize("kind", ["peer", "gated", "pkm"])
+def test_a_bf16_table_is_updated_by_sums_in_fp32(kind, second_moment, stochastic):
+    layer = make(kind)
+    layer.experts.data = layer.experts.data.bfloat16()
+    options = {"lr": 1e-3, "weight_decay": 0.1, "second_moment": second_moment, "stochastic_rounding": stochastic}
+    optimizer = RowSparseAdam([layer.experts], **options, seed=5, fused=True)
+    table = layer.experts.detach().clone()
+    exp_avg = torch.zeros(table.shape)
+    exp_avg_sq = torch.zeros(table.shape[:-1] if second_moment == "row" else table.shape)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        with deferred_gradients([optimizer]):
+            layer(torch.randn(300, 40, generator=generator)).square().sum().backward()
+        rows, values = pending_gradient(layer.experts.grad).rows_and_values()
+        assert values.dtype == torch.float32
+        seed = seed_of_step(5, 0, step) if stochastic else None
+        constants = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+        row_adam_(table, exp_avg, exp_avg_sq, rows, values, **constants, step=step, rounding_seed=seed)
+        with torch_threads(1 + step % 2):
+            optimizer.step()
+        assert pending_gradient(layer.experts.grad) is not None
+        assert layer.experts.grad.dtype == torch.bfloat16
+        for ours, expected in zip(
+            (layer.experts, *optimizer.state[layer.experts].values()),
+            (table, torch.tensor(step), exp_avg, exp_avg_sq),
+            strict=True,
+        ):
+            assert torch.equal(ours.detach(), expected)
+
+
 def test_several_backward_passes_are_summed_as_autograd_does():
     plain, _ = run(make("peer"), fused=False, passes=3)
     fused, _ = run(make("peer"), fused=True, passes=3)
@@ -86,5 +121,5 @@ def test_a_loaded_state_leaves_fused_as_it_was_made(fused):
 
 
 def test_tables_that_can_not_be_fused_raise():
-    with pytest.raises(InputError, match=r"in fp32 or fp64, or on a CUDA .* got torch.bfloat16 on cpu"):
-        RowSparseAdam([make("peer", torch.bfloat16).experts], fused=True)
+    with pytest.raises(InputError, match=r"in fp32, fp64 or bf16, or .*, got torch.float16 on cpu"):
+        RowSparseAdam([make("peer", torch.float16).experts], fused=True)

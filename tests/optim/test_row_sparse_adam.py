@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import mmap
 import sys
 import warnings
@@ -95,6 +96,58 @@ def test_a_loaded_state_continues_bit_for_bit(dtype, second_moment):
     assert (group["weight_decay"], group["second_moment"]) == (0.5, second_moment)
 
 
+def bf16_tables(count):
+    return [torch.nn.Parameter(torch.ones(40, 3, 5, dtype=torch.bfloat16)) for _ in range(count)]
+
+
+def give_equal_gradients(tables):
+    for table in tables:
+        table.grad = torch.sparse_coo_tensor(
+            [[3, 8]], torch.ones(2, 3, 5).bfloat16(), table.shape, check_invariants=True
+        )
+
+
+def test_rounding_differs_by_seed_parameter_and_step_and_goes_on_from_a_state():
+    tables = bf16_tables(4)
+    groups = [{"params": tables[:2]}, {"params": tables[2:3], "seed": 8}, {"params": tables[3:]}]
+    # Steps of a tenth of the distance between neighbors below 1.
+    optimizer = RowSparseAdam(groups, lr=4e-4, stochastic_rounding=True, seed=7)
+    rounded = {number: [] for number in range(4)}
+    for step in range(6):
+        give_equal_gradients(tables)
+        if step == 3:
+            twins = [torch.nn.Parameter(table.detach().clone()) for table in tables]
+            twin_groups = [{"params": twins[:2]}, {"params": twins[2:3]}, {"params": twins[3:]}]
+            twin = RowSparseAdam(twin_groups, stochastic_rounding=True)
+            twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        if step >= 3:
+            give_equal_gradients(twins)
+            twin.step()
+        optimizer.step()
+        for number, table in enumerate(tables):
+            rounded[number].append(table.detach().clone())
+    for table, other in zip(tables, twins, strict=True):
+        assert torch.equal(table, other)
+    assert len({tuple(torch.cat(each).flatten().tolist()) for each in rounded.values()}) == 4
+    moves = [(a - b).abs() > 0 for a, b in itertools.pairwise(rounded[0])]
+    assert not torch.equal(moves[0], moves[1])
+    # Rounded to nearest no step moves anything.
+    (plain,) = bf16_tables(1)
+    optimizer = RowSparseAdam([plain], lr=4e-4)
+    give_equal_gradients([plain])
+    optimizer.step()
+    assert (plain == 1).all()
+
+
+def test_a_state_from_before_the_options_of_rounding_is_loaded():
+    (table,) = bf16_tables(1)
+    state = RowSparseAdam([table]).state_dict()
+    del state["param_groups"][0]["stochastic_rounding"], state["param_groups"][0]["seed"]
+    optimizer = RowSparseAdam([table], stochastic_rounding=True, seed=3)
+    optimizer.load_state_dict(state)
+    assert (optimizer.param_groups[0]["stochastic_rounding"], optimizer.param_groups[0]["seed"]) == (False, 0)
+
+
 def test_groups_have_rates_of_their_own():
     parameters = [torch.nn.Parameter(torch.zeros(6, 2)) for _ in range(2)]
     optimizer = RowSparseAdam([{"params": [parameters[0]], "lr": 0.5}, {"params": [parameters[1]]}], lr=0.25)
@@ -137,6 +190,8 @@ def test_bad_input_raises():
         ({"weight_decay": -0.5}, "weight_decay must not be negative, got -0.5"),
         ({"second_moment": "column"}, 'second_moment must be "element" or "row", got \'column\''),
         ({"second_moment": None}, "got None"),
+        ({"seed": -1}, r"seed must be at least 0 and less than 2\^32, got -1"),
+        ({"stochastic_rounding": True}, r"stochastic_rounding is for bf16 tables, got one of torch.float32"),
     ):
         with pytest.raises(InputError, match=message):
             RowSparseAdam([parameter], **options)

@@ -15,6 +15,23 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def float_patterns():
+    """Numbers (fp32) with each upper half, bf16's bits, once, and lower halves of all kinds; also the special ones."""
+    draw = torch.Generator().manual_seed(0)
+    lower_halves = torch.cat(
+        [torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]), torch.randint(2**16, (12,), generator=draw)]
+    )
+    upper = torch.arange(-(2**15), 2**15)
+    lower = lower_halves[torch.randint(len(lower_halves), upper.shape, generator=draw)]
+    bits = (upper * 2**16 + lower).to(torch.int32)
+    largest = torch.finfo(torch.float32).max
+    special = torch.tensor(
+        [0.0, -0.0, float("inf"), -float("inf"), float("nan"), largest, -largest, 1e-45, 3.3895314e38]
+    )
+    in_the_lower_half = torch.tensor([0x7F800001, 0x7FFFFFFF, 0x7F7F0001], dtype=torch.int32)  # two NaN, one finite
+    return torch.cat([bits.view(torch.float32), special, in_the_lower_half.view(torch.float32)])
+
+
 def problem(num_vectors=2, *, num_tokens=5, num_experts=23, model_dim=7, retrieved=6, dtype=torch.float32, seed=0):
     """Tokens, a table whose products with them have the variance 1, ids, and router weights."""
     generator = torch.Generator().manual_seed(seed)

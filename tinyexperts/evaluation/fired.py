@@ -80,6 +80,6 @@ def _activations(layer: ProductKeyLayer, x: Tensor, ids: Tensor) -> Tensor:
     """Return the factor that each retrieved expert computes from its token."""
     if layer.activation is None:
         return torch.ones(ids.shape, dtype=x.dtype, device=x.device)
-    products = torch.einsum("...hkfd,...d->...hkf", layer.vectors_of(ids, slice(0, -1)), x)
+    products = torch.einsum("...hkfd,...d->...hkf", layer.vectors_of(ids, slice(0, -1)).to(x.dtype), x)
     activations = activate(products[..., 0], layer.activation)
     return activations * products[..., 1] if products.shape[-1] == 2 else activations

@@ -24,6 +24,7 @@ from tinyexperts.hub.causal_lm import TinyExpertsForCausalLM
 from tinyexperts.hub.configuration import TinyExpertsConfig
 from tinyexperts.hub.model_card import model_card
 from tinyexperts.hub.tokenizer import to_transformers
+from tinyexperts.layers.table_layer import store_tables_in_bf16_
 from tinyexperts.model import Transformer
 from tinyexperts.training import TrainConfig, config_file, run_folder
 from tinyexperts.training.checkpoint import load_model_and_step
@@ -102,6 +103,8 @@ def import_run(folder: StrPath, run: StrPath) -> Path:
     Tokenizer.load(folder / "run" / "tokenizer.json")
     with new_folder(run) as new:
         model = _loaded(folder, config)
+        if config.optimizer.table_dtype == "bf16":
+            store_tables_in_bf16_(model)
         tokenizer = folder / "run" / "tokenizer.json"
         write_finished_run(new, config, model, step=config.num_steps, tokenizer=tokenizer, description=description)
     return run

@@ -83,6 +83,20 @@ class TableLayer(FeedForward):
         del self.experts
         self._set_integers(*integers, dim=self._table_dim)
 
+    def store_in_bf16_(self) -> None:
+        """Round a table of numbers to bf16; it still can be trained (RowSparseAdam(stochastic_rounding=True)).
+
+        Raises:
+            InputError: the table is quantized.
+        """
+        if not isinstance(self.experts, nn.Parameter):
+            raise InputError(f"a table of numbers is stored in bf16, got one quantized to {self.table_bits} bits")
+        table = prefer_huge_pages(torch.empty_like(self.experts, dtype=torch.bfloat16))
+        with torch.no_grad():
+            table.copy_(self.experts)
+        # A table shared by columns has a class of its own.
+        self.experts = type(self.experts)(table, requires_grad=self.experts.requires_grad)
+
     def check_quantizable(self) -> None:
         """Check that `quantize_` can round the table.
 
@@ -151,6 +165,13 @@ def quantize_tables_(model: nn.Module, bits: TableBits) -> None:
         layer.check_quantizable()
     for layer in layers:
         layer.quantize_(bits)
+
+
+def store_tables_in_bf16_(model: nn.Module) -> None:
+    """Round the tables of PEER and product-key-memory layers of a model to bf16; quantized ones stay as they are."""
+    for module in model.modules():
+        if isinstance(module, TableLayer) and module.table_bits is None:
+            module.store_in_bf16_()
 
 
 def _first_not_finite(table: Tensor) -> float:

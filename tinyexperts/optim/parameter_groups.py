@@ -110,6 +110,7 @@ def build_optimizers(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     table_second_moment: str = "element",
+    table_rounding_seed: int | None = None,
 ) -> list[Optimizer]:
     """Build one AdamW and, for tables with sparse gradients, one RowSparseAdam: fused where all tables allow it.
 
@@ -131,15 +132,20 @@ def build_optimizers(
         eps (float): added to Adam's denominator.
         weight_decay (float): decoupled decay of the matrices: a step shrinks them by learning rate * weight_decay.
         table_second_moment (str): "element" or "row", as in RowSparseAdam.
+        table_rounding_seed (int | None): tables, which must be bf16, are rounded stochastically with this seed of
+            RowSparseAdam; None: to nearest. For sparse tables.
 
     Returns:
         The AdamW, then the RowSparseAdam; only those that have parameters.
 
     Raises:
-        InputError: parameters that split_parameters refuses, a quantized table, which nothing trains, or a rate of None
+        InputError: a table_rounding_seed without sparse tables, or what RowSparseAdam refuses; parameters that
+            split_parameters refuses, a quantized table, which nothing trains, or a rate of None
             for a kind that the model has.
     """
     _refuse_quantized_tables(model)
+    if table_rounding_seed is not None and not sparse_tables:
+        raise InputError("table_rounding_seed is for sparse tables, got sparse_tables=False")
     embedding, head = find_embedding_and_head(model)
     kinds = _split(model, embedding, head)
     for kind, rate in (("embedding", embedding_lr), ("head", head_lr)):
@@ -167,7 +173,16 @@ def build_optimizers(
         optimizers.append(AdamW(dense, betas=betas, eps=eps, weight_decay=0.0, fused=fused))
     if sparse_tables and tables:
         fused = all(supports_deferred(table) for table in kinds.tables.values())
-        optimizers.append(RowSparseAdam(tables, eps=eps, second_moment=table_second_moment, fused=fused))
+        optimizers.append(
+            RowSparseAdam(
+                tables,
+                eps=eps,
+                second_moment=table_second_moment,
+                fused=fused,
+                stochastic_rounding=table_rounding_seed is not None,
+                seed=table_rounding_seed or 0,
+            )
+        )
     return optimizers
 
 

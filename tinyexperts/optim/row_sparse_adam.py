@@ -7,9 +7,9 @@ decay (arXiv 1907.05242); the defaults, 1e-2 with (0.9, 0.99), did best in this 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from tinyexperts.ops.expert_mlp.columns import ColumnShard
 from tinyexperts.ops.expert_mlp.deferred import deferred_table_gradients, pending_gradient, supports_deferred
 from tinyexperts.ops.row_adam import row_adam_
 from tinyexperts.ops.row_adam.fused import row_adam_fused_
+from tinyexperts.ops.row_adam.rounding import NUM_SEEDS, seed_of_step
 from tinyexperts.optim.sparse_gradients import rows_and_values
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,12 +48,18 @@ class RowSparseAdam(torch.optim.Optimizer):
             running mean over steps of the mean over D of the squared gradient. "row" nearly halves the state.
         fused (bool): backward passes in `deferred_gradients([optimizer])` keep each table's gradient as the pairs that
             it is made of, and `step` sums a row when it updates it, so that the gradient is never written out. It is
-            for tables on the CPU in fp32 or fp64, where it equals the step without it to the bit, and for those on a
-            CUDA device with Triton's kernels. It changes nothing outside that scope.
+            for tables on the CPU in fp32 or fp64, where it equals the step without it to the bit, for those in bf16,
+            whose gradient it sums and uses in fp32, and for those on a CUDA device with Triton's kernels. It changes
+            nothing outside that scope.
+        stochastic_rounding (bool): a step rounds the values of bf16 tables up or down at random, so that their mean
+            stays, where rounding to nearest would forget most small steps (ops/row_adam/rounding.py).
+        seed (int): of the random numbers, 0 <= seed < 2^32. They also depend on the number of the parameter in the
+            optimizer, the step and the element's place alone: a run that goes on from a saved state has the same bits.
 
     Raises:
         InputError: a negative lr, eps or weight_decay, betas outside [0, 1), another second_moment, "row" for a table
-            shared by columns over ranks, fused for a table elsewhere or of another type.
+            shared by columns over ranks, fused for a table elsewhere or of another type, stochastic_rounding for one
+            that is not bf16, a seed outside of its range.
     """
 
     def __init__(
@@ -64,6 +71,8 @@ class RowSparseAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         second_moment: str = "element",
         fused: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -72,6 +81,8 @@ class RowSparseAdam(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "second_moment": second_moment,
             "fused": fused,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
         super().__init__(params, defaults)
 
@@ -89,6 +100,8 @@ class RowSparseAdam(torch.optim.Optimizer):
             raise InputError(f'second_moment must be "element" or "row", got {options["second_moment"]!r}')
         if not all(0 <= beta < 1 for beta in options["betas"]):
             raise InputError(f"betas must be at least 0 and less than 1, got {options['betas']}")
+        if not 0 <= options["seed"] < NUM_SEEDS:
+            raise InputError(f"seed must be at least 0 and less than 2^32, got {options['seed']}")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group["second_moment"] == "row" and any(isinstance(table, ColumnShard) for table in group["params"]):
@@ -98,9 +111,12 @@ class RowSparseAdam(torch.optim.Optimizer):
         for table in group["params"] if group["fused"] else ():
             if not supports_deferred(table):
                 raise InputError(
-                    "fused is for contiguous tables on the CPU in fp32 or fp64, or on a CUDA device with Triton's "
-                    f"kernels, got {table.dtype} on {table.device.type}"
+                    "fused is for contiguous tables on the CPU in fp32, fp64 or bf16, or on a CUDA device with "
+                    f"Triton's kernels, got {table.dtype} on {table.device.type}"
                 )
+        for table in group["params"] if group["stochastic_rounding"] else ():
+            if table.dtype != torch.bfloat16:
+                raise InputError(f"stochastic_rounding is for bf16 tables, got one of {table.dtype}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -113,8 +129,9 @@ class RowSparseAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        numbers = itertools.count()
         for group in self.param_groups:
-            for parameter in group["params"]:
+            for parameter, number in zip(group["params"], numbers, strict=False):
                 if parameter.grad is None:
                     continue
                 if parameter.grad.layout != torch.sparse_coo:
@@ -126,6 +143,8 @@ class RowSparseAdam(torch.optim.Optimizer):
                 if not state:
                     state.update(_zero_state(parameter, group["second_moment"]))
                 state["step"] += 1
+                step = int(state["step"])
+                rounding_seed = seed_of_step(group["seed"], number, step) if group["stochastic_rounding"] else None
                 tables = parameter, state["exp_avg"], state["exp_avg_sq"]
                 options = {
                     "learning_rate": float(group["lr"]),
@@ -133,13 +152,21 @@ class RowSparseAdam(torch.optim.Optimizer):
                     "beta2": group["betas"][1],
                     "eps": group["eps"],
                     "weight_decay": group["weight_decay"],
-                    "step": int(state["step"]),
+                    "step": step,
+                    "rounding_seed": rounding_seed,
                 }
                 if (pairs := pending_gradient(parameter.grad)) is not None:
                     row_adam_fused_(*tables, pairs, **options)
                 else:
                     row_adam_(*tables, *rows_and_values(parameter.grad), **options)
         return loss
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state, which may be one of before the options of rounding."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("stochastic_rounding", False)
+            group.setdefault("seed", 0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of `state_dict()`; `fused`, which depends on the tables' device, stays as it was made."""
@@ -148,8 +175,8 @@ class RowSparseAdam(torch.optim.Optimizer):
         for group, own in zip(self.param_groups, fused, strict=True):
             group["fused"] = own
         # torch casts a state to its parameter's type, which would round the fp32 moments of a bf16 table.
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        saved_ids = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         for saved_id, parameter in zip(saved_ids, parameters, strict=True):
             if parameter.dtype != _state_dtype(parameter) and saved_id in state_dict["state"]:
                 for name in _MOMENTS:

@@ -15,10 +15,16 @@ from tinyexperts.layers.product_key_layer import MIN_COLUMNS
 from tinyexperts.planning.activation_memory import Activations, count_activations
 from tinyexperts.planning.devices import UTILIZATION, Devices
 from tinyexperts.planning.model_costs import ModelCosts, count_costs
-from tinyexperts.training.config import TrainConfig, refuse_quantized_tables, with_settings
+from tinyexperts.training.config import (
+    TrainConfig,
+    refuse_bf16_tables_of_ranks,
+    refuse_quantized_tables,
+    with_settings,
+)
 from tinyexperts.training.run import choose_table_gradients
 
 _BYTES = 4  # of fp32
+_BF16_BYTES = 2
 _ID_BYTES = 8
 
 
@@ -101,7 +107,7 @@ def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
         A plan for each mesh, the largest table groups first.
 
     Raises:
-        InputError: the devices do not divide the batch, or the table is quantized.
+        InputError: the devices do not divide the batch, the table is quantized, or several devices train it in bf16.
     """
     if config.batch_size % devices.count:
         raise InputError(f"batch_size must be a multiple of the {devices.count} devices, got {config.batch_size}")
@@ -110,6 +116,7 @@ def plan(config: TrainConfig, devices: Devices) -> list[MeshPlan]:
     sparse_tables, _ = choose_table_gradients(config, device)
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     refuse_quantized_tables(config.model)
+    refuse_bf16_tables_of_ranks(config, devices.count)
     costs, activations = count_costs(config.model), count_activations(config.model, device, precision)
     width = config.model.d_model
     # A second moment of rows is a mean over all columns.
@@ -150,6 +157,8 @@ def smaller_plans(config: TrainConfig, devices: Devices) -> dict[str, MeshPlan]:
         "--optimizer.table-gradients sparse": {"optimizer.table_gradients": "sparse"},
         "--optimizer.table-second-moment row": {"optimizer.table_second_moment": "row"},
     }
+    if count == 1 and config.optimizer.table_gradients != "dense":
+        changes["--optimizer.table-dtype bf16"] = {"optimizer.table_dtype": "bf16"}
     least = min(each.memory.total for each in plan(config, devices))
     found = {}
     for options, change in changes.items():
@@ -196,6 +205,11 @@ class _Mesh:
     num_shards: int
 
     @property
+    def table_bytes(self) -> int:
+        """The bytes of a number of a table."""
+        return _BYTES if self.config.optimizer.table_dtype == "fp32" else _BF16_BYTES
+
+    @property
     def micro_tokens(self) -> float:
         """The tokens of one rank in a micro-batch."""
         return self.config.batch_size * self.config.model.context_length / self.num_ranks
@@ -235,11 +249,11 @@ class _Mesh:
         held = self.activations.bytes + self.micro_tokens * (self.activations.bytes_of_token + others)
         # A dense gradient is put together from the touched rows, when most activations are gone.
         touched = 0.0 if self.sparse_tables else _BYTES * costs.touched(all_tokens) / num_shards
-        weights, moments = _BYTES * (dense + tables), _BYTES * (2 * dense + table_moments)
+        weights, moments = _BYTES * dense + self.table_bytes * tables, _BYTES * (2 * dense + table_moments)
         return Memory(
             weights=weights,
             gathered=_BYTES * gathered,
-            gradients=_BYTES * (dense + gradients),
+            gradients=_BYTES * dense + self.table_bytes * gradients,
             moments=moments,
             activations=max(held, touched),
             copies=weights + moments if config.checkpoint.asynchronous else 0.0,
@@ -281,7 +295,8 @@ class _Mesh:
         moved = _BYTES * (2 * self.config.gradient_accumulation * dense + 8 * dense / self.num_ranks)
         moved += 4 * self.activations.bytes_of_token * step_tokens
         for table in self.costs.tables:
-            moved += 2 * _BYTES * step_tokens * table.retrieved * table.num_vectors * table.width
+            moved += 2 * self.table_bytes * step_tokens * table.retrieved * table.num_vectors * table.width
             share = table.touched_share(step_tokens * self.num_ranks) if self.sparse_tables else 1.0
-            moved += 8 * _BYTES * share * table.numbers / self.num_shards
+            # Value and gradient are of the table's type, the moments fp32.
+            moved += 4 * (self.table_bytes + _BYTES) * share * table.numbers / self.num_shards
         return moved

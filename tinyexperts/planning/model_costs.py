@@ -213,7 +213,9 @@ def account(config: TrainConfig) -> Account:
         Its parameters, FLOPs and bytes, and the steps that its budget affords.
     """
     model = count_costs(config.model)
-    table_bytes = sum(table.retrieved * table.row_bytes for table in model.tables)
+    table_bytes: float = sum(table.retrieved * table.row_bytes for table in model.tables)
+    if config.optimizer.table_dtype == "bf16" and getattr(config.model.expert_layer, "table_bits", None) is None:
+        table_bytes /= 2
     matrices = model.num_matmul * config.gradient_accumulation / config.tokens_per_step
     remembered = [
         3 if memory.teacher is None else 4 for memory in (config.teaching.remember if config.teaching else ())

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from tinyexperts.errors import InputError
 from tinyexperts.files import write_atomically
+from tinyexperts.layers.table_layer import store_tables_in_bf16_
 from tinyexperts.model import Transformer
 from tinyexperts.optim import LowRankAdam, RowSparseAdam
 from tinyexperts.training.checkpoint_files import (
@@ -281,6 +282,8 @@ def load_model_and_step(run: str | os.PathLike[str], *, device: torch.device | s
     with report_out_of_memory(device):
         with torch.device("cpu"):  # whatever torch's default one is
             model = Transformer(config.model)
+            if config.optimizer.table_dtype == "bf16":
+                store_tables_in_bf16_(model)
         load_checkpoint(found[-1], model)
         return model.to(device).eval(), int(found[-1].name.removeprefix("step-"))
 

@@ -59,6 +59,9 @@ class OptimizerConfig:
     table_second_moment: Literal["element", "row"] = "element"
     """element: a second moment for each number, as in Adam; row: one for each vector, which nearly halves the state of
     the tables. For sparse table gradients."""
+    table_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type that tables are kept and trained in. bf16 takes half the memory: a step rounds stochastically, so that no
+    small step is lost, and the moments stay fp32. For sparse table gradients, in one process."""
 
     def __post_init__(self) -> None:
         for name in ("matrix", "embedding", "head", "table"):
@@ -68,6 +71,8 @@ class OptimizerConfig:
         for name in ("betas", "table_betas"):
             if not all(0 <= beta < 1 for beta in getattr(self, name)):
                 raise InputError(f"optimizer.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.table_dtype == "bf16" and self.table_gradients == "dense":
+            raise InputError("optimizer.table_dtype bf16 needs sparse table gradients, got table_gradients dense")
         if not self.weight_decay >= 0:
             raise InputError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
@@ -303,3 +308,13 @@ def refuse_quantized_tables(model: TransformerConfig) -> None:
     layer = model.expert_layer
     if isinstance(layer, PEERConfig | ProductKeyMemoryConfig) and layer.table_bits is not None:
         raise InputError(f"a quantized table is not trained: model.expert_layer.table_bits is {layer.table_bits}")
+
+
+def refuse_bf16_tables_of_ranks(config: TrainConfig, num_ranks: int) -> None:
+    """Refuse tables in bf16 that several ranks train.
+
+    Raises:
+        InputError: they do.
+    """
+    if config.optimizer.table_dtype == "bf16" and num_ranks > 1:
+        raise InputError(f"optimizer.table_dtype bf16 is for one process, got {num_ranks} ranks")

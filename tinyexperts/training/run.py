@@ -11,10 +11,17 @@ from torch.optim import Optimizer
 from tinyexperts.data import TokenDataset, TokenLoader, TokenSplit
 from tinyexperts.errors import InputError
 from tinyexperts.layers import PEERConfig, ProductKeyMemoryConfig
+from tinyexperts.layers.table_layer import store_tables_in_bf16_
 from tinyexperts.model import Transformer
+from tinyexperts.ops.row_adam.rounding import NUM_SEEDS
 from tinyexperts.optim import LowRankAdam, build_optimizers, expected_touched_share, split_parameters
 from tinyexperts.training.compilation import choose_compilation, compile_blocks
-from tinyexperts.training.config import DEFAULT_RANK, TrainConfig, refuse_quantized_tables
+from tinyexperts.training.config import (
+    DEFAULT_RANK,
+    TrainConfig,
+    refuse_bf16_tables_of_ranks,
+    refuse_quantized_tables,
+)
 from tinyexperts.training.device import choose_device, choose_precision, report_out_of_memory
 from tinyexperts.training.distributed.ranks import ALONE, Ranks
 from tinyexperts.training.distributed.sharding import shard_dense_part
@@ -60,12 +67,13 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
 
     Raises:
         InputError: no data set, another vocabulary than the model's, too little text for a window, a device that is
-            missing or too small, a quantized table, FLOPs that pay for no step, ranks that do not divide the batch, or
-            the width into 64 columns at least, a compilation that was asked for and fails; a base model that is missing
-            or of other sizes, one without a table of which the tables alone are to be trained, or teaching by several
-            ranks.
+            missing or too small, a quantized table, tables in bf16 on several ranks, FLOPs that pay for no step, ranks
+            that do not divide the batch, or the width into 64 columns at least, a compilation that was asked for and
+            fails; a base model that is missing or of other sizes, one without a table of which the tables alone are to
+            be trained, or teaching by several ranks.
     """
     refuse_quantized_tables(config.model)
+    refuse_bf16_tables_of_ranks(config, ranks.size)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = TokenDataset.open(config.data)
@@ -91,6 +99,8 @@ def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
     with report_out_of_memory(device):
         with torch.device("cpu"):  # the same numbers whatever the device, also torch's default one
             model = Transformer(config.model, sparse_tables=sparse_tables, ranks=ranks.groups)
+            if config.optimizer.table_dtype == "bf16":
+                store_tables_in_bf16_(model)
         model.to(device)
         if ranks.mesh is not None:
             shard_dense_part(model, ranks)
@@ -138,7 +148,8 @@ def choose_table_gradients(config: TrainConfig, device: torch.device) -> tuple[b
     share = expected_touched_share(config.tokens_per_step, layer.num_heads * layer.experts_per_head, layer.num_experts)
     sparse = choice == "sparse"
     if choice == "auto":
-        sparse = device.type == "cpu" or share < SPARSE_BELOW_SHARE
+        in_bf16 = config.optimizer.table_dtype == "bf16"  # AdamW rounds to nearest
+        sparse = in_bf16 or device.type == "cpu" or share < SPARSE_BELOW_SHARE
     kind = "sparse (RowSparseAdam)" if sparse else "dense (AdamW)"
     return sparse, f"table gradients {kind}: a step touches up to {share:.0%} of {layer.num_experts:,} rows"
 
@@ -171,4 +182,5 @@ def _optimizers(run: TrainConfig, model: Transformer, sparse_tables: bool) -> li
         table_betas=config.table_betas,
         weight_decay=config.weight_decay,
         table_second_moment=config.table_second_moment,
+        table_rounding_seed=run.seed % NUM_SEEDS if config.table_dtype == "bf16" else None,
     )

@@ -263,6 +263,7 @@ def teaching_run(
             head_learning_rate=learning_rate,
             table_learning_rate=table_learning_rate,
             table_second_moment=base.optimizer.table_second_moment,
+            table_dtype=base.optimizer.table_dtype,
             table_gradients="auto" if teaching.rows is None else "sparse",
         ),
         schedule=ScheduleConfig(warmup_fraction=0.0, decay_fraction=0.0),

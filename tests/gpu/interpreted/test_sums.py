@@ -6,13 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operands import randn
+import triton
+import triton.language as tl
+from operands import float_patterns, randn
 
 from tinyexperts.ops.expert_mlp import gpu_sums, portable
 from tinyexperts.ops.expert_mlp.sorted_pairs import ids_of_pairs, places_of_rows, sort_pairs
 from tinyexperts.ops.gpu.dispatch import BeyondLimits, relative_error
 from tinyexperts.ops.row_adam import fused_gpu, reference
 from tinyexperts.ops.row_adam import gpu as adam_gpu
+from tinyexperts.ops.row_adam.rounding import round_stochastically, rounding_key, signed
+from tinyexperts.ops.row_adam.triton_update import round_at_random
 
 IN_FP32 = 2e-6
 ADAM = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -180,6 +184,63 @@ def test_adam_of_given_rows(table_dtype, one_a_vector, shape):
         adam_gpu.ROW_ADAM.run(adam_gpu.ROW_ADAM.plan(*arguments), *arguments)
         if len(rows):
             check_adam(tables, before, rows, gradients)
+
+
+@triton.jit
+def round_all(value_ptr, out_ptr, place, count, key, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(value_ptr + i, mask=i < count, other=0.0)
+    tl.store(out_ptr + i, round_at_random(value, i.to(tl.int64) + place, key), mask=i < count)
+
+
+@pytest.mark.parametrize("seed", [0, 9, 2**32 - 1])
+@pytest.mark.parametrize("place", [0, 2**31 - 50, 2**32 - 50, 2**40 + 7])
+def test_values_are_rounded_at_random_to_the_bits_of_torch(place, seed):
+    values = float_patterns()
+    found = torch.empty(len(values), dtype=torch.bfloat16)
+    round_all[(triton.cdiv(len(values), 8192),)](
+        values, found, place, len(values), signed(rounding_key(seed)), BLOCK=8192
+    )
+    expected = round_stochastically(values, torch.arange(place, place + len(values)), seed)
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+@each_problem
+@pytest.mark.parametrize("one_a_vector", [False, True])
+@pytest.mark.parametrize(("num_vectors", "tile"), [(1, 32), (2, 4), (3, 7)])
+def test_adam_rounds_a_bf16_table_by_a_seed(num_vectors, tile, one_a_vector, name):
+    """Values are those of an fp32 table of the same numbers, rounded at their places; moments are the same."""
+    ids, *operands = operands_of(name, num_vectors, torch.float32)
+    shape = (PROBLEMS[name][1], num_vectors, operands[1].shape[1])
+    before = tables_of(shape, torch.bfloat16, one_a_vector=one_a_vector)
+    rows, grad_rows = truth(ids, *operands)
+    places = torch.arange(before[0].numel()).view(shape)
+    for kernel, gradient in (
+        (fused_gpu.ROW_ADAM_FUSED, (*sort_pairs(ids), *operands)),
+        (adam_gpu.ROW_ADAM, (rows, grad_rows.float())),
+    ):
+        wide = [table.float() for table in before]
+        found = {seed: [table.clone() for table in before] for seed in (0, 2**32 - 1)}
+        for tables, options in ((wide, CONSTANTS), *((found[seed], (*CONSTANTS, seed)) for seed in found)):
+            plan = kernel.plan(*tables, *gradient, *options)
+            if kernel is fused_gpu.ROW_ADAM_FUSED:
+                plan = replace(plan, sums=replace(plan.sums, tile=tile))
+            kernel.run(plan, *tables, *gradient, *options)
+        for seed, (table, *moments) in found.items():
+            assert torch.equal(table, round_stochastically(wide[0], places, seed))
+            assert all(torch.equal(a, b) for a, b in zip(moments, wide[1:], strict=True))
+        assert rows.numel() * shape[-1] < 20 or not torch.equal(found[0][0], found[2**32 - 1][0])
+
+
+@pytest.mark.parametrize("kernel", [fused_gpu.ROW_ADAM_FUSED, adam_gpu.ROW_ADAM], ids=["pairs", "rows"])
+def test_a_kernel_that_rounds_is_checked_as_one(kernel):
+    tables = tables_of((6, 2, 33), torch.bfloat16, one_a_vector=False)
+    ids, *operands = operands_of("few experts", 2, torch.float32)
+    rows = (torch.tensor([1, 0]), torch.ones(2, 2, 33))
+    gradient = (*sort_pairs(ids), *operands) if kernel is fused_gpu.ROW_ADAM_FUSED else rows
+    plain, rounded = ((*tables, *gradient, *CONSTANTS, *seed) for seed in ((None,), (5,)))
+    assert kernel.plan(*plain) != kernel.plan(*rounded)
+    assert kernel.plan(*kernel.example(*rounded)) == kernel.plan(*rounded)
 
 
 @pytest.mark.parametrize(

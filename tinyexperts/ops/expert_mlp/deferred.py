@@ -29,6 +29,9 @@ from tinyexperts.ops.expert_mlp.table_gradient_gpu import GpuTableGradient, supp
 # thread that calls it, one on a GPU in a thread of the engine, which gets torch's objects of the calling thread.
 _DEFERRING = "tinyexperts_deferring"
 
+# Tables on the CPU that row_adam/fused.py updates.
+_CPU_TYPES = (torch.float32, torch.float64, torch.bfloat16)
+
 
 class DeferredGradient(Tensor):
     """The gradient of a table [N, E, D] (sparse_coo, of the table's type), written out at its first use as a tensor."""
@@ -77,12 +80,12 @@ def pending_gradient(gradient: Tensor) -> TableGradient | GpuTableGradient | Non
 def supports_deferred(table: Tensor) -> bool:
     """Return True for tables whose rows a step can sum: contiguous ones that there are kernels for.
 
-    On the CPU these are of fp32 or fp64, on CUDA devices of fp32, bf16 or fp16.
+    On the CPU these are of fp32, fp64 or bf16, on CUDA devices of fp32, bf16 or fp16.
     """
     if table.device.type == "cuda":
         return supports_deferred_on_gpu(table)
     has_kernels = table.device.type == "cpu" and CPU_KERNELS_RUN
-    return has_kernels and table.dtype in (torch.float32, torch.float64) and table.is_contiguous()
+    return has_kernels and table.dtype in _CPU_TYPES and table.is_contiguous()
 
 
 @contextmanager
@@ -99,8 +102,8 @@ def deferred_table_gradients(tables: Iterable[Tensor]) -> Iterator[None]:
     for table in tables:
         if not supports_deferred(table) or not table.is_leaf:
             raise InputError(
-                "gradients are deferred for tables that are contiguous leaves on the CPU in fp32 or fp64, or on a CUDA "
-                f"device with Triton's kernels, got {table.dtype} on {table.device.type}"
+                "gradients are deferred for tables that are contiguous leaves on the CPU in fp32, fp64 or bf16, or on "
+                f"a CUDA device with Triton's kernels, got {table.dtype} on {table.device.type}"
             )
         _check_hooks(table)
     before = _deferring()

@@ -33,6 +33,7 @@ class SumsPlan:
     tile: int
     mode: int
     one_a_vector: bool = False
+    stochastic: bool = False
 
 
 def plan_sums(
@@ -73,7 +74,7 @@ def sum_by_expert(
     grad_y_MD: Tensor,
     out: Tensor,
     moments: tuple[Tensor, Tensor],
-    constants: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0),
+    constants: tuple[float, float, float, float, float, int] = (0.0, 0.0, 0.0, 0.0, 0.0, 0),
 ) -> None:
     """Launch both kernels of triton_segments.py.
 
@@ -99,6 +100,7 @@ def sum_by_expert(
         "TILE": plan.tile,
         "MODE": plan.mode,
         "ONE_A_VECTOR": plan.one_a_vector,
+        "STOCHASTIC": plan.stochastic,
         "num_warps": launch.warps,
     }
     num_tiles = triton.cdiv(num_pairs, plan.tile)

@@ -2,9 +2,9 @@
 
 Written out, the gradient of the touched rows is the largest tensor of a training step, and writing and reading it costs
 as much as the experts' forward pass. What it is made of is small: a factor for each pair and vector, the tokens, and
-the gradient of their outputs. row_adam/fused.py sums each row when it updates it. It is for tables on the CPU in fp32
-or fp64 (table_gradient_gpu.py has those of CUDA devices); deferred.py decides when a backward pass keeps its gradient
-in this form.
+the gradient of their outputs. row_adam/fused.py sums each row when it updates it. It is for tables on the CPU in fp32,
+fp64 or bf16, of which the sums are fp32 (table_gradient_gpu.py has those of CUDA devices); deferred.py decides when a
+backward pass keeps its gradient in this form.
 """
 
 from __future__ import annotations

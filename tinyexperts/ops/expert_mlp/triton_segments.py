@@ -40,10 +40,12 @@ def _finish(
     rate: tl.tensor,
     eps: tl.tensor,
     keep: tl.tensor,
+    key: tl.tensor,
     E: tl.constexpr,
     D: tl.constexpr,
     MODE: tl.constexpr,
     ONE_A_VECTOR: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ) -> tl.tensor:
     """Use the sums of a row; return those of their squares for NORM."""
     element = row * (E * D) + d
@@ -58,16 +60,16 @@ def _finish(
         if E > 1:
             update_vector(
                 *(out_ptr, first_ptr, second_ptr, element, row * E, sum_u, inside),
-                *(gain_1, gain_2, rate, eps, keep, D, ONE_A_VECTOR),
+                *(gain_1, gain_2, rate, eps, keep, key, D, ONE_A_VECTOR, STOCHASTIC),
             )
         if E == 3:
             update_vector(
                 *(out_ptr, first_ptr, second_ptr, element + D, row * E + 1, sum_w, inside),
-                *(gain_1, gain_2, rate, eps, keep, D, ONE_A_VECTOR),
+                *(gain_1, gain_2, rate, eps, keep, key, D, ONE_A_VECTOR, STOCHASTIC),
             )
         update_vector(
             *(out_ptr, first_ptr, second_ptr, element + (E - 1) * D, row * E + (E - 1), sum_v, inside),
-            *(gain_1, gain_2, rate, eps, keep, D, ONE_A_VECTOR),
+            *(gain_1, gain_2, rate, eps, keep, key, D, ONE_A_VECTOR, STOCHASTIC),
         )
     else:
         if E > 1:
@@ -78,7 +80,7 @@ def _finish(
     return squares
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_retrieved"])
+@triton.jit(do_not_specialize=["num_pairs", "num_retrieved", "key"])
 def sum_tiles(
     sorted_ids_ptr: tl.tensor,
     order_ptr: tl.tensor,
@@ -97,12 +99,14 @@ def sum_tiles(
     rate: tl.tensor,
     eps: tl.tensor,
     keep: tl.tensor,
+    key: tl.tensor,
     E: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     MODE: tl.constexpr,
     ONE_A_VECTOR: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ) -> None:
     """Sum the rows that lie inside of a tile, and the parts [tiles, 2, E, D] (fp32) of those that its edges cut."""
     tile = tl.program_id(0).to(tl.int64)
@@ -144,7 +148,7 @@ def sum_tiles(
                     row = tl.load(places_ptr + position).to(tl.int64)
                 squares += _finish(
                     *(out_ptr, first_ptr, second_ptr, row, sum_u, sum_w, sum_v, d, inside),
-                    *(gain_1, gain_2, rate, eps, keep, E, D, MODE, ONE_A_VECTOR),
+                    *(gain_1, gain_2, rate, eps, keep, key, E, D, MODE, ONE_A_VECTOR, STOCHASTIC),
                 )
             sum_u = tl.zeros([BLOCK], tl.float32)
             sum_w = tl.zeros([BLOCK], tl.float32)
@@ -155,7 +159,7 @@ def sum_tiles(
         tl.store(out_ptr + 2 * tile, squares)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs", "key"])
 def add_parts(
     sorted_ids_ptr: tl.tensor,
     places_ptr: tl.tensor,
@@ -169,12 +173,14 @@ def add_parts(
     rate: tl.tensor,
     eps: tl.tensor,
     keep: tl.tensor,
+    key: tl.tensor,
     E: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     MODE: tl.constexpr,
     ONE_A_VECTOR: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ) -> None:
     """Add the parts of the row that begins in a tile and goes on behind it, tile by tile."""
     tile = tl.program_id(0).to(tl.int64)
@@ -210,7 +216,7 @@ def add_parts(
             row = tl.load(places_ptr + end - 1).to(tl.int64)
         squares += _finish(
             *(out_ptr, first_ptr, second_ptr, row, sum_u, sum_w, sum_v, d, inside),
-            *(gain_1, gain_2, rate, eps, keep, E, D, MODE, ONE_A_VECTOR),
+            *(gain_1, gain_2, rate, eps, keep, key, E, D, MODE, ONE_A_VECTOR, STOCHASTIC),
         )
     if MODE == 3:
         tl.store(out_ptr + 2 * tile + 1, squares)

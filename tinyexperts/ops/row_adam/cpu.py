@@ -5,6 +5,8 @@ the rows that are touched next are prefetched, a few cache lines at a time: requ
 to the memory and hold up the arithmetic. Without prefetching a step takes 1.3 times as long (rows of 64 to 512 fp32).
 The gradients are in order, and the processor prefetches them without being asked.
 
+Tables are of fp32, fp64 or bf16; the moments and the arithmetic of bf16 are fp32.
+
 Every touched row is updated by one thread: the bits don't depend on the number of threads.
 """
 
@@ -21,7 +23,10 @@ from tinyexperts.ops.cpu.compile import CACHE_LINE_BYTES, array_of, inlined, ker
 from tinyexperts.ops.cpu.threads import parallel_for
 from tinyexperts.ops.indices import check_indices
 from tinyexperts.ops.row_adam import portable
+from tinyexperts.ops.row_adam.rounding_cpu import key_of, narrowed, widened
 
+# Tables that there are kernels for.
+TABLE_TYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Touched rows between the one that is updated and the one that is prefetched.
 _AHEAD = 4
 # Elements between two rounds of prefetching.
@@ -42,14 +47,17 @@ def row_adam_(
     eps: float,
     weight_decay: float,
     step: int,
+    rounding_seed: int | None = None,
 ) -> None:
     """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in tinyexperts.ops.row_adam_."""
     tables = (experts, exp_avg, exp_avg_sq)
-    dtype = experts.dtype
-    same_type = dtype in (torch.float32, torch.float64) and all(table.dtype == dtype for table in tables)
+    # The type of the moments and of the arithmetic.
+    dtype = torch.promote_types(experts.dtype, torch.float32)
+    have_kernels = experts.dtype in TABLE_TYPES and exp_avg.dtype == exp_avg_sq.dtype == dtype
     # Of a table that is not contiguous a kernel would update a copy.
-    if not same_type or not all(table.is_contiguous() for table in tables):
-        portable.row_adam_(*tables, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step)
+    if not have_kernels or not all(table.is_contiguous() for table in tables):
+        operands = *tables, rows, grad_rows
+        portable.row_adam_(*operands, learning_rate, beta1, beta2, eps, weight_decay, step, rounding_seed)
         return
     if grad_rows.numel() == 0:
         return
@@ -66,7 +74,8 @@ def row_adam_(
         array_of(exp_avg_sq.view(-1, shape[0])),
         array_of(rows),
         array_of(grad_rows.to(dtype).reshape(-1, *shape)),
-        constants(values.dtype, learning_rate, beta1, beta2, eps, weight_decay, step),
+        constants(first_moments.dtype, learning_rate, beta1, beta2, eps, weight_decay, step),
+        key_of(rounding_seed),
         min_items=max(1, _MIN_ELEMENTS // math.prod(shape)),
     )
 
@@ -81,77 +90,119 @@ def constants(
 
 @kernel
 def _step_of_elements(
-    experts: Any, exp_avg: Any, exp_avg_sq: Any, rows: Any, grad_rows: Any, constants: Any, start: int, stop: int
+    experts: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    rows: Any,
+    grad_rows: Any,
+    constants: Any,
+    key: Any,
+    start: int,
+    stop: int,
 ) -> None:
     # Beyond the part's end its last row is prefetched: the next part may be another thread's.
     for r in range(start, stop):
         ahead = rows[min(r + _AHEAD, stop - 1)]
-        update_elements(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad_rows, r, constants)
+        update_elements(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad_rows, r, constants, key)
 
 
 @kernel
 def _step_of_vectors(
-    experts: Any, exp_avg: Any, exp_avg_sq: Any, rows: Any, grad_rows: Any, constants: Any, start: int, stop: int
+    experts: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    rows: Any,
+    grad_rows: Any,
+    constants: Any,
+    key: Any,
+    start: int,
+    stop: int,
 ) -> None:
     # Beyond the part's end its last row is prefetched: the next part may be another thread's.
     for r in range(start, stop):
         ahead = rows[min(r + _AHEAD, stop - 1)]
-        update_vectors(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad_rows, r, constants)
+        update_vectors(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad_rows, r, constants, key)
+
+
+@inlined
+def _prefetch_elements(table: Any, first: int, count: int) -> None:
+    """Ask for the cache lines of elements of a table."""
+    start = table.ctypes.data + first * table.itemsize
+    for address in range(start, start + count * table.itemsize, CACHE_LINE_BYTES):
+        prefetch(address)
 
 
 @inlined
 def update_elements(
-    experts: Any, exp_avg: Any, exp_avg_sq: Any, row: int, row_ahead: int, grad_rows: Any, r: int, constants: Any
+    experts: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    row: int,
+    row_ahead: int,
+    grad_rows: Any,
+    r: int,
+    constants: Any,
+    key: Any,
 ) -> None:
-    """Update one row of tables [N, W] by gradient r of [R, W]."""
+    """Update one row of tables [N, W] by gradient r of [R, W]; `key` is that of `narrowed`."""
     gain1, gain2, rate, eps, keep = constants
     width = experts.shape[1]
     for chunk in range(0, width, _CHUNK):
         end = min(chunk + _CHUNK, width)
-        # The same elements of a row to come, of all three tables, which have the same type.
-        ahead = (row_ahead * width + chunk) * experts.itemsize
-        for offset in range(ahead, ahead + (end - chunk) * experts.itemsize, CACHE_LINE_BYTES):
-            prefetch(experts.ctypes.data + offset)
-            prefetch(exp_avg.ctypes.data + offset)
-            prefetch(exp_avg_sq.ctypes.data + offset)
+        # The same elements of a row to come, of all three tables.
+        ahead = row_ahead * width + chunk
+        _prefetch_elements(experts, ahead, end - chunk)
+        _prefetch_elements(exp_avg, ahead, end - chunk)
+        _prefetch_elements(exp_avg_sq, ahead, end - chunk)
         # As slices: indexed by row and element, the loop does not vectorize.
         value, first, second = experts[row, chunk:end], exp_avg[row, chunk:end], exp_avg_sq[row, chunk:end]
         grad = grad_rows[r, chunk:end]
+        start = row * width + chunk
         # The bias corrections and the learning rate are one number, `rate`, and weight decay is `keep`.
         for d in range(end - chunk):
             first[d] += gain1 * (grad[d] - first[d])
             second[d] += gain2 * (grad[d] * grad[d] - second[d])
-            value[d] = keep * value[d] - rate * (first[d] / (math.sqrt(second[d]) + eps))
+            new = keep * widened(value[d]) - rate * (first[d] / (math.sqrt(second[d]) + eps))
+            value[d] = narrowed(experts, new, start, d, key)
 
 
 @inlined
 def update_vectors(
-    experts: Any, exp_avg: Any, exp_avg_sq: Any, row: int, row_ahead: int, grad_rows: Any, r: int, constants: Any
+    experts: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    row: int,
+    row_ahead: int,
+    grad_rows: Any,
+    r: int,
+    constants: Any,
+    key: Any,
 ) -> None:
     """Update one row of experts and exp_avg [N, V, D] and exp_avg_sq [N, V] by gradient r of [R, V, D]."""
     gain1, gain2, rate, eps, keep = constants
     num_vectors, dim = experts.shape[1:]
     for vector in range(num_vectors):
         vector_ahead = row_ahead * num_vectors + vector
-        prefetch(exp_avg_sq.ctypes.data + vector_ahead * experts.itemsize)
+        prefetch(exp_avg_sq.ctypes.data + vector_ahead * exp_avg_sq.itemsize)
         # First the vector's second moment, from the mean of all its squares, which are in the cache afterwards.
-        squares = experts.dtype.type(0)
+        squares = exp_avg.dtype.type(0)
         for d in range(dim):
             squares += grad_rows[r, vector, d] * grad_rows[r, vector, d]
         second = exp_avg_sq[row, vector]
-        second += gain2 * (squares / experts.dtype.type(dim) - second)
+        second += gain2 * (squares / exp_avg.dtype.type(dim) - second)
         exp_avg_sq[row, vector] = second
         # One division for the whole vector.
         scale = rate / (math.sqrt(second) + eps)
         # Then its values and first moments, with those of a row to come prefetched in between.
         for chunk in range(0, dim, _CHUNK):
             end = min(chunk + _CHUNK, dim)
-            ahead = (vector_ahead * dim + chunk) * experts.itemsize
-            for offset in range(ahead, ahead + (end - chunk) * experts.itemsize, CACHE_LINE_BYTES):
-                prefetch(experts.ctypes.data + offset)
-                prefetch(exp_avg.ctypes.data + offset)
+            ahead = vector_ahead * dim + chunk
+            _prefetch_elements(experts, ahead, end - chunk)
+            _prefetch_elements(exp_avg, ahead, end - chunk)
             value, first = experts[row, vector, chunk:end], exp_avg[row, vector, chunk:end]
             grad = grad_rows[r, vector, chunk:end]
+            start = (row * num_vectors + vector) * dim + chunk
             for d in range(end - chunk):
                 first[d] += gain1 * (grad[d] - first[d])
-                value[d] = keep * value[d] - scale * first[d]
+                new = keep * widened(value[d]) - scale * first[d]
+                value[d] = narrowed(experts, new, start, d, key)

@@ -20,6 +20,8 @@ from tinyexperts.ops.expert_mlp.table_gradient_gpu import GpuTableGradient
 from tinyexperts.ops.gpu.dispatch import on_gpu
 from tinyexperts.ops.row_adam import portable
 from tinyexperts.ops.row_adam.cpu import constants, update_elements, update_vectors
+from tinyexperts.ops.row_adam.rounding import check_rounding_seed
+from tinyexperts.ops.row_adam.rounding_cpu import key_of
 
 # Touched rows between the one that is updated and the one that is prefetched: as in cpu.py.
 _AHEAD = 4
@@ -39,31 +41,38 @@ def row_adam_fused_(
     eps: float,
     weight_decay: float = 0.0,
     step: int,
+    rounding_seed: int | None = None,
 ) -> None:
     """Apply one Adam step in place as tinyexperts.ops.row_adam_ does, with rows and gradients from `gradient`.
 
     It is for tables that `supports_deferred` accepts.
+
+    Raises:
+        InputError: a rounding_seed outside of its range or for a table that is not bf16.
     """
+    check_rounding_seed(experts, rounding_seed)
     if isinstance(gradient, GpuTableGradient):
         tables = experts.detach(), exp_avg, exp_avg_sq
         operands = *gradient.pairs, gradient.factors_EMP, gradient.x_MD, gradient.grad_y_MD
-        _row_adam_on_gpu(*tables, *operands, learning_rate, beta1, beta2, eps, weight_decay, step)
+        options = learning_rate, beta1, beta2, eps, weight_decay, step, rounding_seed
+        _row_adam_on_gpu(*tables, *operands, *options)
         return
     rows, _, _ = gradient.touched
     num_experts, num_vectors, dim = experts.shape
     one_a_vector = exp_avg_sq.dim() < experts.dim()
     shape = (num_experts, num_vectors, dim) if one_a_vector else (num_experts, num_vectors * dim)
-    values = array_of(experts.detach().view(shape))
+    first_moments = array_of(exp_avg.view(shape))
     parallel_for(
         _step_of_vectors if one_a_vector else _step_of_elements,
         len(rows),
         *gradient.kernel_arguments(),
-        values,
-        array_of(exp_avg.view(shape)),
+        array_of(experts.detach().view(shape)),
+        first_moments,
         array_of(exp_avg_sq.view(shape[:2])),
         array_of(rows),
         (1, num_vectors, dim),
-        constants(values.dtype, learning_rate, beta1, beta2, eps, weight_decay, step),
+        constants(first_moments.dtype, learning_rate, beta1, beta2, eps, weight_decay, step),
+        key_of(rounding_seed),
         min_items=_MIN_ROWS,
     )
 
@@ -77,12 +86,12 @@ def _portable_row_adam_(
     factors_EMP: Tensor,
     x_MD: Tensor,
     grad_y_MD: Tensor,
-    *constants: float,
+    *options: Any,
 ) -> None:
     """Write the gradient out and use it."""
     ids_MP = ids_of_pairs(sorted_experts, order, factors_EMP.shape[2])
     gradient = portable_experts.gradient_rows(ids_MP, factors_EMP, x_MD, grad_y_MD, factors_EMP)
-    portable.row_adam_(experts, exp_avg, exp_avg_sq, *gradient, *constants)  # type: ignore[arg-type]
+    portable.row_adam_(experts, exp_avg, exp_avg_sq, *gradient, *options)
 
 
 _row_adam_on_gpu = on_gpu("tinyexperts.ops.row_adam.fused_gpu:ROW_ADAM_FUSED", _portable_row_adam_)
@@ -102,6 +111,7 @@ def _step_of_elements(
     rows: Any,
     shape: Any,
     constants: Any,
+    key: Any,
     start: int,
     stop: int,
 ) -> None:
@@ -110,7 +120,7 @@ def _step_of_elements(
     for r in range(start, stop):
         sum_gradient_row(order, starts, factors, x, grad_y, num_retrieved, r, grad, 0)
         ahead = rows[min(r + _AHEAD, stop - 1)]
-        update_elements(experts, exp_avg, exp_avg_sq, rows[r], ahead, flat_grad, 0, constants)
+        update_elements(experts, exp_avg, exp_avg_sq, rows[r], ahead, flat_grad, 0, constants, key)
 
 
 @kernel
@@ -127,6 +137,7 @@ def _step_of_vectors(
     rows: Any,
     shape: Any,
     constants: Any,
+    key: Any,
     start: int,
     stop: int,
 ) -> None:
@@ -134,4 +145,4 @@ def _step_of_vectors(
     for r in range(start, stop):
         sum_gradient_row(order, starts, factors, x, grad_y, num_retrieved, r, grad, 0)
         ahead = rows[min(r + _AHEAD, stop - 1)]
-        update_vectors(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad, 0, constants)
+        update_vectors(experts, exp_avg, exp_avg_sq, rows[r], ahead, grad, 0, constants, key)

@@ -12,7 +12,7 @@ from tinyexperts.ops.expert_mlp.gpu_sums import SumsPlan, plan_sums, sorted_exam
 from tinyexperts.ops.expert_mlp.triton_segments import ADAM
 from tinyexperts.ops.gpu.dispatch import BeyondLimits, GpuKernel
 from tinyexperts.ops.gpu.limits import FLOATS
-from tinyexperts.ops.row_adam.gpu import adam_constants, example_tables
+from tinyexperts.ops.row_adam.gpu import adam_constants, example_options, example_tables, is_stochastic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ def _plan(
     factors_EMP: Tensor,
     x_MD: Tensor,
     grad_y_MD: Tensor,
-    *_: float,
+    *options: Any,
 ) -> FusedPlan:
     tables = (experts, exp_avg, exp_avg_sq)
     if not all(table.is_contiguous() and table.dtype in FLOATS for table in tables):
         raise BeyondLimits("the table and its moments must be contiguous, and of fp32, bf16 or fp16")
     sums = plan_sums(order, factors_EMP, x_MD, grad_y_MD, experts, ADAM)
-    sums = replace(sums, one_a_vector=exp_avg_sq.dim() < experts.dim())
+    sums = replace(sums, one_a_vector=exp_avg_sq.dim() < experts.dim(), stochastic=is_stochastic(options))
     return FusedPlan(sums=sums, moments=(exp_avg.dtype, exp_avg_sq.dtype))
 
 
@@ -52,13 +52,13 @@ def _row_adam_fused_(
     factors_EMP: Tensor,
     x_MD: Tensor,
     grad_y_MD: Tensor,
-    *constants: Any,
+    *options: Any,
 ) -> None:
     """Update the touched rows of the table and of its moments in place, in a step of `tinyexperts.ops.row_adam_`."""
     sum_by_expert(
         *(plan.sums, sorted_experts, order, sorted_experts, factors_EMP, x_MD, grad_y_MD, experts),
         (exp_avg, exp_avg_sq),
-        adam_constants(*constants),
+        adam_constants(*options),
     )
 
 
@@ -70,7 +70,8 @@ def _example(
     order: Tensor,
     *operands: Any,
 ) -> tuple[Any, ...]:
-    return *example_tables(experts, exp_avg, exp_avg_sq), *sorted_example(*operands[:3]), 0.01, 0.9, 0.99, 1e-8, 0.1, 3
+    tables = example_tables(experts, exp_avg, exp_avg_sq)
+    return *tables, *sorted_example(*operands[:3]), *example_options(operands[3:])
 
 
 ROW_ADAM_FUSED = GpuKernel(plan=_plan, run=_row_adam_fused_, example=_example, num_changed=3)

@@ -13,10 +13,13 @@ from tinyexperts.ops.gpu.dispatch import BeyondLimits, GpuKernel
 from tinyexperts.ops.gpu.launch import MAX_DIM, launch_for
 from tinyexperts.ops.gpu.limits import FLOATS
 from tinyexperts.ops.row_adam.portable import bias_corrected_rate
+from tinyexperts.ops.row_adam.rounding import rounding_key, signed
 from tinyexperts.ops.row_adam.triton_update import update_rows
 
 _MAX_VECTORS = 65535
 _CHECKED_ROWS, _CHECKED_EXPERTS = 5, 50
+# From learning_rate to rounding_seed, which torch leaves out where it is None.
+_NUM_OPTIONS = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +30,33 @@ class RowsPlan:
     num_vectors: int
     dim: int
     one_a_vector: bool
+    stochastic: bool
 
 
 def adam_constants(
-    learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
-) -> tuple[float, float, float, float, float]:
-    """Return the constants of a step as `update_vector` takes them."""
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    rounding_seed: int | None = None,
+) -> tuple[float, float, float, float, float, int]:
+    """Return the constants of a step as `update_vector` takes them, the last one the key of its rounding."""
     rate = bias_corrected_rate(learning_rate, beta1, beta2, step)
-    return 1 - beta1, 1 - beta2, rate, eps, 1 - learning_rate * weight_decay
+    # As int32: Triton would take a number of 32 bits for an int64, and compile for some keys again.
+    key = 0 if rounding_seed is None else signed(rounding_key(rounding_seed))
+    return 1 - beta1, 1 - beta2, rate, eps, 1 - learning_rate * weight_decay, key
 
 
-def _plan(experts: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, grad_rows: Tensor, *_: float) -> RowsPlan:
+def is_stochastic(options: tuple[Any, ...]) -> bool:
+    """Return True if the options of a step, learning_rate and the next ones, end in a rounding_seed."""
+    return len(options) == _NUM_OPTIONS and options[-1] is not None
+
+
+def _plan(
+    experts: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, grad_rows: Tensor, *options: Any
+) -> RowsPlan:
     one_a_vector = exp_avg_sq.dim() < experts.dim()
     dim = experts.shape[-1] if experts.dim() > 1 else 1
     num_vectors = math.prod(experts.shape[1:-1])
@@ -51,7 +70,8 @@ def _plan(experts: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, gr
         raise BeyondLimits(f"tables, moments and gradients must be fp32, bf16 or fp16, got {dtypes}")
     if not all(table.is_contiguous() for table in tables):
         raise BeyondLimits("the table and its moments must be contiguous")
-    return RowsPlan(dtypes=dtypes, num_vectors=num_vectors, dim=dim, one_a_vector=one_a_vector)
+    stochastic = is_stochastic(options)
+    return RowsPlan(dtypes=dtypes, num_vectors=num_vectors, dim=dim, one_a_vector=one_a_vector, stochastic=stochastic)
 
 
 def _row_adam_(
@@ -61,12 +81,7 @@ def _row_adam_(
     exp_avg_sq: Tensor,
     rows: Tensor,
     grad_rows: Tensor,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
+    *options: Any,
 ) -> None:
     """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in tinyexperts.ops.row_adam_."""
     if not len(rows):
@@ -74,11 +89,12 @@ def _row_adam_(
     launch = launch_for(plan.dim)
     update_rows[(len(rows), plan.num_vectors)](
         *(experts, exp_avg, exp_avg_sq, rows.contiguous(), grad_rows.contiguous(), len(experts)),
-        *adam_constants(learning_rate, beta1, beta2, eps, weight_decay, step),
+        *adam_constants(*options),
         V=plan.num_vectors,
         D=plan.dim,
         BLOCK=launch.block,
         ONE_A_VECTOR=plan.one_a_vector,
+        STOCHASTIC=plan.stochastic,
         num_warps=launch.warps,
     )
 
@@ -94,13 +110,18 @@ def example_tables(*tables: Tensor) -> list[Tensor]:
     return [each.to(like.dtype) for each, like in zip(numbers, tables, strict=True)]
 
 
+def example_options(options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return options of a step, rounded as given ones."""
+    return 0.01, 0.9, 0.99, 1e-8, 0.1, 3, 1 if is_stochastic(options) else None
+
+
 def _example(
-    experts: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, grad_rows: Tensor, *_: float
+    experts: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, grad_rows: Tensor, *options: Any
 ) -> tuple[Any, ...]:
     tables = example_tables(experts, exp_avg, exp_avg_sq)
     chosen = torch.arange(_CHECKED_EXPERTS - _CHECKED_ROWS, _CHECKED_EXPERTS, device=rows.device).flip(0)
     gradients = tables[0][:_CHECKED_ROWS].to(grad_rows.dtype)
-    return *tables, chosen, gradients, 0.01, 0.9, 0.99, 1e-8, 0.1, 3
+    return *tables, chosen, gradients, *example_options(options)
 
 
 ROW_ADAM = GpuKernel(plan=_plan, run=_row_adam_, example=_example, num_changed=3)

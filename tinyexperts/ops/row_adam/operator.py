@@ -9,6 +9,7 @@ from tinyexperts.errors import InputError
 from tinyexperts.ops.define_operator import define_operator
 from tinyexperts.ops.devices import check_one_device
 from tinyexperts.ops.row_adam import cpu, portable
+from tinyexperts.ops.row_adam.rounding import check_rounding_seed
 
 
 def row_adam_(
@@ -24,6 +25,7 @@ def row_adam_(
     eps: float,
     weight_decay: float = 0.0,
     step: int,
+    rounding_seed: int | None = None,
 ) -> None:
     """Apply one Adam step in place to the touched rows of a table, as torch.optim.SparseAdam does.
 
@@ -43,10 +45,14 @@ def row_adam_(
         weight_decay (float): as in torch.optim.AdamW: values shrink by learning_rate * weight_decay of themselves
             before the step; those of touched rows only.
         step (int): number of this step, counted from 1.
+        rounding_seed (int | None): for a bf16 table: values are rounded up or down at random, so that their mean stays,
+            by a hash of this seed (0 <= seed < 2^32) and the element's place (row_adam/rounding.py). Each step needs
+            another one. None: to the nearest number, which forgets steps smaller than 1/512 of a value.
 
     Raises:
         InputError: shapes or a type of `rows` that don't fit, operands on several devices, a row outside 0..N - 1
-            (checked on the CPU; elsewhere indexing asserts it, and Triton's kernel with TRITON_DEBUG=1), step < 1.
+            (checked on the CPU; elsewhere indexing asserts it, and Triton's kernel with TRITON_DEBUG=1), step < 1, a
+            rounding_seed outside of its range or for a table that is not bf16.
     """
     if experts.dim() == 0:
         raise InputError("experts must have at least one dimension, got a scalar")
@@ -66,9 +72,13 @@ def row_adam_(
     check_one_device("row_adam_", **tables, rows=rows, grad_rows=grad_rows)
     if step < 1:
         raise InputError(f"step must be counted from 1, got {step}")
+    check_rounding_seed(experts, rounding_seed)
     # A parameter may be given as it is: an update is never differentiated.
     with torch.no_grad():
-        _row_adam_(experts, exp_avg, exp_avg_sq, rows, grad_rows, learning_rate, beta1, beta2, eps, weight_decay, step)
+        _row_adam_(
+            *(experts, exp_avg, exp_avg_sq, rows, grad_rows),
+            *(learning_rate, beta1, beta2, eps, weight_decay, step, rounding_seed),
+        )
 
 
 _row_adam_ = define_operator(

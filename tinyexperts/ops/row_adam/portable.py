@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyexperts.ops.indices import check_indices
+from tinyexperts.ops.row_adam.rounding import store_rows
 
 
 def bias_corrected_rate(learning_rate: float, beta1: float, beta2: float, step: int) -> float:
@@ -30,6 +31,7 @@ def row_adam_(
     eps: float,
     weight_decay: float,
     step: int,
+    rounding_seed: int | None = None,
 ) -> None:
     """Update experts, exp_avg and exp_avg_sq in place at `rows`; arguments as in tinyexperts.ops.row_adam_."""
     if grad_rows.numel() == 0:
@@ -49,7 +51,6 @@ def row_adam_(
         denominator = denominator.unsqueeze(-1)
     rate = bias_corrected_rate(learning_rate, beta1, beta2, step)
     value = (1 - learning_rate * weight_decay) * value - rate * (first / denominator)
-    # The rows are unique, so a copy is exact and, unlike an indexed add, the same on every device.
-    exp_avg.index_copy_(0, rows, first.to(exp_avg.dtype))
-    exp_avg_sq.index_copy_(0, rows, second.to(exp_avg_sq.dtype))
-    experts.index_copy_(0, rows, value.to(experts.dtype))
+    store_rows(exp_avg, rows, first, None)
+    store_rows(exp_avg_sq, rows, second, None)
+    store_rows(experts, rows, value, rounding_seed)
