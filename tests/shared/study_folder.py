@@ -19,7 +19,7 @@ from tinyexperts.study.scales import on_facts, scale_named
 def fill(path, study, loss, *, corpora=(), skip=(), facts=None, num_entities=None):
     """A study folder at laptop scale whose runs ended with the given losses, and recalls and nats by split."""
     scale = scale_named("laptop", data=Path("data/none"), vocab_size=512)
-    scale = scale if facts is None else replace(on_facts(scale), num_entities=num_entities or {})
+    scale = scale if facts is None else replace(on_facts(scale, 1000), num_entities=num_entities or {})
     folder, stages = StudyFolder(path), study.stages(scale)
     folder.begin(StudySettings(study=study.name, scale="laptop", data="data/none", evaluation_corpora=corpora))
     known = {}

@@ -174,8 +174,8 @@ def test_as_many_seeds_are_run_as_the_interval_asks_for(noise, seeds) -> None:
     }
 
 
-def scale_of_facts():
-    return on_facts(scale_named("laptop", data=Path("data/none"), vocab_size=512))
+def scale_of_facts(num_entities=4000):
+    return on_facts(scale_named("laptop", data=Path("data/none"), vocab_size=512), num_entities)
 
 
 def test_the_sizes_are_those_of_statements() -> None:
@@ -183,8 +183,11 @@ def test_the_sizes_are_those_of_statements() -> None:
     assert scale.base.model.context_length == 128
     assert min(map(min, scale.widths.values())) == 16
     assert max(map(max, scale.widths.values())) == 96
+    assert [scale_of_facts(number).tuning_budget for number in (10, 1000, 1001, 4000, 7884, 10**6)] == [
+        *(2.5e12, 2.5e12, 1e13, 1e13, 3e13, 3e13)
+    ]
     minute = scale_named("minute", data=Path("data/none"), vocab_size=512)
-    assert on_facts(minute) == minute
+    assert on_facts(minute, 4000) == minute
 
 
 def verdicts(page, beginning) -> list[str]:

@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 def scale_of(data, folder):
     base, rounds = data
-    scale = on_facts(scale_named("laptop", data=base.folder, vocab_size=300))
+    scale = on_facts(scale_named("laptop", data=base.folder, vocab_size=300), 3000)
     return replace(scale, rounds=rounds, runs=folder / "runs", teaching=SIZES)
 
 

@@ -32,8 +32,9 @@ from tinyexperts.study.study_report import write_study_report
 from tinyexperts.training import Interrupted
 from tinyexperts.training.config import path_of
 
-# The vocabulary of a dry run without a data set.
+# The vocabulary and the entities with facts of a dry run without a data set.
 _VOCAB_SIZE_UNTIL_THERE_IS_DATA = 32_000
+_NUM_ENTITIES_UNTIL_THERE_IS_DATA = 1_000
 _SLURM_HOURS = 24.0
 
 
@@ -116,7 +117,10 @@ def _run_study(study: Study, config: StudyConfig, spare: Path) -> None:
     data = config.data or Path("data/airports" if study.is_about_facts else "data/stdlib")
     may_lack_data = config.dry_run and not config.more_data
     dataset = None if may_lack_data and not data.exists() else TokenDataset.open(data)
-    has_facts = study.is_about_facts if dataset is None else dataset.split("validation").facts is not None
+    num_entities = _NUM_ENTITIES_UNTIL_THERE_IS_DATA if study.is_about_facts and dataset is None else 0
+    if dataset is not None and (facts := dataset.split("train").facts) is not None:
+        num_entities = len(facts.fact_set.entities)
+    has_facts = num_entities > 0
     if study.is_about_facts and not has_facts:
         raise InputError(
             f"the study {study.name} needs a data set of facts, and {printable(data)} is none; "
@@ -124,7 +128,7 @@ def _run_study(study: Study, config: StudyConfig, spare: Path) -> None:
         )
     vocab_size = _VOCAB_SIZE_UNTIL_THERE_IS_DATA if dataset is None else dataset.index.vocab_size
     scale = scale_named(config.scale, data=data, vocab_size=vocab_size)
-    scale = on_facts(scale) if has_facts else scale
+    scale = on_facts(scale, num_entities) if has_facts else scale
     more = [TokenDataset.open(path) for path in config.more_data]
     folder = StudyFolder(config.output or Path("runs", f"{study.name}-{config.scale}"))
     if study.teaches and dataset is not None:
