@@ -125,7 +125,8 @@ def sum_tiles(
     for position in range(start, end):
         pair = tl.load(order_ptr + position)
         next_expert = tl.load(sorted_ids_ptr + position + 1, mask=position + 1 < num_pairs, other=-1)
-        token = pair // num_retrieved
+        # In 32 bits, which all pairs fit: a division of 64 bits is a function of its own on a GPU.
+        token = (pair.to(tl.int32) // num_retrieved).to(tl.int64)
         factor_v = tl.load(factors_ptr + (E - 1) * num_pairs + pair)
         sum_v += factor_v * tl.load(grad_y_ptr + token * D + d, mask=inside, other=0.0).to(tl.float32)
         if E > 1:
