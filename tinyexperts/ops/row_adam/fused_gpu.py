@@ -12,7 +12,7 @@ from tinyexperts.ops.expert_mlp.gpu_sums import SumsPlan, plan_sums, sorted_exam
 from tinyexperts.ops.expert_mlp.triton_segments import ADAM
 from tinyexperts.ops.gpu.dispatch import BeyondLimits, GpuKernel
 from tinyexperts.ops.gpu.limits import FLOATS
-from tinyexperts.ops.row_adam.gpu import adam_constants, example_options, example_tables, is_stochastic
+from tinyexperts.ops.row_adam.gpu import StepOptions, adam_constants, example_options, example_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ def _plan(
     if not all(table.is_contiguous() and table.dtype in FLOATS for table in tables):
         raise BeyondLimits("the table and its moments must be contiguous, and of fp32, bf16 or fp16")
     sums = plan_sums(order, factors_EMP, x_MD, grad_y_MD, experts, ADAM)
-    sums = replace(sums, one_a_vector=exp_avg_sq.dim() < experts.dim(), stochastic=is_stochastic(options))
+    one_a_vector, stochastic = exp_avg_sq.dim() < experts.dim(), StepOptions(*options).is_stochastic
+    sums = replace(sums, one_a_vector=one_a_vector, stochastic=stochastic)
     return FusedPlan(sums=sums, moments=(exp_avg.dtype, exp_avg_sq.dtype))
 
 
@@ -58,7 +59,7 @@ def _row_adam_fused_(
     sum_by_expert(
         *(plan.sums, sorted_experts, order, sorted_experts, factors_EMP, x_MD, grad_y_MD, experts),
         (exp_avg, exp_avg_sq),
-        adam_constants(*options),
+        adam_constants(StepOptions(*options)),
     )
 
 
@@ -71,7 +72,7 @@ def _example(
     *operands: Any,
 ) -> tuple[Any, ...]:
     tables = example_tables(experts, exp_avg, exp_avg_sq)
-    return *tables, *sorted_example(*operands[:3]), *example_options(operands[3:])
+    return *tables, *sorted_example(*operands[:3]), *example_options(StepOptions(*operands[3:]))
 
 
 ROW_ADAM_FUSED = GpuKernel(plan=_plan, run=_row_adam_fused_, example=_example, num_changed=3)

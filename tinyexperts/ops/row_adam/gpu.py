@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,23 @@ from tinyexperts.ops.row_adam.triton_update import update_rows
 
 _MAX_VECTORS = 65535
 _CHECKED_ROWS, _CHECKED_EXPERTS = 5, 50
-# From learning_rate to rounding_seed, which torch leaves out where it is None.
-_NUM_OPTIONS = 7
+
+
+class StepOptions(NamedTuple):
+    """The options of a step, in the operator's order; torch leaves out the last one where it is None."""
+
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    rounding_seed: int | None = None
+
+    @property
+    def is_stochastic(self) -> bool:
+        """True if values are rounded at random."""
+        return self.rounding_seed is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,25 +48,13 @@ class RowsPlan:
     stochastic: bool
 
 
-def adam_constants(
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    rounding_seed: int | None = None,
-) -> tuple[float, float, float, float, float, int]:
+def adam_constants(options: StepOptions) -> tuple[float, float, float, float, float, int]:
     """Return the constants of a step as `update_vector` takes them, the last one the key of its rounding."""
-    rate = bias_corrected_rate(learning_rate, beta1, beta2, step)
+    rate = bias_corrected_rate(options.learning_rate, options.beta1, options.beta2, options.step)
     # As int32: Triton would take a number of 32 bits for an int64, and compile for some keys again.
-    key = 0 if rounding_seed is None else signed(rounding_key(rounding_seed))
-    return 1 - beta1, 1 - beta2, rate, eps, 1 - learning_rate * weight_decay, key
-
-
-def is_stochastic(options: tuple[Any, ...]) -> bool:
-    """Return True if the options of a step, learning_rate and the next ones, end in a rounding_seed."""
-    return len(options) == _NUM_OPTIONS and options[-1] is not None
+    key = 0 if options.rounding_seed is None else signed(rounding_key(options.rounding_seed))
+    keep = 1 - options.learning_rate * options.weight_decay
+    return 1 - options.beta1, 1 - options.beta2, rate, options.eps, keep, key
 
 
 def _plan(
@@ -70,7 +73,7 @@ def _plan(
         raise BeyondLimits(f"tables, moments and gradients must be fp32, bf16 or fp16, got {dtypes}")
     if not all(table.is_contiguous() for table in tables):
         raise BeyondLimits("the table and its moments must be contiguous")
-    stochastic = is_stochastic(options)
+    stochastic = StepOptions(*options).is_stochastic
     return RowsPlan(dtypes=dtypes, num_vectors=num_vectors, dim=dim, one_a_vector=one_a_vector, stochastic=stochastic)
 
 
@@ -89,7 +92,7 @@ def _row_adam_(
     launch = launch_for(plan.dim)
     update_rows[(len(rows), plan.num_vectors)](
         *(experts, exp_avg, exp_avg_sq, rows.contiguous(), grad_rows.contiguous(), len(experts)),
-        *adam_constants(*options),
+        *adam_constants(StepOptions(*options)),
         V=plan.num_vectors,
         D=plan.dim,
         BLOCK=launch.block,
@@ -110,9 +113,9 @@ def example_tables(*tables: Tensor) -> list[Tensor]:
     return [each.to(like.dtype) for each, like in zip(numbers, tables, strict=True)]
 
 
-def example_options(options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return options of a step, rounded as given ones."""
-    return 0.01, 0.9, 0.99, 1e-8, 0.1, 3, 1 if is_stochastic(options) else None
+def example_options(options: StepOptions) -> StepOptions:
+    """Return options of a step that rounds as one of given options."""
+    return StepOptions(0.01, 0.9, 0.99, 1e-8, 0.1, 3, 1 if options.is_stochastic else None)
 
 
 def _example(
@@ -121,7 +124,7 @@ def _example(
     tables = example_tables(experts, exp_avg, exp_avg_sq)
     chosen = torch.arange(_CHECKED_EXPERTS - _CHECKED_ROWS, _CHECKED_EXPERTS, device=rows.device).flip(0)
     gradients = tables[0][:_CHECKED_ROWS].to(grad_rows.dtype)
-    return *tables, chosen, gradients, *example_options(options)
+    return *tables, chosen, gradients, *example_options(StepOptions(*options))
 
 
 ROW_ADAM = GpuKernel(plan=_plan, run=_row_adam_, example=_example, num_changed=3)
