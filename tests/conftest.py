@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cpu_tensors_on_gpu import cpu_tensors_on_gpu
 
 from tinyexperts import cli
 from tinyexperts.data import PrepareConfig, prepare
@@ -119,15 +120,18 @@ def make_config(tiny_data, tmp_path):
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["cpu", "portable"])
-def kernels(request):
-    """Run a test with the CPU's kernels, and with what devices without kernels run.
+ON_GPU = [pytest.param("gpu", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 
-    With TRITON_INTERPRET=1 in the environment: with Triton's kernels, interpreted.
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cpu", "portable", *ON_GPU])
+def kernels(request):
+    """Run a test with the CPU's kernels, with what devices without kernels run, and on a GPU where there is one.
+
+    With TRITON_INTERPRET=1 in the environment: with Triton's kernels, interpreted. Yields cpu, portable or triton.
     """
-    contexts = {"cpu": nullcontext, "portable": without_kernels, "triton": _interpreted}
+    contexts = {"cpu": nullcontext, "portable": without_kernels, "triton": _interpreted, "gpu": cpu_tensors_on_gpu}
     with contexts[request.param]():
-        yield request.param
+        yield "triton" if request.param == "gpu" else request.param
 
 
 @contextmanager
