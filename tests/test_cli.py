@@ -392,7 +392,7 @@ def test_the_studies_of_the_command_line_are_all_studies_with_their_summaries():
     assert list(parser.STUDIES.items()) == [(study.name, study.summary) for study in STUDIES]
 
 
-def test_the_recipes_are_the_four_kinds(run_cli):
+def test_the_recipes_are_the_four_kinds_and_one_for_a_gpu(run_cli):
     assert list(parser.RECIPES) == list(RECIPES)
     for verb in ("train", "plan"):
         code, out, _ = run_cli(verb, "--help")
@@ -402,6 +402,7 @@ def test_the_recipes_are_the_four_kinds(run_cli):
             "dense",
             "expert-choice-moe",
             "product-key-memory",
+            "gpu",
         ]
 
 

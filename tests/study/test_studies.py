@@ -73,7 +73,7 @@ def test_every_study_can_be_planned_at_every_scale(study, name):
 
 
 def test_every_recipe_is_the_method_of_one_row():
-    assert sorted(method.recipe_name for method in METHODS) == sorted(RECIPES)
+    assert sorted(method.recipe_name for method in METHODS) == sorted(set(RECIPES) - {"gpu"})
     for method in METHODS:
         assert type(scale().layers[method.name]) is type(method.recipe().model.expert_layer)
         assert look_of(method.name) == look_of(method.recipe_name) == method

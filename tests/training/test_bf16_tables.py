@@ -18,7 +18,7 @@ from tinyexperts.layers.table_layer import TableLayer, store_tables_in_bf16_
 from tinyexperts.ops.row_adam.rounding import NUM_SEEDS
 from tinyexperts.optim import RowSparseAdam, build_optimizers, expected_touched_share
 from tinyexperts.planning import Devices, account, plan
-from tinyexperts.training import TeachConfig, evaluate_run, load_model, loop, quantize_run, teach_run, train
+from tinyexperts.training import TeachConfig, evaluate_run, load_model, loop, quantize_run, recipes, teach_run, train
 from tinyexperts.training.checkpoint import checkpoints
 from tinyexperts.training.config import with_settings
 from tinyexperts.training.run import choose_table_gradients, make_run
@@ -167,3 +167,33 @@ def test_a_plan_counts_half_the_bytes_of_tables(make_config):
     saved = 2 * 2 * fp32.tokens_per_step * rows + 4 * 2 * touched
     assert wide.memory_seconds - narrow.memory_seconds == pytest.approx(saved / devices.memory_speed)
     assert account(fp32).forward_bytes - account(bf16).forward_bytes == 2 * rows
+
+
+def test_the_recipe_for_a_gpu_fits_one_and_trains_its_table_in_bf16(tiny_data, tmp_path):
+    recipe = recipes.gpu()
+    layer = recipe.model.expert_layer
+    assert (layer.num_experts, layer.num_heads, layer.experts_per_head) == (1024**2, 8, 16)
+    (whole,) = plan(recipe, Devices.parse("1x24GB"))
+    assert whole.memory.total < 24e9
+    small = {
+        "run": tmp_path / "run",
+        "data": tiny_data,
+        "device": "cpu",
+        "num_steps": 3,
+        "training_flops": None,
+        "batch_size": 2,
+        "validation_tokens": 64,
+        "model.vocab_size": 300,
+        "model.context_length": 16,
+        "model.d_model": 16,
+        "model.num_layers": 3,
+        "model.num_heads": 2,
+        "model.expert_layer": replace(layer, num_experts=64, num_heads=2, experts_per_head=3, query_dim=6),
+    }
+    config = with_settings(recipe, small)
+    run = make_run(replace(config, run=tmp_path / "start"))
+    before = [table.detach().clone() for table in tables_of(run.model)]
+    train(config, progress=False)
+    (table,) = tables_of(load_model(config.run))
+    assert table.dtype == torch.bfloat16
+    assert (table.detach() != before[0]).any()

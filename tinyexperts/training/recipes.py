@@ -1,6 +1,6 @@
-"""Recipes: functions that return a full configuration, one for each kind of expert layer.
+"""Recipes: functions that return a full configuration, one for each kind of expert layer, and one for a GPU.
 
-All four share the size and the learning rates that a first look at tiny scale settled on two CPU cores: D = 64, 4
+The first four share the size and the learning rates that a first look at tiny scale settled on two CPU cores: D = 64, 4
 blocks, the third with the expert layer; a vocabulary of 4,096; ReLU^2 in the dense layers. A run of 3.2e12 training
 FLOPs takes one core a minute or two.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tinyexperts.layers import DenseConfig, ExpertChoiceMoEConfig, PEERConfig, ProductKeyMemoryConfig
 from tinyexperts.model import ExpertLayerConfig, TransformerConfig
-from tinyexperts.training.config import TrainConfig
+from tinyexperts.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 
 _DENSE = DenseConfig(activation="relu2")
 
@@ -51,10 +51,46 @@ def peer() -> TrainConfig:
     return _tiny("peer", PEERConfig(num_experts=256**2, num_heads=4, experts_per_head=16, query_dim=32))
 
 
+def gpu() -> TrainConfig:
+    """Put the paper's 1024^2 experts in the middle one of 12 blocks of width 512, 8 heads x 16 a token, for one GPU.
+
+    The dense part computes in bf16, as runs on GPUs do, and the table is kept in bf16, rounded stochastically. Sizes
+    and learning rates are our choice; it has run on no GPU.
+    """
+    layer = PEERConfig(num_experts=1024**2, num_heads=8, experts_per_head=16, query_dim=128)
+    model = TransformerConfig(
+        vocab_size=4096,
+        context_length=1024,
+        d_model=512,
+        num_layers=12,
+        num_heads=8,
+        tied_embeddings=False,
+        dense=_DENSE,
+        expert_layer=layer,
+    )
+    return TrainConfig(
+        run=Path("runs/gpu"),
+        data=Path("data/stdlib"),
+        model=model,
+        training_flops=3e15,
+        batch_size=16,
+        optimizer=OptimizerConfig(
+            matrix_learning_rate=2e-3,
+            embedding_learning_rate=2e-2,
+            head_learning_rate=2e-3,
+            table_learning_rate=1e-3,
+            weight_decay=0.1,
+            table_dtype="bf16",
+        ),
+        schedule=ScheduleConfig(shape="cosine"),
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "peer": peer,
     "dense": dense,
     "expert-choice-moe": expert_choice_moe,
     "product-key-memory": product_key_memory,
+    "gpu": gpu,
 }
 """The recipes by the names that they have on the command line."""
