@@ -27,7 +27,7 @@ TYPES = {
 CONSTANTS = (0.1, 0.9, 0.99, 1e-8, 0.1, 3)
 SEED = 2**32 - 1
 AMD_REGISTERS = 256
-# On sm_100 ptxas puts an address aside around the loop of two variants, with 40 registers taken: no register is missing.
+# On sm_100 ptxas puts an address aside around the loop of two variants, though only 40 registers are taken.
 SPARED_BYTES = {"sm_100": 8}
 
 
