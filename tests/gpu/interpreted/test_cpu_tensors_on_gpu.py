@@ -27,7 +27,7 @@ def test_outputs_and_gradients_come_back(triton_is_allowed, launched_kernels):
 
 
 def test_several_outputs_come_back(triton_is_allowed, launched_kernels):
-    query, keys = randn(3, 2, 8), randn(2, 16, 4, seed=1)
+    query, keys = randn(1, 1, 8), randn(2, 16, 4, seed=1)
     expected = product_key_topk(query, keys, 4)
     with cpu_tensors_on_gpu("cpu"):
         found = product_key_topk(query, keys, 4)
