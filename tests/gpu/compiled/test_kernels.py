@@ -27,8 +27,9 @@ TYPES = {
 CONSTANTS = (0.1, 0.9, 0.99, 1e-8, 0.1, 3)
 SEED = 2**32 - 1
 AMD_REGISTERS = 256
-# On sm_100 ptxas puts an address aside around the loop of two variants, though only 40 registers are taken.
-SPARED_BYTES = {"sm_100": 8}
+# On sm_100 ptxas puts an address aside in two variants, though at most 48 registers are taken: 8 bytes of a lane, moved
+# by up to five instructions.
+BYTES_ASIDE, MOVES_ASIDE = {"sm_100": 8}, 5
 
 
 def table_of(storage, num_vectors, dim):
@@ -91,8 +92,8 @@ def check(found):
     assert found
     for launch in found:
         is_amd = launch.target.startswith("gfx")
-        if launch.code.spilled_bytes != SPARED_BYTES.get(launch.target):
-            assert launch.code.spills == 0, launch
+        puts_aside = launch.code.spilled_bytes == BYTES_ASIDE.get(launch.target)
+        assert launch.code.spills <= (MOVES_ASIDE if puts_aside else 0), launch
         assert launch.code.registers <= (AMD_REGISTERS if is_amd else MAX_REGISTERS), launch
         assert 1 <= launch.grid[0] < 2**31
         assert max(launch.grid[1:]) <= 65535
@@ -187,16 +188,12 @@ def test_ids_are_checked_on_the_device_in_debug_mode(launches, monkeypatch):
         assert "__assertfail" in texts[1][kernel]
 
 
-# Every D on one target; on the others one whose sums go across warps, and the widest, which takes the most registers.
-WIDTHS = {target: [1024, 8192] for target in EACH_TARGET}
-WIDTHS["sm_90"] = [1, 7, 64, 100, 256, 512, 768, 1024, 2048, 4096, 8192]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "dim"), [(target, dim) for target, dims in WIDTHS.items() for dim in dims])
+@pytest.mark.parametrize("target", EACH_TARGET)
+@pytest.mark.parametrize("dim", [1, 7, 64, 100, 256, 512, 768, 1024, 2048, 4096, 8192])
 @pytest.mark.parametrize("storage", list(TYPES))
 @pytest.mark.parametrize("num_vectors", [1, 2, 3])
-def test_every_variant(launches, num_vectors, storage, target, dim):
+def test_every_variant(launches, num_vectors, storage, dim, target):
     found = launches(target)
     launch_experts(storage, num_vectors, dim)
     if storage in ("fp32", "bf16", "fp16"):
